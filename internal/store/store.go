@@ -41,6 +41,7 @@ func Open(path string) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store %s: %w", path, err)
 	}
+	db.MaxBatchDelay = 0 // nobody waits for company; concurrent writers still share a transaction
 	s := &DB{db: db}
 	if err := s.checkLayout(); err != nil {
 		return nil, errors.Join(err, db.Close())
