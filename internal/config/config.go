@@ -1,0 +1,253 @@
+// Package config holds the daemon's settings: built-in defaults, then the
+// configuration file (TOML), then flags, each overriding the one before.
+// `tenond --print-config` prints the result as a file that can be used as is.
+//
+// Validation refuses, it never repairs. Unknown keys are errors, so that a
+// misspelt limit is noticed before it is missed.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+	"github.com/containerd/errdefs"
+	"github.com/docker/go-units"
+)
+
+// DefaultFile is read if it exists and no --config names another.
+const DefaultFile = "/etc/tenon/tenond.toml"
+
+// Config is what a daemon runs by.
+type Config struct {
+	Root    string   `toml:"root" comment:"durable state"`
+	RunRoot string   `toml:"run-root" comment:"volatile state, on a tmpfs"`
+	Hosts   []string `toml:"hosts" comment:"unix:///path or tcp://address:port (TLS with client certificates only)"`
+	Group   string   `toml:"group" comment:"group that may use the unix socket"`
+	Name    string   `toml:"name" comment:"prefix of bridges, nftables table and cgroups; different for each daemon on a machine"`
+	Debug   bool     `toml:"debug"`
+
+	DefaultIsolation string `toml:"default-isolation" comment:"process; vm and machine=NAME need a release that has them"`
+	DefaultRuntime   string `toml:"default-runtime" comment:"tenon, or a name of [runtimes]"`
+
+	Log        Log                `toml:"log"`
+	Limits     Limits             `toml:"limits"`
+	Network    Network            `toml:"network"`
+	Registries Registries         `toml:"registries"`
+	Runtimes   map[string]Runtime `toml:"runtimes" comment:"other OCI runtimes, by name"`
+	TLS        TLS                `toml:"tls" comment:"of tcp:// hosts"`
+}
+
+// Log is the default log driver and its bounds.
+type Log struct {
+	Driver   string `toml:"driver" comment:"local, json-file or none"`
+	MaxSize  string `toml:"max-size" comment:"of one file"`
+	MaxFiles int    `toml:"max-files"`
+}
+
+// Limits protect the host from containers that ask for no limit.
+type Limits struct {
+	PIDs          int64  `toml:"pids" comment:"processes per container; -1 unlimited"`
+	MemoryReserve string `toml:"memory-reserve" comment:"memory that containers without a limit of their own can't take from the host; 0 none"`
+	ShmSize       string `toml:"shm-size"`
+	StopTimeout   int    `toml:"stop-timeout" comment:"seconds"`
+	// MaxLayerSize bounds one unpacked layer.
+	MaxLayerSize string `toml:"max-layer-size" comment:"unpacked bytes of one image layer"`
+}
+
+// Network is where addresses come from.
+type Network struct {
+	AddressPools  []Pool   `toml:"address-pools"`
+	AddressPools6 []Pool   `toml:"address-pools-v6"`
+	DefaultBridge string   `toml:"default-bridge" comment:"subnet of the network named bridge; empty: the first free one of the pools"`
+	Ready         int      `toml:"ready" comment:"network namespaces kept ready for the next containers"`
+	DNS           []string `toml:"dns" comment:"upstream resolvers; empty: the host's"`
+	DNSSearch     []string `toml:"dns-search"`
+}
+
+// Pool is a prefix that is cut into subnets of Size bits.
+type Pool struct {
+	Base string `toml:"base"`
+	Size int    `toml:"size"`
+}
+
+// Registries say where images come from.
+type Registries struct {
+	Mirrors  map[string][]string `toml:"mirrors" comment:"host = [URLs, tried in order before the host itself]"`
+	Insecure []string            `toml:"insecure" comment:"hosts or networks that may speak plain HTTP or show unknown certificates; loopback always may"`
+	CertsDir string              `toml:"certs-dir" comment:"HOST/ca.crt, client.cert, client.key"`
+}
+
+// Runtime is an OCI runtime command.
+type Runtime struct {
+	Path string   `toml:"path"`
+	Args []string `toml:"args"`
+}
+
+// TLS names the files of a TCP socket.
+type TLS struct {
+	CA   string `toml:"ca"`
+	Cert string `toml:"cert"`
+	Key  string `toml:"key"`
+}
+
+// Default returns the settings of a daemon that is told nothing.
+func Default() *Config {
+	return &Config{
+		Root:             "/var/lib/tenon",
+		RunRoot:          "/run/tenon",
+		Hosts:            nil, // unix://RunRoot/docker.sock, once RunRoot is known
+		Group:            "tenon",
+		Name:             "tenon",
+		DefaultIsolation: "process",
+		DefaultRuntime:   "tenon",
+		Log:              Log{Driver: "local", MaxSize: "20m", MaxFiles: 5},
+		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", StopTimeout: 10, MaxLayerSize: "64g"},
+		Network: Network{
+			AddressPools:  []Pool{{Base: "172.20.0.0/14", Size: 24}, {Base: "192.168.96.0/20", Size: 24}},
+			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
+			Ready:         4,
+		},
+		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
+		Runtimes:   map[string]Runtime{},
+	}
+}
+
+// Load reads a file over the defaults. A missing file is an error unless
+// optional.
+func Load(c *Config, path string, optional bool) error {
+	b, err := os.ReadFile(path)
+	if optional && errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	meta, err := toml.Decode(string(b), c)
+	var pe toml.ParseError
+	if errors.As(err, &pe) {
+		return fmt.Errorf("configuration %s: %s: %w", path, strings.TrimSpace(pe.ErrorWithPosition()), errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return fmt.Errorf("configuration %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	}
+	if extra := meta.Undecoded(); len(extra) > 0 {
+		return fmt.Errorf("configuration %s: %s is not a setting; `tenond --print-config` lists them all: %w", path, extra[0], errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// validName keeps bridges within the kernel's 15 bytes: prefix, '-', 6 digits.
+var validName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,7}$`)
+
+// Validate checks everything that can be checked without touching the host,
+// and fills in what follows from other settings.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) {
+		errs = append(errs, fmt.Errorf("configuration: "+format+": %w", append(args, errdefs.ErrInvalidArgument)...))
+	}
+	if !validName.MatchString(c.Name) {
+		bad("name %q: use 1 to 8 of a-z, 0-9 and '-', beginning with a letter (interface names are short)", c.Name)
+	}
+	for _, d := range []struct{ key, dir string }{{"root", c.Root}, {"run-root", c.RunRoot}} {
+		if !filepath.IsAbs(d.dir) {
+			bad("%s %q must be an absolute path", d.key, d.dir)
+		}
+	}
+	if c.Root == c.RunRoot {
+		bad("root and run-root must differ: one survives a boot, the other must not")
+	}
+	if len(c.Hosts) == 0 {
+		c.Hosts = []string{"unix://" + filepath.Join(c.RunRoot, "docker.sock")}
+	}
+	for _, h := range c.Hosts {
+		if !strings.HasPrefix(h, "unix:///") && !strings.HasPrefix(h, "tcp://") && !strings.HasPrefix(h, "fd://") {
+			bad("host %q: give unix:///path, tcp://address:port or fd://", h)
+		}
+		if strings.HasPrefix(h, "tcp://") && (c.TLS.CA == "" || c.TLS.Cert == "" || c.TLS.Key == "") {
+			bad("host %q: who reaches this socket is root on the machine; give tls.ca, tls.cert and tls.key (clients must show a certificate of that CA)", h)
+		}
+	}
+	switch {
+	case c.DefaultIsolation == "process":
+	case c.DefaultIsolation == "vm", strings.HasPrefix(c.DefaultIsolation, "machine="):
+		bad("default-isolation %q is not in this release; use process", c.DefaultIsolation)
+	default:
+		bad("default-isolation %q: use process, vm or machine=NAME", c.DefaultIsolation)
+	}
+	switch c.Log.Driver {
+	case "local", "json-file", "none":
+	default:
+		bad("log.driver %q: use local, json-file or none", c.Log.Driver)
+	}
+	for _, s := range []struct{ key, value string }{
+		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
+		{"limits.shm-size", c.Limits.ShmSize}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+	} {
+		if _, err := units.RAMInBytes(s.value); err != nil {
+			bad("%s %q is not a size (such as 64m)", s.key, s.value)
+		}
+	}
+	if _, err := c.Pools(); err != nil {
+		bad("network.address-pools: %v", err)
+	}
+	if c.Network.DefaultBridge != "" {
+		if _, err := netip.ParsePrefix(c.Network.DefaultBridge); err != nil {
+			bad("network.default-bridge: %v", err)
+		}
+	}
+	for name, r := range c.Runtimes {
+		if name == "tenon" || !filepath.IsAbs(r.Path) {
+			bad("runtimes.%s: give an absolute path, and a name other than tenon", name)
+		}
+	}
+	if _, ok := c.Runtimes[c.DefaultRuntime]; !ok && c.DefaultRuntime != "tenon" {
+		bad("default-runtime %q is not in [runtimes]", c.DefaultRuntime)
+	}
+	return errors.Join(errs...)
+}
+
+// Pools returns the parsed address pools of both families.
+func (c *Config) Pools() ([]ParsedPool, error) {
+	var out []ParsedPool
+	for _, p := range append(append([]Pool(nil), c.Network.AddressPools...), c.Network.AddressPools6...) {
+		prefix, err := netip.ParsePrefix(p.Base)
+		if err != nil {
+			return nil, err
+		}
+		if p.Size < prefix.Bits() || p.Size > prefix.Addr().BitLen()-2 {
+			return nil, fmt.Errorf("%s: size %d must lie between %d and %d", p.Base, p.Size, prefix.Bits(), prefix.Addr().BitLen()-2)
+		}
+		out = append(out, ParsedPool{prefix.Masked(), p.Size})
+	}
+	return out, nil
+}
+
+// ParsedPool is a Pool with its prefix understood.
+type ParsedPool struct {
+	Base netip.Prefix
+	Size int
+}
+
+// Bytes parses a size setting that Validate has accepted.
+func Bytes(s string) int64 {
+	n, _ := units.RAMInBytes(s) // checked by Validate
+	return n
+}
+
+// String prints the settings as a file.
+func (c *Config) String() string {
+	var b bytes.Buffer
+	enc := toml.NewEncoder(&b)
+	enc.Indent = ""
+	_ = enc.Encode(c) // into memory, of types that TOML knows
+	return b.String()
+}
