@@ -202,7 +202,7 @@ func (x Files_Operation) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Files_Operation.Descriptor instead.
 func (Files_Operation) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{20, 0}
+	return file_task_proto_rawDescGZIP(), []int{21, 0}
 }
 
 type Change_Kind int32
@@ -251,7 +251,7 @@ func (x Change_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Change_Kind.Descriptor instead.
 func (Change_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{24, 0}
+	return file_task_proto_rawDescGZIP(), []int{25, 0}
 }
 
 // CreateOptions travels in CreateTaskRequest.options.
@@ -1503,6 +1503,58 @@ func (*FlushLogResponse) Descriptor() ([]byte, []int) {
 	return file_task_proto_rawDescGZIP(), []int{16}
 }
 
+type AwaitRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ExecId        string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitRequest) Reset() {
+	*x = AwaitRequest{}
+	mi := &file_task_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitRequest) ProtoMessage() {}
+
+func (x *AwaitRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_task_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitRequest.ProtoReflect.Descriptor instead.
+func (*AwaitRequest) Descriptor() ([]byte, []int) {
+	return file_task_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *AwaitRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AwaitRequest) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
 // StreamHeader is the first message on a stream connection (see package
 // channel): a 4-byte big-endian length and this message. The shim answers with
 // a StreamReply of the same form, then raw bytes flow.
@@ -1519,7 +1571,7 @@ type StreamHeader struct {
 
 func (x *StreamHeader) Reset() {
 	*x = StreamHeader{}
-	mi := &file_task_proto_msgTypes[17]
+	mi := &file_task_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1531,7 +1583,7 @@ func (x *StreamHeader) String() string {
 func (*StreamHeader) ProtoMessage() {}
 
 func (x *StreamHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[17]
+	mi := &file_task_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1544,7 +1596,7 @@ func (x *StreamHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamHeader.ProtoReflect.Descriptor instead.
 func (*StreamHeader) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{17}
+	return file_task_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StreamHeader) GetKind() isStreamHeader_Kind {
@@ -1599,7 +1651,7 @@ type StreamReply struct {
 
 func (x *StreamReply) Reset() {
 	*x = StreamReply{}
-	mi := &file_task_proto_msgTypes[18]
+	mi := &file_task_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1663,7 @@ func (x *StreamReply) String() string {
 func (*StreamReply) ProtoMessage() {}
 
 func (x *StreamReply) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[18]
+	mi := &file_task_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1676,7 @@ func (x *StreamReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamReply.ProtoReflect.Descriptor instead.
 func (*StreamReply) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{18}
+	return file_task_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StreamReply) GetError() string {
@@ -1664,7 +1716,7 @@ type Attach struct {
 
 func (x *Attach) Reset() {
 	*x = Attach{}
-	mi := &file_task_proto_msgTypes[19]
+	mi := &file_task_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1728,7 @@ func (x *Attach) String() string {
 func (*Attach) ProtoMessage() {}
 
 func (x *Attach) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[19]
+	mi := &file_task_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1741,7 @@ func (x *Attach) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attach.ProtoReflect.Descriptor instead.
 func (*Attach) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{19}
+	return file_task_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Attach) GetId() string {
@@ -1744,7 +1796,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_task_proto_msgTypes[20]
+	mi := &file_task_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +1808,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[20]
+	mi := &file_task_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1769,7 +1821,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{20}
+	return file_task_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Files) GetId() string {
@@ -1832,7 +1884,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_task_proto_msgTypes[21]
+	mi := &file_task_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1844,7 +1896,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[21]
+	mi := &file_task_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1857,7 +1909,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{21}
+	return file_task_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Root) GetMounts() []*Mount {
@@ -1893,7 +1945,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_task_proto_msgTypes[22]
+	mi := &file_task_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1905,7 +1957,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[22]
+	mi := &file_task_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1918,7 +1970,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{22}
+	return file_task_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Mount) GetType() string {
@@ -1962,7 +2014,7 @@ type FileStat struct {
 
 func (x *FileStat) Reset() {
 	*x = FileStat{}
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2026,7 @@ func (x *FileStat) String() string {
 func (*FileStat) ProtoMessage() {}
 
 func (x *FileStat) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2039,7 @@ func (x *FileStat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileStat.ProtoReflect.Descriptor instead.
 func (*FileStat) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{23}
+	return file_task_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FileStat) GetName() string {
@@ -2035,7 +2087,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2047,7 +2099,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2060,7 +2112,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{24}
+	return file_task_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Change) GetPath() string {
@@ -2086,7 +2138,7 @@ type ProcessesResponse_Row struct {
 
 func (x *ProcessesResponse_Row) Reset() {
 	*x = ProcessesResponse_Row{}
-	mi := &file_task_proto_msgTypes[26]
+	mi := &file_task_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2098,7 +2150,7 @@ func (x *ProcessesResponse_Row) String() string {
 func (*ProcessesResponse_Row) ProtoMessage() {}
 
 func (x *ProcessesResponse_Row) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[26]
+	mi := &file_task_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2134,7 +2186,7 @@ type Metrics_BlockIO struct {
 
 func (x *Metrics_BlockIO) Reset() {
 	*x = Metrics_BlockIO{}
-	mi := &file_task_proto_msgTypes[28]
+	mi := &file_task_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +2198,7 @@ func (x *Metrics_BlockIO) String() string {
 func (*Metrics_BlockIO) ProtoMessage() {}
 
 func (x *Metrics_BlockIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[28]
+	mi := &file_task_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2214,7 +2266,7 @@ type Metrics_NetworkIO struct {
 
 func (x *Metrics_NetworkIO) Reset() {
 	*x = Metrics_NetworkIO{}
-	mi := &file_task_proto_msgTypes[29]
+	mi := &file_task_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2278,7 @@ func (x *Metrics_NetworkIO) String() string {
 func (*Metrics_NetworkIO) ProtoMessage() {}
 
 func (x *Metrics_NetworkIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[29]
+	mi := &file_task_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2467,7 +2519,10 @@ const file_task_proto_rawDesc = "" +
 	"tx_dropped\x18\t \x01(\x04R\ttxDropped\"!\n" +
 	"\x0fFlushLogRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x12\n" +
-	"\x10FlushLogResponse\"u\n" +
+	"\x10FlushLogResponse\"7\n" +
+	"\fAwaitRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"u\n" +
 	"\fStreamHeader\x12/\n" +
 	"\x06attach\x18\x01 \x01(\v2\x15.tenon.task.v1.AttachH\x00R\x06attach\x12,\n" +
 	"\x05files\x18\x02 \x01(\v2\x14.tenon.task.v1.FilesH\x00R\x05filesB\x06\n" +
@@ -2527,14 +2582,15 @@ const file_task_proto_rawDesc = "" +
 	"\x0eSTATUS_CREATED\x10\x01\x12\x12\n" +
 	"\x0eSTATUS_RUNNING\x10\x02\x12\x11\n" +
 	"\rSTATUS_PAUSED\x10\x03\x12\x12\n" +
-	"\x0eSTATUS_STOPPED\x10\x042\xb1\x03\n" +
+	"\x0eSTATUS_STOPPED\x10\x042\xef\x03\n" +
 	"\x06Kernel\x12?\n" +
 	"\x04Info\x12\x1a.tenon.task.v1.InfoRequest\x1a\x1b.tenon.task.v1.InfoResponse\x12?\n" +
 	"\x04List\x12\x1a.tenon.task.v1.ListRequest\x1a\x1b.tenon.task.v1.ListResponse\x12>\n" +
 	"\x06Events\x12\x1c.tenon.task.v1.EventsRequest\x1a\x14.tenon.task.v1.Event0\x01\x12N\n" +
 	"\tProcesses\x12\x1f.tenon.task.v1.ProcessesRequest\x1a .tenon.task.v1.ProcessesResponse\x12H\n" +
 	"\aMetrics\x12\x1d.tenon.task.v1.MetricsRequest\x1a\x1e.tenon.task.v1.MetricsResponse\x12K\n" +
-	"\bFlushLog\x12\x1e.tenon.task.v1.FlushLogRequest\x1a\x1f.tenon.task.v1.FlushLogResponseB-Z+tenon.dev/tenon/internal/task/api/v1;taskv1b\x06proto3"
+	"\bFlushLog\x12\x1e.tenon.task.v1.FlushLogRequest\x1a\x1f.tenon.task.v1.FlushLogResponse\x12<\n" +
+	"\x05Await\x12\x1b.tenon.task.v1.AwaitRequest\x1a\x16.tenon.task.v1.ProcessB-Z+tenon.dev/tenon/internal/task/api/v1;taskv1b\x06proto3"
 
 var (
 	file_task_proto_rawDescOnce sync.Once
@@ -2549,7 +2605,7 @@ func file_task_proto_rawDescGZIP() []byte {
 }
 
 var file_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_task_proto_goTypes = []any{
 	(Status)(0),                   // 0: tenon.task.v1.Status
 	(Event_Type)(0),               // 1: tenon.task.v1.Event.Type
@@ -2572,37 +2628,38 @@ var file_task_proto_goTypes = []any{
 	(*Metrics)(nil),               // 18: tenon.task.v1.Metrics
 	(*FlushLogRequest)(nil),       // 19: tenon.task.v1.FlushLogRequest
 	(*FlushLogResponse)(nil),      // 20: tenon.task.v1.FlushLogResponse
-	(*StreamHeader)(nil),          // 21: tenon.task.v1.StreamHeader
-	(*StreamReply)(nil),           // 22: tenon.task.v1.StreamReply
-	(*Attach)(nil),                // 23: tenon.task.v1.Attach
-	(*Files)(nil),                 // 24: tenon.task.v1.Files
-	(*Root)(nil),                  // 25: tenon.task.v1.Root
-	(*Mount)(nil),                 // 26: tenon.task.v1.Mount
-	(*FileStat)(nil),              // 27: tenon.task.v1.FileStat
-	(*Change)(nil),                // 28: tenon.task.v1.Change
-	nil,                           // 29: tenon.task.v1.Log.AttrsEntry
-	(*ProcessesResponse_Row)(nil), // 30: tenon.task.v1.ProcessesResponse.Row
-	nil,                           // 31: tenon.task.v1.Metrics.MemoryStatEntry
-	(*Metrics_BlockIO)(nil),       // 32: tenon.task.v1.Metrics.BlockIO
-	(*Metrics_NetworkIO)(nil),     // 33: tenon.task.v1.Metrics.NetworkIO
+	(*AwaitRequest)(nil),          // 21: tenon.task.v1.AwaitRequest
+	(*StreamHeader)(nil),          // 22: tenon.task.v1.StreamHeader
+	(*StreamReply)(nil),           // 23: tenon.task.v1.StreamReply
+	(*Attach)(nil),                // 24: tenon.task.v1.Attach
+	(*Files)(nil),                 // 25: tenon.task.v1.Files
+	(*Root)(nil),                  // 26: tenon.task.v1.Root
+	(*Mount)(nil),                 // 27: tenon.task.v1.Mount
+	(*FileStat)(nil),              // 28: tenon.task.v1.FileStat
+	(*Change)(nil),                // 29: tenon.task.v1.Change
+	nil,                           // 30: tenon.task.v1.Log.AttrsEntry
+	(*ProcessesResponse_Row)(nil), // 31: tenon.task.v1.ProcessesResponse.Row
+	nil,                           // 32: tenon.task.v1.Metrics.MemoryStatEntry
+	(*Metrics_BlockIO)(nil),       // 33: tenon.task.v1.Metrics.BlockIO
+	(*Metrics_NetworkIO)(nil),     // 34: tenon.task.v1.Metrics.NetworkIO
 }
 var file_task_proto_depIdxs = []int32{
 	6,  // 0: tenon.task.v1.CreateOptions.log:type_name -> tenon.task.v1.Log
-	29, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
+	30, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
 	0,  // 2: tenon.task.v1.Process.status:type_name -> tenon.task.v1.Status
 	9,  // 3: tenon.task.v1.ListResponse.processes:type_name -> tenon.task.v1.Process
 	1,  // 4: tenon.task.v1.Event.type:type_name -> tenon.task.v1.Event.Type
-	30, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
+	31, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
 	18, // 6: tenon.task.v1.MetricsResponse.metrics:type_name -> tenon.task.v1.Metrics
-	31, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
-	32, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
-	33, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
-	23, // 10: tenon.task.v1.StreamHeader.attach:type_name -> tenon.task.v1.Attach
-	24, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
+	32, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
+	33, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
+	34, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
+	24, // 10: tenon.task.v1.StreamHeader.attach:type_name -> tenon.task.v1.Attach
+	25, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
 	2,  // 12: tenon.task.v1.Files.operation:type_name -> tenon.task.v1.Files.Operation
-	25, // 13: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
-	26, // 14: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
-	26, // 15: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
+	26, // 13: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
+	27, // 14: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
+	27, // 15: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
 	3,  // 16: tenon.task.v1.Change.kind:type_name -> tenon.task.v1.Change.Kind
 	7,  // 17: tenon.task.v1.Kernel.Info:input_type -> tenon.task.v1.InfoRequest
 	10, // 18: tenon.task.v1.Kernel.List:input_type -> tenon.task.v1.ListRequest
@@ -2610,14 +2667,16 @@ var file_task_proto_depIdxs = []int32{
 	14, // 20: tenon.task.v1.Kernel.Processes:input_type -> tenon.task.v1.ProcessesRequest
 	16, // 21: tenon.task.v1.Kernel.Metrics:input_type -> tenon.task.v1.MetricsRequest
 	19, // 22: tenon.task.v1.Kernel.FlushLog:input_type -> tenon.task.v1.FlushLogRequest
-	8,  // 23: tenon.task.v1.Kernel.Info:output_type -> tenon.task.v1.InfoResponse
-	11, // 24: tenon.task.v1.Kernel.List:output_type -> tenon.task.v1.ListResponse
-	13, // 25: tenon.task.v1.Kernel.Events:output_type -> tenon.task.v1.Event
-	15, // 26: tenon.task.v1.Kernel.Processes:output_type -> tenon.task.v1.ProcessesResponse
-	17, // 27: tenon.task.v1.Kernel.Metrics:output_type -> tenon.task.v1.MetricsResponse
-	20, // 28: tenon.task.v1.Kernel.FlushLog:output_type -> tenon.task.v1.FlushLogResponse
-	23, // [23:29] is the sub-list for method output_type
-	17, // [17:23] is the sub-list for method input_type
+	21, // 23: tenon.task.v1.Kernel.Await:input_type -> tenon.task.v1.AwaitRequest
+	8,  // 24: tenon.task.v1.Kernel.Info:output_type -> tenon.task.v1.InfoResponse
+	11, // 25: tenon.task.v1.Kernel.List:output_type -> tenon.task.v1.ListResponse
+	13, // 26: tenon.task.v1.Kernel.Events:output_type -> tenon.task.v1.Event
+	15, // 27: tenon.task.v1.Kernel.Processes:output_type -> tenon.task.v1.ProcessesResponse
+	17, // 28: tenon.task.v1.Kernel.Metrics:output_type -> tenon.task.v1.MetricsResponse
+	20, // 29: tenon.task.v1.Kernel.FlushLog:output_type -> tenon.task.v1.FlushLogResponse
+	9,  // 30: tenon.task.v1.Kernel.Await:output_type -> tenon.task.v1.Process
+	24, // [24:31] is the sub-list for method output_type
+	17, // [17:24] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name
 	17, // [17:17] is the sub-list for extension extendee
 	0,  // [0:17] is the sub-list for field type_name
@@ -2628,7 +2687,7 @@ func file_task_proto_init() {
 	if File_task_proto != nil {
 		return
 	}
-	file_task_proto_msgTypes[17].OneofWrappers = []any{
+	file_task_proto_msgTypes[18].OneofWrappers = []any{
 		(*StreamHeader_Attach)(nil),
 		(*StreamHeader_Files)(nil),
 	}
@@ -2638,7 +2697,7 @@ func file_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_task_proto_rawDesc), len(file_task_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -14,6 +14,7 @@ type KernelService interface {
 	Processes(context.Context, *ProcessesRequest) (*ProcessesResponse, error)
 	Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error)
 	FlushLog(context.Context, *FlushLogRequest) (*FlushLogResponse, error)
+	Await(context.Context, *AwaitRequest) (*Process, error)
 }
 
 type Kernel_EventsServer interface {
@@ -67,6 +68,13 @@ func RegisterKernelService(srv *ttrpc.Server, svc KernelService) {
 				}
 				return svc.FlushLog(ctx, &req)
 			},
+			"Await": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AwaitRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Await(ctx, &req)
+			},
 		},
 		Streams: map[string]ttrpc.Stream{
 			"Events": {
@@ -91,6 +99,7 @@ type KernelClient interface {
 	Processes(context.Context, *ProcessesRequest) (*ProcessesResponse, error)
 	Metrics(context.Context, *MetricsRequest) (*MetricsResponse, error)
 	FlushLog(context.Context, *FlushLogRequest) (*FlushLogResponse, error)
+	Await(context.Context, *AwaitRequest) (*Process, error)
 }
 
 type kernelClient struct {
@@ -167,6 +176,14 @@ func (c *kernelClient) Metrics(ctx context.Context, req *MetricsRequest) (*Metri
 func (c *kernelClient) FlushLog(ctx context.Context, req *FlushLogRequest) (*FlushLogResponse, error) {
 	var resp FlushLogResponse
 	if err := c.client.Call(ctx, "tenon.task.v1.Kernel", "FlushLog", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *kernelClient) Await(ctx context.Context, req *AwaitRequest) (*Process, error) {
+	var resp Process
+	if err := c.client.Call(ctx, "tenon.task.v1.Kernel", "Await", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
