@@ -1,0 +1,44 @@
+# Tenon. Everything a newcomer needs is one word; see README.md.
+BIN     := bin
+PROGS   := tenon tenond tenon-shim tenon-dns
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X tenon.dev/tenon/internal/version.Version=$(VERSION)
+export CGO_ENABLED := 0
+
+.PHONY: all build run stop clean-state test vet fuzz bench install help
+all: build
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+build: ## the programs, into bin/
+	@mkdir -p $(BIN)
+	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGS))
+	@ln -sf tenon-shim $(BIN)/tenon-oci
+
+run: ## install what is missing, build, start the daemon, run real containers
+	@scripts/run
+
+stop: ## stop all containers and the daemon, leave nothing behind
+	@scripts/stop
+
+clean-state: ## remove the state (images, volumes, containers) of a stopped daemon
+	@scripts/clean-state
+
+test: ## install what the tests need and run all of them
+	@scripts/test
+
+vet: ## formatting and static checks
+	@scripts/vet
+
+fuzz: ## each fuzzer for a while (FUZZTIME=30s)
+	@scripts/fuzz
+
+bench: build ## compare with peers, installing them first
+	@bench/run
+
+install: build ## into PREFIX (default /usr/local), with the systemd unit
+	install -d $(DESTDIR)$(or $(PREFIX),/usr/local)/bin $(DESTDIR)/etc/tenon $(DESTDIR)/lib/systemd/system
+	install -m 755 $(addprefix $(BIN)/,$(PROGS)) $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/
+	ln -sf tenon-shim $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/tenon-oci
+	sed 's#@PREFIX@#$(or $(PREFIX),/usr/local)#' packaging/tenond.service > $(DESTDIR)/lib/systemd/system/tenond.service
