@@ -1,0 +1,233 @@
+// Package host is the sandbox of the host's own kernel: one tenon-shim process
+// for all containers of a daemon, which outlives the daemon.
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/task"
+)
+
+// Config says where the shim is and where it works.
+type Config struct {
+	// Shim is the path of the tenon-shim program. Required.
+	Shim string
+	// RunRoot is the daemon's run root; the shim's socket is RunRoot/shim.sock. Required.
+	RunRoot string
+	// Name is the daemon's prefix.
+	Name string
+	Log  *slog.Logger
+}
+
+// Host is the host's kernel.
+type Host struct {
+	cfg   Config
+	facts sandbox.Facts
+
+	mu sync.Mutex // held while a shim is being started
+}
+
+var _ sandbox.Sandbox = (*Host)(nil)
+
+// New reads the kernel's facts; it starts nothing.
+func New(cfg Config) (*Host, error) {
+	h := &Host{cfg: cfg}
+	if err := h.readFacts(); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// ID is "host".
+func (h *Host) ID() string { return "host" }
+
+// Isolation is "process".
+func (h *Host) Isolation() string { return "process" }
+
+// Facts are the host's.
+func (h *Host) Facts() sandbox.Facts { return h.facts }
+
+func (h *Host) readFacts() error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return fmt.Errorf("host: boot id: %w", err)
+	}
+	h.facts.BootID = strings.TrimSpace(string(boot))
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return fmt.Errorf("host: uname: %w", err)
+	}
+	h.facts.KernelRelease = unix.ByteSliceToString(u.Release[:])
+	var st unix.Statfs_t
+	h.facts.CgroupV2 = unix.Statfs("/sys/fs/cgroup", &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return fmt.Errorf("host: sysinfo: %w", err)
+	}
+	h.facts.Memory = int64(si.Totalram) * int64(si.Unit)
+	h.facts.Swap = int64(si.Totalswap) * int64(si.Unit)
+	h.facts.CPUs = runtime.NumCPU()
+	return nil
+}
+
+// Socket is where the shim listens.
+func (h *Host) Socket() string { return filepath.Join(h.cfg.RunRoot, "shim.sock") }
+
+// startTime is how long a new shim may take until it listens.
+const startTime = 10 * time.Second
+
+// Connect connects to the daemon's shim and starts one if none listens.
+func (h *Host) Connect(ctx context.Context) (*task.Client, bool, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c, err := task.Dial(ctx, h.Socket()); err == nil {
+		if _, err := c.Info(ctx); err == nil {
+			return c, false, nil
+		}
+		c.Close()
+	}
+	c, err := h.start(ctx)
+	return c, err == nil, err
+}
+
+// start runs the shim in a session of its own, so that neither the daemon's
+// end nor its terminal reaches it.
+func (h *Host) start(ctx context.Context) (*task.Client, error) {
+	dir := h.cfg.RunRoot
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("shim: %w", err)
+	}
+	logFile, err := os.OpenFile(filepath.Join(dir, "shim.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("shim: %w", err)
+	}
+	defer logFile.Close()
+	cmd := exec.Command(h.cfg.Shim, "serve", "--run-root", dir, "--socket", h.Socket(), "--name", h.cfg.Name)
+	cmd.Stdout, cmd.Stderr = logFile, logFile
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w (install tenon-shim beside tenond): %w", h.cfg.Shim, err, errdefs.ErrUnavailable)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }() // also reaps it, if it ends while we live
+	deadline := time.Now().Add(startTime)
+	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		if c, err := task.Dial(ctx, h.Socket()); err == nil {
+			if _, err = c.Info(ctx); err == nil {
+				h.cfg.Log.Info("shim started", "pid", cmd.Process.Pid)
+				return c, nil
+			}
+			c.Close()
+		}
+		select {
+		case err := <-ended:
+			return nil, fmt.Errorf("shim ended while starting (%v); see %s: %w", err, logFile.Name(), errdefs.ErrUnavailable)
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(pause):
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("shim does not answer on %s after %v; see %s: %w", h.Socket(), startTime, logFile.Name(), errdefs.ErrUnavailable)
+		}
+	}
+}
+
+// Prepare passes on what it is given: host paths are what the host's shim needs.
+func (h *Host) Prepare(_ context.Context, o sandbox.Handover) (sandbox.Prepared, error) {
+	return sandbox.Prepared{Rootfs: o.Root, NetNS: o.NetNS}, nil
+}
+
+func (h *Host) shmPath(id string) string { return filepath.Join(h.cfg.RunRoot, "shm", id) }
+
+// Release unmounts the shared memory, if there is any.
+func (h *Host) Release(_ context.Context, id string) error {
+	dir := h.shmPath(id)
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
+		return fmt.Errorf("unmount %s: %w", dir, err)
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("shared memory: %w", err)
+	}
+	return nil
+}
+
+// SharedMemory mounts a tmpfs under the run root.
+func (h *Host) SharedMemory(_ context.Context, id string, size int64) (string, error) {
+	dir := h.shmPath(id)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("shared memory: %w", err)
+	}
+	var st unix.Stat_t
+	var parent unix.Stat_t
+	if unix.Stat(dir, &st) == nil && unix.Stat(filepath.Dir(dir), &parent) == nil && st.Dev != parent.Dev {
+		return dir, nil // mounted already
+	}
+	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("mode=1777,size=%d", size)); err != nil {
+		return "", fmt.Errorf("shared memory: mount tmpfs on %s: %w", dir, err)
+	}
+	return dir, nil
+}
+
+// nsNames are the names in /proc/PID/ns.
+var nsNames = map[specs.LinuxNamespaceType]string{
+	specs.PIDNamespace: "pid", specs.NetworkNamespace: "net", specs.MountNamespace: "mnt", specs.IPCNamespace: "ipc",
+	specs.UTSNamespace: "uts", specs.UserNamespace: "user", specs.CgroupNamespace: "cgroup", specs.TimeNamespace: "time",
+}
+
+// NamespacePath is in /proc.
+func (h *Host) NamespacePath(pid int, t specs.LinuxNamespaceType) string {
+	return fmt.Sprintf("/proc/%d/ns/%s", pid, nsNames[t])
+}
+
+// BindSource checks, and makes, a directory of the host.
+func (h *Host) BindSource(path string, create bool) error {
+	_, err := os.Stat(path)
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("bind source: %w", err)
+	}
+	if !create {
+		return errdefs.ErrInvalidArgument.WithMessage("bind source path does not exist: " + path)
+	}
+	if err := os.MkdirAll(path, 0o755); err != nil {
+		return fmt.Errorf("bind source: %w", err)
+	}
+	return nil
+}
+
+// inits are where --init's program may be, in the order of preference.
+var inits = []string{"/usr/bin/tini-static", "/usr/local/bin/docker-init", "/usr/bin/docker-init", "/usr/libexec/docker/docker-init", "/usr/libexec/podman/catatonit", "/usr/bin/catatonit"}
+
+// Init finds a static init program.
+func (h *Host) Init() (string, error) {
+	for _, p := range inits {
+		if st, err := os.Stat(p); err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0 {
+			return p, nil
+		}
+	}
+	return "", errdefs.ErrFailedPrecondition.WithMessage("--init needs tini, docker-init or catatonit on the host: install one (Debian: apt-get install tini)")
+}

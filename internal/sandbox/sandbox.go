@@ -1,0 +1,77 @@
+// Package sandbox is the contract of a kernel that containers run on: the
+// host's (package host), or a virtual machine's. The engine asks a Sandbox for
+// its shim and for the few facts and preparations that depend on the kernel,
+// and does everything else through the shim's Task API.
+//
+// A sandbox's paths, pids and devices mean something on its own kernel only.
+// What the engine hands over (roots, network namespaces, directories) it hands
+// over by Prepare, which answers with what the container's specification must
+// say on that kernel.
+package sandbox
+
+import (
+	"context"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/task"
+)
+
+// Facts describe a kernel.
+type Facts struct {
+	BootID        string // differs for each boot
+	KernelRelease string
+	CgroupV2      bool // the unified hierarchy alone
+	CPUs          int
+	Memory        int64 // bytes
+	Swap          int64 // bytes
+}
+
+// Handover is what the engine made for a container on the host.
+type Handover struct {
+	ID    string
+	Root  []task.Mount // mounts of the root file system
+	NetNS string       // path of the network namespace; empty: the kernel's own network
+}
+
+// Prepared is how the container's kernel sees what was handed over.
+type Prepared struct {
+	Rootfs []task.Mount
+	NetNS  string
+}
+
+// Sandbox is one kernel. Its methods are safe for concurrent use.
+type Sandbox interface {
+	// ID names the kernel: "host", or a machine.
+	ID() string
+	// Isolation is what inspect shows as the level: "process", "vm", …
+	Isolation() string
+	// Facts are of the kernel as it runs now.
+	Facts() Facts
+	// Connect finds the shim, or starts one, and returns a new connection to
+	// it. started says that there was none: whatever ran on an earlier one is
+	// gone. The caller closes the connection.
+	Connect(ctx context.Context) (c *task.Client, started bool, err error)
+	// Prepare hands over a container's things; Release takes them back and is
+	// no error for a container that has none.
+	Prepare(ctx context.Context, h Handover) (Prepared, error)
+	Release(ctx context.Context, id string) error
+	// SharedMemory makes a tmpfs of size bytes that several containers mount
+	// as /dev/shm, named by the container that owns it (until its Release).
+	SharedMemory(ctx context.Context, id string, size int64) (path string, err error)
+	// NamespacePath is a namespace of the process pid.
+	NamespacePath(pid int, t specs.LinuxNamespaceType) string
+	// Devices finds a device node, or all below a directory, and where they
+	// stand in the container. NotFound, InvalidArgument (not a device).
+	Devices(path, target, access string) ([]spec.Device, error)
+	// AllDevices lists the kernel's, for --privileged.
+	AllDevices() ([]spec.Device, error)
+	// BlockDevice returns the numbers of a block device.
+	BlockDevice(path string) (major, minor uint32, err error)
+	// BindSource checks the source of a bind mount and makes a missing
+	// directory if asked to. NotFound if there is none.
+	BindSource(path string, create bool) error
+	// Init is the path of the program that --init puts first.
+	Init() (string, error)
+}
