@@ -1,0 +1,98 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// Case is one line of a table: a request to an Env, measured several times.
+type Case struct {
+	Name    string
+	Env     *Env
+	Request func(i int) Request
+	Before  func(i int) error // not measured
+	After   func(i int) error // not measured
+	Err     error             // it cannot be measured, and why
+}
+
+// measure runs the cases interleaved (A B C A B C …), after warm-up rounds,
+// and prints medians. Ratios are to the case named base.
+func (b *Bench) measure(base string, warm, n int, cases []*Case) {
+	times := make([][]time.Duration, len(cases))
+	for round := range warm + n {
+		for i, c := range cases {
+			if c.Err != nil {
+				continue
+			}
+			d, err := c.once(round)
+			if err != nil {
+				c.Err = err
+			} else if round >= warm {
+				times[i] = append(times[i], d)
+			}
+		}
+	}
+	var baseline time.Duration
+	for i, c := range cases {
+		if c.Name == base && c.Err == nil {
+			baseline = quantile(times[i], 0.5)
+		}
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintf(w, "\tmedian\tp10\tp90\tratio to %s\t\n", base)
+	for i, c := range cases {
+		if c.Err != nil {
+			fmt.Fprintf(w, "%s\t–\t\t\t\t\n", c.Name)
+			continue
+		}
+		ratio := "–"
+		if baseline > 0 {
+			ratio = fmt.Sprintf("%.2f", float64(quantile(times[i], 0.5))/float64(baseline))
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t\n", c.Name,
+			ms(quantile(times[i], 0.5)), ms(quantile(times[i], 0.1)), ms(quantile(times[i], 0.9)), ratio)
+	}
+	w.Flush()
+	for _, c := range cases {
+		if c.Err != nil {
+			fmt.Printf("  %s: %s\n", c.Name, strings.TrimSpace(c.Err.Error()))
+		}
+	}
+	fmt.Println()
+}
+
+func (c *Case) once(i int) (time.Duration, error) {
+	if c.Before != nil {
+		if err := c.Before(i); err != nil {
+			return 0, err
+		}
+	}
+	r := c.Request(i)
+	r.First = i * max(r.Count, 1)
+	res, err := c.Env.must(r)
+	if c.After != nil {
+		if aerr := c.After(i); err == nil {
+			err = aerr
+		}
+	}
+	return res.Elapsed(), err
+}
+
+func quantile(d []time.Duration, q float64) time.Duration {
+	if len(d) == 0 {
+		return 0
+	}
+	s := slices.Sorted(slices.Values(d))
+	return s[int(q*float64(len(s)-1)+0.5)]
+}
+
+func ms(d time.Duration) string {
+	if d > 10*time.Second {
+		return fmt.Sprintf("%.1f s", d.Seconds())
+	}
+	return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000)
+}
