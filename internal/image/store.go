@@ -3,111 +3,387 @@ package image
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 
-	"github.com/moby/moby/api/types/image"
-	"github.com/moby/moby/api/types/registry"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 )
 
 // Store is the image store.
-type Store struct{ cfg Config }
+type Store struct {
+	cfg     Config
+	log     *slog.Logger
+	db      *bolt.DB
+	content content.Store
+	boot    string
+	ctx     context.Context // ends with Close
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	closed  sync.Once
+	locks   keyLocks
+	fetches chan struct{} // slots
+	unpacks chan struct{}
 
-var errSkeleton = errors.New("not built yet")
+	gate     sync.RWMutex // held shared while blobs or layers may be unreferenced
+	gcWanted atomic.Bool
+	gcKick   chan struct{}
+	flush    chan struct{}
 
-// Open opens or makes the store under cfg.Root.
-func Open(ctx context.Context, cfg Config) (*Store, error) { return nil, errSkeleton }
+	dbMu sync.Mutex // one update at a time
 
-// Close waits for background work and closes the store.
-func (s *Store) Close() error { return nil }
-
-// Resolve finds an image by name, ID or unique prefix of an ID, for the given
-// platform (nil: the default one). It is answered from memory.
-// errdefs.ErrNotFound when there is none, or none for the platform (the message
-// names those there are); errdefs.ErrInvalidArgument for an ambiguous prefix or
-// a malformed name.
-func (s *Store) Resolve(ctx context.Context, ref string, platform *ocispec.Platform) (*Image, error) {
-	return nil, errSkeleton
+	mu     sync.RWMutex
+	recs   map[digest.Digest]*record      // by target
+	names  map[string]digest.Digest       // canonical name to target
+	layers map[digest.Digest]*layerRecord // by chain ID
+	images map[imageKey]*Image            // what Resolve has answered
+	lowers map[digest.Digest][]string     // what Layers has answered, by chain ID
+	held   map[string]int                 // holds by image ID
 }
 
-// Layers returns the image's overlay lower directories, topmost first,
-// unpacking them if that has not been done.
-func (s *Store) Layers(ctx context.Context, img *Image) ([]string, error) { return nil, errSkeleton }
-
-// Pull fetches and unpacks ref from its registry.
-func (s *Store) Pull(ctx context.Context, ref string, opts PullOptions) (*Image, error) {
-	return nil, errSkeleton
+type imageKey struct {
+	target   digest.Digest
+	platform string
 }
 
-// Push sends ref to its registry.
-func (s *Store) Push(ctx context.Context, ref string, opts PushOptions) error { return errSkeleton }
+const (
+	defaultLayerBytes    = 64 << 30
+	defaultLayerEntries  = 4 << 20
+	defaultBlobBytes     = 64 << 30
+	defaultManifestBytes = 8 << 20
+	defaultFreeBytes     = 256 << 20
+)
 
-// Load reads a docker archive or an OCI layout.
-func (s *Store) Load(ctx context.Context, r io.Reader, opts LoadOptions) ([]Loaded, error) {
-	return nil, errSkeleton
+// Open opens or makes the store under cfg.Root and starts collecting what an
+// earlier process left unfinished.
+func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
+	if cfg.Root == "" {
+		return nil, fmt.Errorf("image store: no root directory: %w", errdefs.ErrInvalidArgument)
+	}
+	setDefault(&cfg.Limits.LayerBytes, defaultLayerBytes)
+	setDefault(&cfg.Limits.LayerEntries, defaultLayerEntries)
+	setDefault(&cfg.Limits.BlobBytes, defaultBlobBytes)
+	setDefault(&cfg.Limits.ManifestBytes, defaultManifestBytes)
+	setDefault(&cfg.Limits.FreeBytes, defaultFreeBytes)
+	setDefault(&cfg.Downloads, 4)
+	setDefault(&cfg.Unpacks, max(2, runtime.GOMAXPROCS(0)))
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Platform == nil {
+		p := platforms.DefaultSpec()
+		cfg.Platform = &p
+	}
+	s := &Store{
+		cfg: cfg, log: cfg.Log, boot: bootID(),
+		fetches: make(chan struct{}, cfg.Downloads), unpacks: make(chan struct{}, cfg.Unpacks),
+		gcKick: make(chan struct{}, 1), flush: make(chan struct{}, 1),
+		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
+		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
+		lowers: map[digest.Digest][]string{}, held: map[string]int{},
+	}
+	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir()} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("image store: %w", err)
+		}
+	}
+	if err := s.openDB(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.db.Close()
+		}
+	}()
+	if s.content, err = local.NewStore(filepath.Join(cfg.Root, "content")); err != nil {
+		return nil, fmt.Errorf("image store: %w", err)
+	}
+	if err := s.readDB(); err != nil {
+		return nil, err
+	}
+	// The process that had these is gone: the database's lock is ours.
+	s.discardAll(s.ingestDir())
+	s.discardAll(s.layerTmp())
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	s.checkUnflushed(ctx)
+	s.wg.Add(2)
+	go s.flusher()
+	go s.collector()
+	s.gcSoon()
+	return s, nil
 }
 
-// Save writes images as an archive that is both an OCI layout and a docker archive.
-func (s *Store) Save(ctx context.Context, w io.Writer, refs []string, platform *ocispec.Platform) error {
-	return errSkeleton
+func setDefault[T int | int64](v *T, def T) {
+	if *v <= 0 {
+		*v = def
+	}
 }
 
-// Import makes an image of one layer from a root file system's tar.
-func (s *Store) Import(ctx context.Context, r io.Reader, opts ImportOptions) (*Image, error) {
-	return nil, errSkeleton
+// Close stops background work and closes the store. Operations must have ended.
+func (s *Store) Close() error {
+	var err error
+	s.closed.Do(func() {
+		s.cancel()
+		s.wg.Wait()
+		err = s.db.Close()
+	})
+	return err
 }
 
-// Commit makes an image from a parent and a layer of changes.
-func (s *Store) Commit(ctx context.Context, opts CommitOptions) (*Image, error) {
-	return nil, errSkeleton
+// Content is the store's blobs as containerd's interface, for reading.
+func (s *Store) Content() content.Provider { return s.content }
+
+func (s *Store) blobDir(a digest.Algorithm) string {
+	return filepath.Join(s.cfg.Root, "content", "blobs", a.String())
+}
+func (s *Store) ingestDir() string { return filepath.Join(s.cfg.Root, "content", "ingest-t") }
+func (s *Store) layersDir() string { return filepath.Join(s.cfg.Root, "layers") }
+func (s *Store) layerTmp() string  { return filepath.Join(s.cfg.Root, "layers", "tmp") }
+func (s *Store) trashDir() string  { return filepath.Join(s.cfg.Root, "trash") }
+
+func (s *Store) blobPath(d digest.Digest) string {
+	return filepath.Join(s.blobDir(d.Algorithm()), d.Encoded())
 }
 
-// Tag gives the image that ref resolves to the name target.
-func (s *Store) Tag(ctx context.Context, ref, target string) error { return errSkeleton }
-
-// Remove removes a name, and the image with its last name.
-func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUse func(id string) []string) ([]image.DeleteResponse, error) {
-	return nil, errSkeleton
+// layerDir is short, so that some 60 of them fit the 4 KiB of mount options.
+func (s *Store) layerDir(chain digest.Digest) string {
+	return filepath.Join(s.layersDir(), chain.Encoded()[:32])
 }
 
-// List returns the images that pass the filters, newest first.
-func (s *Store) List(ctx context.Context, opts ListOptions) ([]image.Summary, error) {
-	return nil, errSkeleton
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "unknown"
+	}
+	return strings.TrimSpace(string(b))
 }
 
-// History returns an image's history, newest first.
-func (s *Store) History(ctx context.Context, ref string, platform *ocispec.Platform) ([]image.HistoryResponseItem, error) {
-	return nil, errSkeleton
+// begin starts an operation that writes blobs or layers: until end is called
+// nothing is collected. It fails after Close.
+func (s *Store) begin() (end func(), err error) {
+	if s.ctx.Err() != nil {
+		return nil, fmt.Errorf("image store is closed: %w", errdefs.ErrUnavailable)
+	}
+	s.gate.RLock()
+	return sync.OnceFunc(func() {
+		s.gate.RUnlock()
+		if s.gcWanted.Load() {
+			s.kick()
+		}
+	}), nil
 }
 
-// Inspect returns an image as the Docker API's inspect shows it.
-func (s *Store) Inspect(ctx context.Context, ref string, platform *ocispec.Platform, manifests bool) (*image.InspectResponse, error) {
-	return nil, errSkeleton
+// Hold keeps an image (by its ID) from being removed until release is called:
+// for the time between resolving it and recording the container that uses it.
+func (s *Store) Hold(id string) (release func()) {
+	s.mu.Lock()
+	s.held[id]++
+	s.mu.Unlock()
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.held[id]--; s.held[id] == 0 {
+			delete(s.held, id)
+		}
+	})
 }
 
-// Prune removes unused images: dangling ones, or with the filter dangling=false all that no container uses.
-// It returns what was removed and the bytes freed.
-func (s *Store) Prune(ctx context.Context, f Filters, inUse func(id string) []string) ([]image.DeleteResponse, uint64, error) {
-	return nil, 0, errSkeleton
+func (s *Store) event(action, id, ref string, attrs map[string]string) {
+	if s.cfg.OnEvent == nil {
+		return
+	}
+	if attrs == nil {
+		attrs = map[string]string{}
+	}
+	if ref != "" {
+		attrs["name"] = ref
+	}
+	s.cfg.OnEvent(Event{Action: action, ID: id, Ref: ref, Attributes: attrs, Time: time.Now()})
 }
 
-// DiskUsage tells what images take; verbose adds the items.
-func (s *Store) DiskUsage(ctx context.Context, verbose bool) (*image.DiskUsage, error) {
-	return nil, errSkeleton
+// flusher brings to the disk what operations wrote, and then says so in the
+// records.
+func (s *Store) flusher() {
+	defer s.wg.Done()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.flush:
+		}
+		if err := s.syncNow(); err != nil {
+			s.log.Warn("image files not flushed to disk", "err", err)
+		}
+	}
 }
 
-// Search is answered with errdefs.ErrNotImplemented: there is no registry to ask.
-func (s *Store) Search(ctx context.Context, term string) error { return errSkeleton }
-
-// Distribution asks the registry about ref without pulling it.
-func (s *Store) Distribution(ctx context.Context, ref string, auth *registry.AuthConfig) (*registry.DistributionInspect, error) {
-	return nil, errSkeleton
+func (s *Store) flushSoon() {
+	select {
+	case s.flush <- struct{}{}:
+	default:
+	}
 }
 
-// CheckAuth tries credentials at their server; it returns Docker's status line.
-func (s *Store) CheckAuth(ctx context.Context, auth registry.AuthConfig) (string, error) {
-	return "", errSkeleton
+func (s *Store) syncNow() error {
+	s.mu.RLock()
+	var recs []digest.Digest
+	var layers []digest.Digest
+	for d, r := range s.recs {
+		if r.Boot != "" {
+			recs = append(recs, d)
+		}
+	}
+	for d, l := range s.layers {
+		if l.Boot != "" {
+			layers = append(layers, d)
+		}
+	}
+	s.mu.RUnlock()
+	f, err := os.Open(s.cfg.Root)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return os.NewSyscallError("syncfs", err)
+	}
+	return s.update(func(b *batch) error {
+		for _, d := range recs {
+			if r := b.record(d); r != nil {
+				r.Boot = ""
+			}
+		}
+		for _, d := range layers {
+			if l := b.layer(d); l != nil && l.saved {
+				l.Boot = ""
+				b.layers[d] = l
+			}
+		}
+		return nil
+	})
 }
 
-// BootstrapBusybox makes busybox:latest from Debian's busybox-static (/bin/busybox).
-func (s *Store) BootstrapBusybox(ctx context.Context) (*Image, error) { return nil, errSkeleton }
+// checkUnflushed looks at the images whose files may not have reached the disk
+// before the machine went down. Their layers are unpacked anew when needed;
+// images with a missing or damaged blob are dropped.
+func (s *Store) checkUnflushed(ctx context.Context) {
+	var bad []digest.Digest
+	var stale []digest.Digest
+	for d, l := range s.layers {
+		if l.Boot != "" && l.Boot != s.boot {
+			stale = append(stale, d)
+		}
+	}
+	for d, r := range s.recs {
+		if r.Boot == "" || r.Boot == s.boot {
+			continue
+		}
+		if err := s.verifyImage(r.Target); err != nil {
+			s.log.Error("image lost in a crash of the machine", "image", d.String(), "names", r.Names, "err", err)
+			bad = append(bad, d)
+		}
+	}
+	if len(bad)+len(stale) == 0 {
+		return
+	}
+	err := s.update(func(b *batch) error {
+		for _, d := range bad {
+			b.recs[d] = nil
+		}
+		for _, d := range stale {
+			b.layers[d] = nil
+		}
+		return nil
+	})
+	if err != nil {
+		s.log.Error("lost images not forgotten", "err", err)
+	}
+}
+
+func (s *Store) verifyImage(target ocispec.Descriptor) error {
+	blobs, _, err := s.reach(target)
+	if err != nil {
+		return err
+	}
+	for d := range blobs {
+		f, err := os.Open(s.blobPath(d))
+		if err != nil {
+			return err
+		}
+		v := d.Verifier()
+		_, err = io.Copy(v, f)
+		f.Close()
+		if err != nil {
+			return err
+		}
+		if !v.Verified() {
+			return fmt.Errorf("blob %s is damaged: %w", d, errdefs.ErrDataLoss)
+		}
+	}
+	return nil
+}
+
+// keyLocks are locks by name that can be waited for with a context.
+type keyLocks struct {
+	mu sync.Mutex
+	m  map[string]*keyLock
+}
+
+type keyLock struct {
+	c     chan struct{}
+	users int
+}
+
+func (k *keyLocks) lock(ctx context.Context, key string) (unlock func(), err error) {
+	k.mu.Lock()
+	if k.m == nil {
+		k.m = map[string]*keyLock{}
+	}
+	l := k.m[key]
+	if l == nil {
+		l = &keyLock{c: make(chan struct{}, 1)}
+		k.m[key] = l
+	}
+	l.users++
+	k.mu.Unlock()
+	leave := func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if l.users--; l.users == 0 {
+			delete(k.m, key)
+		}
+	}
+	select {
+	case l.c <- struct{}{}:
+		return func() { <-l.c; leave() }, nil
+	case <-ctx.Done():
+		leave()
+		return nil, context.Cause(ctx)
+	}
+}
+
+// slot takes a place in a semaphore.
+func slot(ctx context.Context, c chan struct{}) (release func(), err error) {
+	select {
+	case c <- struct{}{}:
+		return func() { <-c }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func isNotExist(err error) bool { return errors.Is(err, os.ErrNotExist) }

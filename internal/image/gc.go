@@ -1,0 +1,159 @@
+package image
+
+import (
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+)
+
+// gcSoon asks the collector to look for garbage when nothing is being written.
+func (s *Store) gcSoon() {
+	s.gcWanted.Store(true)
+	s.kick()
+}
+
+func (s *Store) kick() {
+	select {
+	case s.gcKick <- struct{}{}:
+	default:
+	}
+}
+
+func (s *Store) collector() {
+	defer s.wg.Done()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.gcKick:
+		}
+		s.emptyTrash()
+		if !s.gcWanted.Load() || !s.gate.TryLock() {
+			continue // the end of the operation kicks again
+		}
+		s.gcWanted.Store(false)
+		n, err := s.collect()
+		s.gate.Unlock()
+		if err != nil {
+			s.log.Error("garbage not collected", "err", err)
+		} else if n > 0 {
+			s.log.Debug("garbage collected", "objects", n)
+		}
+		s.emptyTrash()
+	}
+}
+
+func (s *Store) emptyTrash() {
+	ents, err := os.ReadDir(s.trashDir())
+	if err != nil {
+		return
+	}
+	for _, e := range ents {
+		if s.ctx.Err() != nil {
+			return
+		}
+		if err := os.RemoveAll(filepath.Join(s.trashDir(), e.Name())); err != nil {
+			s.log.Warn("garbage not deleted", "path", e.Name(), "err", err)
+		}
+	}
+}
+
+// collect moves blobs and layers that no image needs into the trash. The gate
+// must be held alone.
+func (s *Store) collect() (n int, err error) {
+	blobs, chains, err := s.marked()
+	if err != nil {
+		return 0, err
+	}
+	trash := func(path string) {
+		if err := os.Rename(path, filepath.Join(s.trashDir(), filepath.Base(path))); err != nil {
+			_ = os.RemoveAll(path) // something of that name is in the trash already
+		}
+		n++
+	}
+	dirs := map[string]bool{"tmp": true}
+	for c := range chains {
+		dirs[filepath.Base(s.layerDir(c))] = true
+	}
+	var gone []digest.Digest
+	s.mu.RLock()
+	for c := range s.layers {
+		if !chains[c] {
+			gone = append(gone, c)
+		}
+	}
+	s.mu.RUnlock()
+	if len(gone) > 0 {
+		// First the records, then the files.
+		err := s.update(func(b *batch) error {
+			for _, c := range gone {
+				b.layers[c] = nil
+			}
+			return nil
+		})
+		if err != nil {
+			return 0, err
+		}
+	}
+	ents, err := os.ReadDir(s.layersDir())
+	if err != nil {
+		return n, err
+	}
+	s.mu.RLock()
+	for c := range chains {
+		if s.layers[c] == nil {
+			delete(dirs, filepath.Base(s.layerDir(c))) // no record: half-made
+		}
+	}
+	s.mu.RUnlock()
+	for _, e := range ents {
+		if !dirs[e.Name()] {
+			trash(filepath.Join(s.layersDir(), e.Name()))
+		}
+	}
+	for _, a := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
+		ents, err := os.ReadDir(s.blobDir(a))
+		if isNotExist(err) {
+			continue
+		}
+		if err != nil {
+			return n, err
+		}
+		for _, e := range ents {
+			if !blobs[digest.NewDigestFromEncoded(a, e.Name())] {
+				trash(filepath.Join(s.blobDir(a), e.Name()))
+			}
+		}
+	}
+	return n, nil
+}
+
+// marked lists what the images need.
+func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
+	blobs, chains = map[digest.Digest]bool{}, map[digest.Digest]bool{}
+	s.mu.RLock()
+	recs := make([]*record, 0, len(s.recs))
+	for _, r := range s.recs {
+		recs = append(recs, r)
+	}
+	s.mu.RUnlock()
+	for _, r := range recs {
+		b, c, err := s.reach(r.Target)
+		if errdefs.IsNotFound(err) {
+			continue // its very target is gone: it needs nothing
+		}
+		if err != nil {
+			// An image that cannot be read keeps everything, until it is removed.
+			return nil, nil, err
+		}
+		for d := range b {
+			blobs[d] = true
+		}
+		for _, d := range c {
+			chains[d] = true
+		}
+	}
+	return blobs, chains, nil
+}
