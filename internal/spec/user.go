@@ -1,0 +1,64 @@
+package spec
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/user"
+)
+
+// ResolveUser finds who text ("", "name", "uid", "name:group", …) is by the
+// image's /etc/passwd and /etc/group (either may be nil), with groupAdd as
+// further groups. What does not fit into 31 bits is refused: it would wrap
+// around to root (CVE-2024-40635).
+func ResolveUser(text string, groupAdd []string, passwd, group []byte) (User, error) {
+	reader := func(b []byte) io.Reader {
+		if b == nil {
+			return nil
+		}
+		return strings.NewReader(string(b))
+	}
+	e, err := user.GetExecUser(text, nil, reader(passwd), reader(group))
+	if err != nil {
+		if errors.Is(err, user.ErrRange) {
+			return User{}, invalid("uids and gids must be in range 0-2147483647: %q", text)
+		}
+		return User{}, invalid("%v", err)
+	}
+	u := User{UID: uint32(e.Uid), GID: uint32(e.Gid), Home: e.Home}
+	gids := e.Sgids
+	if len(groupAdd) > 0 {
+		more, err := user.GetAdditionalGroups(groupAdd, reader(group))
+		if err != nil {
+			return User{}, invalid("%v", err)
+		}
+		gids = append(gids, more...)
+	}
+	if len(gids) > 0 {
+		u.Additional = append(u.Additional, u.GID)
+	}
+	for _, g := range gids {
+		if g < 0 || g > 1<<31-1 {
+			return User{}, invalid("uids and gids must be in range 0-2147483647: group %d", g)
+		}
+		if !slices.Contains(u.Additional, uint32(g)) {
+			u.Additional = append(u.Additional, uint32(g))
+		}
+	}
+	return u, nil
+}
+
+// MaxAccounts bounds /etc/passwd and /etc/group, which an image writes.
+const MaxAccounts = 4 << 20
+
+// ReadAccounts reads one of them whole.
+func ReadAccounts(r io.Reader) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r, MaxAccounts+1))
+	if err == nil && len(b) > MaxAccounts {
+		err = fmt.Errorf("more than %d bytes", MaxAccounts)
+	}
+	return b, err
+}
