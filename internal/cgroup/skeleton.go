@@ -54,3 +54,9 @@ func (g *Group) OOM(ctx context.Context) (<-chan uint64, error) {
 // Delete removes the group and all groups below it. Processes must be gone; it
 // waits for dying ones until ctx is done. A group that is gone is no error.
 func (g *Group) Delete(ctx context.Context) error { return nil }
+
+// JoinV1 are the group's directories on v1.
+func (g *Group) JoinV1() []string { return nil }
+
+// V2 is the group's directory on v2, empty for none.
+func (g *Group) V2() string { return "" }

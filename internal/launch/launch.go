@@ -41,6 +41,9 @@ type Options struct {
 	// Preserve is the number of descriptors from 3 on that the program
 	// inherits (fork.Stdio.Extra).
 	Preserve int
+	// Hierarchies are the machine's cgroup mounts, for mounts of type cgroup;
+	// nil asks cgroup.Hierarchies.
+	Hierarchies []cgroup.Hierarchy
 	// NoPivot moves the root over / and changes root instead of pivot_root,
 	// for a host whose root is an initramfs.
 	NoPivot bool
@@ -83,3 +86,6 @@ type ExecOptions struct {
 	// Gate as in Options.
 	Gate bool
 }
+
+// PhaseMaps is served by package fork itself: the id maps are written.
+const PhaseMaps Phase = 100

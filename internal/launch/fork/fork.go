@@ -49,6 +49,8 @@ type Process struct {
 	// Warnings are steps that failed and that Docker would not fail for
 	// either (oom_score_adj without CAP_SYS_RESOURCE).
 	Warnings []string
+
+	process
 }
 
 // Exit is how a process ended.

@@ -1,0 +1,261 @@
+package fork
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/launch"
+)
+
+// assembly is a plan made ready for one start: pointers and descriptors filled in.
+type assembly struct {
+	m     *machine
+	mine  int // our end of the socket
+	child []int
+	code  []instr
+	slots []uintptr
+}
+
+func (a *assembly) takeSock() int {
+	fd := a.mine
+	a.mine = -1
+	return fd
+}
+
+// closeChild closes what only the child needs.
+func (a *assembly) closeChild() {
+	for _, fd := range a.child {
+		unix.Close(fd)
+	}
+	a.child = nil
+}
+
+func (a *assembly) close() {
+	a.closeChild()
+	if a.mine >= 0 {
+		unix.Close(a.mine)
+		a.mine = -1
+	}
+}
+
+// keep pins a Go object for the life of the machine and gives its address.
+func (a *assembly) bytes(b []byte) uintptr {
+	if len(b) == 0 {
+		b = make([]byte, 8)
+	}
+	p := unsafe.SliceData(b)
+	a.m.keep = append(a.m.keep, p)
+	return uintptr(unsafe.Pointer(p))
+}
+
+func (a *assembly) vector(v [][]byte) uintptr {
+	ptrs := make([]*byte, len(v)+1)
+	for i, b := range v {
+		ptrs[i] = unsafe.SliceData(b)
+	}
+	a.m.keep = append(a.m.keep, ptrs)
+	return uintptr(unsafe.Pointer(unsafe.SliceData(ptrs)))
+}
+
+// file is f's descriptor; the caller keeps f alive and open over the start.
+func file(f *os.File) int { return int(f.Fd()) }
+
+// above duplicates fd to a number of at least low, for the child only.
+func (a *assembly) above(fd, low int) (int, error) {
+	n, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, low)
+	if err != nil {
+		return -1, os.NewSyscallError("fcntl", err)
+	}
+	a.child = append(a.child, n)
+	return n, nil
+}
+
+func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
+	a := &assembly{mine: -1, m: &machine{}}
+	defer func() {
+		if err != nil {
+			a.close()
+		}
+	}()
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socketpair", err)
+	}
+	a.mine = sp[0]
+	a.child = append(a.child, sp[1])
+
+	low := 3 + plan.Preserve
+	a.slots = make([]uintptr, plan.Slots)
+	sock := sp[1]
+	if sock < low {
+		if sock, err = a.above(sock, low); err != nil {
+			return nil, err
+		}
+	}
+	needed := []int{sock}
+	a.slots[launch.SlotSock] = uintptr(sock)
+	a.m.sock, a.m.gate, a.m.status = uintptr(sock), uintptr(sock), uintptr(sock)
+	if plan.Gate {
+		g, err := a.above(file(stdio.Gate), low)
+		if err != nil {
+			return nil, err
+		}
+		s, err := a.above(file(stdio.GateStatus), low)
+		if err != nil {
+			return nil, err
+		}
+		needed = append(needed, g, s)
+		a.m.gate, a.m.status, a.m.gated = uintptr(g), uintptr(s), true
+		a.slots[launch.SlotGate], a.slots[launch.SlotGateStatus] = uintptr(g), uintptr(s)
+	}
+	if plan.JoinPidfd > 0 {
+		fd := plan.JoinPidfd
+		if fd < low {
+			if fd, err = a.above(fd, low); err != nil {
+				return nil, err
+			}
+		}
+		needed = append(needed, fd)
+		a.slots[launch.SlotPidfd] = uintptr(fd)
+	}
+
+	// The prologue: signals, dumpable, descriptors.
+	last := uint32(len(plan.Steps))
+	pro := func(nr uintptr, args ...uintptr) {
+		in := instr{nr: nr, out: -1, step: last, ok: int32(len(a.code) + 1)}
+		copy(in.a[:], args)
+		a.code = append(a.code, in)
+	}
+	pro(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0)
+	pro(opDefaultSig)
+	std := []*os.File{stdio.In, stdio.Out, stdio.Err}
+	if plan.Terminal {
+		std = []*os.File{nil, nil, nil}
+	}
+	src := make([]int, 0, 3+plan.Preserve)
+	null := -1
+	for _, f := range append(std, stdio.Extra...) {
+		if f != nil {
+			src = append(src, file(f))
+			continue
+		}
+		if null < 0 {
+			if null, err = unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+				return nil, fmt.Errorf("open /dev/null: %w", err)
+			}
+			a.child = append(a.child, null)
+		}
+		src = append(src, null)
+	}
+	for i, fd := range src {
+		// A source among the targets would be overwritten by an earlier dup.
+		if fd < low && fd != i {
+			if src[i], err = a.above(fd, low); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for i, fd := range src {
+		if fd == i {
+			pro(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFD, 0)
+		} else {
+			pro(unix.SYS_DUP3, uintptr(fd), uintptr(i), 0)
+		}
+	}
+	slices.Sort(needed)
+	from := low
+	for _, fd := range needed {
+		if fd > from {
+			pro(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(fd-1), 0)
+		}
+		from = fd + 1
+	}
+	pro(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(^uint32(0)), 0)
+
+	base := len(a.code)
+	for i := range plan.Code {
+		in, err := a.instr(&plan.Code[i], base)
+		if err != nil {
+			return nil, err
+		}
+		a.code = append(a.code, in)
+	}
+	// Walking off the end would be our mistake; it must not run on.
+	a.code = append(a.code, instr{nr: opFail, a: [6]uintptr{uintptr(syscall.ENOSYS)}, out: -1, step: last})
+	a.m.code = unsafe.Pointer(unsafe.SliceData(a.code))
+	a.m.slots = unsafe.Pointer(unsafe.SliceData(a.slots))
+	a.m.keep = append(a.m.keep, a.code, a.slots, plan)
+	runtime.KeepAlive(stdio)
+	return a, nil
+}
+
+func (a *assembly) instr(c *launch.Instr, base int) (instr, error) {
+	in := instr{nr: uintptr(c.Nr), out: int32(c.Out), step: uint32(c.Step), ok: int32(c.Ok + base)}
+	if len(c.On) > maxBranches {
+		return in, fmt.Errorf("fork: %d branches", len(c.On))
+	}
+	for i, arg := range c.Args {
+		switch arg.Kind {
+		case launch.ArgNumber:
+			in.a[i] = uintptr(arg.N)
+		case launch.ArgSlot:
+			in.a[i] = uintptr(arg.N)
+			in.slots |= 1 << i
+		case launch.ArgBytes:
+			b := arg.B
+			if len(arg.Ptrs) > 0 {
+				b = slices.Clone(b)
+				for _, p := range arg.Ptrs {
+					*(*uintptr)(unsafe.Pointer(&b[p.Off])) = a.bytes(p.B)
+				}
+			}
+			in.a[i] = a.bytes(b)
+		case launch.ArgVector:
+			in.a[i] = a.vector(arg.V)
+		}
+	}
+	if c.Nr == launch.OpSendFD {
+		a.sendFD(&in)
+	}
+	for i, b := range c.On {
+		in.on[i] = branch{errno: uint32(b.Errno), to: int32(b.To + base)}
+		if b.Warn {
+			in.on[i].warn = 1
+		}
+	}
+	in.n = uint32(len(c.On))
+	return in, nil
+}
+
+// sendFD fills in a message that carries a descriptor: Args are (_, fd, _, kind).
+func (a *assembly) sendFD(in *instr) {
+	type rights struct {
+		hdr unix.Cmsghdr
+		fd  int32
+		_   int32
+	}
+	type msg struct {
+		hdr unix.Msghdr
+		iov unix.Iovec
+		ctl rights
+	}
+	m := &msg{}
+	m.iov.Base = (*byte)(unsafe.Pointer(&a.m.msg))
+	m.iov.SetLen(int(unsafe.Sizeof(a.m.msg)))
+	m.hdr.Iov = &m.iov
+	m.hdr.SetIovlen(1)
+	m.hdr.Control = (*byte)(unsafe.Pointer(&m.ctl))
+	m.hdr.SetControllen(int(unsafe.Sizeof(m.ctl)))
+	m.ctl.hdr.Level = unix.SOL_SOCKET
+	m.ctl.hdr.Type = unix.SCM_RIGHTS
+	m.ctl.hdr.SetLen(unix.CmsgLen(4))
+	a.m.keep = append(a.m.keep, m)
+	in.a[0] = uintptr(unsafe.Pointer(&m.hdr))
+	in.a[2] = uintptr(unsafe.Pointer(&m.ctl.fd))
+}

@@ -1,0 +1,316 @@
+package launch
+
+import (
+	"fmt"
+	"path"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// mounts does spec.Mounts in order.
+func (c *compiler) mounts() error {
+	for i, m := range c.spec.Mounts {
+		o, err := parseOptions(m.Options)
+		if err != nil {
+			return fmt.Errorf("mounts[%d]: %w", i, err)
+		}
+		if err := c.mountAt(m.Type, m.Source, m.Destination, o, &c.spec.Mounts[i]); err != nil {
+			return fmt.Errorf("mounts[%d] (%s): %w", i, m.Destination, err)
+		}
+	}
+	return nil
+}
+
+// components splits a path below the root, cleaned.
+func components(p string) []string {
+	p = strings.Trim(path.Clean("/"+p), "/")
+	if p == "" {
+		return nil
+	}
+	return strings.Split(p, "/")
+}
+
+// dirKind is what a mount's target is made as when it is missing.
+type targetKind int
+
+const (
+	dirTarget targetKind = iota
+	fileTarget
+	likeStat // as the stat buffer says
+)
+
+// target opens dest below the root into t, and makes it when it is missing.
+func (c *compiler) target(dest string, t slot, kind targetKind, st []byte, resolve uint64) {
+	done, missing := c.label(), c.label()
+	c.open(c.root, dest, pathFlags, resolve).out(t).on(unix.ENOENT, missing).to(done)
+	c.mark(missing)
+	parts := components(dest)
+	cur := c.root
+	for i := range parts {
+		last := i == len(parts)-1
+		prefix := strings.Join(parts[:i+1], "/")
+		next, here := c.label(), c.label()
+		d := t
+		if !last {
+			d = c.builder.slot()
+			c.open(c.root, prefix, pathFlags|unix.O_DIRECTORY, resolve).out(d).on(unix.ENOENT, here).to(next)
+			c.mark(here)
+		}
+		mkdir := func() { c.call(unix.SYS_MKDIRAT, cur.arg(), str(parts[i]), num(0o755)).ignore(unix.EEXIST) }
+		mkfile := func() {
+			c.call(unix.SYS_MKNODAT, cur.arg(), str(parts[i]), num(unix.S_IFREG|0o755), num(0)).ignore(unix.EEXIST)
+		}
+		switch {
+		case !last || kind == dirTarget:
+			mkdir()
+		case kind == fileTarget:
+			mkfile()
+		default:
+			isDir, made := c.label(), c.label()
+			c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(isDir)
+			mkfile()
+			c.call(OpJump).to(made)
+			c.mark(isDir)
+			mkdir()
+			c.mark(made)
+		}
+		c.open(c.root, prefix, pathFlags, resolve).out(d)
+		c.mark(next)
+		cur = d
+	}
+	c.mark(done)
+}
+
+// mountAt compiles one mount.
+func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mount) error {
+	if o.remount {
+		return fmt.Errorf("option remount: a mount of the container cannot be one of the host's changed")
+	}
+	if o.bind || typ == "bind" {
+		return c.bind(source, dest, o, m)
+	}
+	if o.srcNoFollow {
+		return fmt.Errorf("option src-nofollow: only for a bind")
+	}
+	if m != nil && (len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0) {
+		return fmt.Errorf("uidMappings: only for a bind")
+	}
+	switch typ {
+	case "cgroup":
+		return c.cgroupMount(dest, o)
+	case "":
+		return fmt.Errorf("type is empty and it is no bind")
+	}
+	resolve := uint64(resolveRoot)
+	if o.destNoFollow || typ == "proc" || typ == "sysfs" {
+		// A link in the image must not send /proc elsewhere (CVE-2019-19921).
+		resolve |= unix.RESOLVE_NO_SYMLINKS
+	}
+	data := strings.Join(o.data, ",")
+	if len(data) > 4095 {
+		return fmt.Errorf("options are longer than a page")
+	}
+	if source == "" {
+		source = typ
+	}
+	c.step("mount "+typ+" → "+dest, o.describe())
+	t := c.builder.slot()
+	c.target(dest, t, dirTarget, nil, resolve)
+	if len(components(dest)) == 0 {
+		return fmt.Errorf("destination is the root")
+	}
+	flags := o.flags
+	readonly := typ == "tmpfs" && flags&unix.MS_RDONLY != 0
+	if readonly {
+		flags &^= unix.MS_RDONLY // until everything below is made
+	}
+	if o.copyUp {
+		return c.copyUp(t, dest, flags, data, o, readonly)
+	}
+	c.call(unix.SYS_FCHDIR, t.arg())
+	mount := c.call(unix.SYS_MOUNT, str(source), str("."), str(typ), num(uint64(flags)), str(data))
+	if typ == "sysfs" || typ == "cgroup2" {
+		// The network (cgroup) namespace belongs to a user namespace above ours.
+		denied, done := c.label(), c.label()
+		mount.on(unix.EPERM, denied).on(unix.EBUSY, denied).to(done)
+		c.mark(denied)
+		from := "sys"
+		if typ == "cgroup2" {
+			from = "sys/fs/cgroup"
+			if c.opts.Cgroup != nil && c.fresh&unix.CLONE_NEWCGROUP == 0 {
+				if d := c.opts.Cgroup.V2(); d != "" {
+					from = strings.TrimPrefix(d, "/")
+				}
+			}
+		}
+		tree := c.builder.slot()
+		c.call(unix.SYS_OPEN_TREE, c.old.arg(), str(from), num(treeFlags|unix.AT_RECURSIVE)).out(tree)
+		c.setAttr(tree, unix.AT_RECURSIVE, o.set, o.clr, unix.MS_SLAVE)
+		c.moveMount(tree, t)
+		c.mark(done)
+	}
+	c.call(unix.SYS_CLOSE, t.arg())
+	c.afterMount(dest, resolve, o, readonly)
+	return nil
+}
+
+// afterMount sets what mount(2) could not, on the mount that is now at dest.
+func (c *compiler) afterMount(dest string, resolve uint64, o mountOptions, readonly bool) {
+	if o.rset|o.rclr == 0 && len(o.propagation) == 0 && !readonly {
+		return
+	}
+	t := c.builder.slot()
+	c.open(c.root, dest, pathFlags, resolve).out(t)
+	if o.rset|o.rclr != 0 {
+		c.setAttr(t, unix.AT_RECURSIVE, o.rset, o.rclr, 0)
+	}
+	c.propagate(t, o)
+	if readonly {
+		c.late = append(c.late, func() {
+			c.step("read-only " + dest)
+			c.setAttr(t, 0, unix.MOUNT_ATTR_RDONLY, 0, 0)
+		})
+	}
+}
+
+func (c *compiler) propagate(t slot, o mountOptions) {
+	for _, p := range o.propagation {
+		var rec uint64
+		if p.recursive {
+			rec = unix.AT_RECURSIVE
+		}
+		c.setAttr(t, rec, 0, 0, p.flag)
+	}
+}
+
+// bind compiles a bind mount: a detached clone of the source is given its
+// attributes and then moved onto the target, so that it is never seen without.
+func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) error {
+	if len(o.data) > 0 {
+		return fmt.Errorf("option %q: a bind takes no data", o.data[0])
+	}
+	if source == "" {
+		return fmt.Errorf("source is empty")
+	}
+	src := c.abs(source)
+	kind := "bind"
+	flags := uint64(treeFlags)
+	if o.rbind {
+		kind = "rbind"
+		flags |= unix.AT_RECURSIVE
+	}
+	if o.srcNoFollow {
+		flags |= unix.AT_SYMLINK_NOFOLLOW
+	}
+	tree, t := c.builder.slot(), c.builder.slot()
+	st := make([]byte, statSize)
+	id := c.idMap(m, o)
+	c.sourceStep(func() {
+		c.step(kind+" "+src+" → "+dest, o.describe())
+		c.call(unix.SYS_OPEN_TREE, fdcwd, str(src), num(flags)).out(tree)
+		if id != nil {
+			id(tree)
+		}
+	})
+	c.call(unix.SYS_NEWFSTATAT, tree.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
+	if len(o.propagation) == 0 {
+		c.setAttr(tree, unix.AT_RECURSIVE, 0, 0, unix.MS_PRIVATE)
+	}
+	c.propagate(tree, o)
+	if o.set|o.clr != 0 {
+		c.setAttr(tree, 0, o.set, o.clr, 0)
+	}
+	if o.rset|o.rclr != 0 {
+		c.setAttr(tree, unix.AT_RECURSIVE, o.rset, o.rclr, 0)
+	}
+	resolve := uint64(resolveRoot)
+	if o.destNoFollow {
+		resolve |= unix.RESOLVE_NO_SYMLINKS
+	}
+	if len(components(dest)) == 0 {
+		return fmt.Errorf("destination is the root")
+	}
+	c.target(dest, t, likeStat, st, resolve)
+	c.moveMount(tree, t)
+	c.call(unix.SYS_CLOSE, tree.arg())
+	c.call(unix.SYS_CLOSE, t.arg())
+	return nil
+}
+
+// sourceStep does what needs the host's privileges.
+func (c *compiler) sourceStep(f func()) { f() }
+
+// idMap gives the code that maps a bind's ids, nil for none.
+func (c *compiler) idMap(m *specs.Mount, o mountOptions) func(slot) { return nil }
+
+// copyUp mounts a tmpfs over dest with what is in it.
+func (c *compiler) copyUp(t slot, dest string, flags uintptr, data string, o mountOptions, readonly bool) error {
+	return fmt.Errorf("option tmpcopyup: not built yet")
+}
+
+// cgroupMount mounts the cgroup hierarchies below dest.
+func (c *compiler) cgroupMount(dest string, o mountOptions) error {
+	hs := c.opts.Hierarchies
+	v2 := false
+	var v1 []string
+	for _, h := range hs {
+		if h.V2 {
+			v2 = true
+		} else {
+			v1 = append(v1, h.Controllers)
+		}
+	}
+	if len(v1) == 0 {
+		if !v2 {
+			return fmt.Errorf("the machine has no cgroup hierarchy")
+		}
+		return c.mountAt("cgroup2", "cgroup", dest, o, nil)
+	}
+	c.step("mount cgroup → "+dest, o.describe())
+	t := c.builder.slot()
+	c.target(dest, t, dirTarget, nil, resolveRoot)
+	c.call(unix.SYS_FCHDIR, t.arg())
+	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(uint64(o.flags&^unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), str("mode=755"))
+	top := c.builder.slot()
+	c.open(c.root, dest, pathFlags, resolveRoot).out(top)
+	for _, h := range hs {
+		if h.V2 {
+			continue
+		}
+		name := h.Name()
+		sub := c.builder.slot()
+		c.call(unix.SYS_MKDIRAT, top.arg(), str(name), num(0o755))
+		c.call(unix.SYS_OPENAT, top.arg(), str(name), num(pathFlags|unix.O_NOFOLLOW), num(0)).out(sub)
+		if c.fresh&unix.CLONE_NEWCGROUP != 0 && !c.userns {
+			c.call(unix.SYS_FCHDIR, sub.arg())
+			c.call(unix.SYS_MOUNT, str("cgroup"), str("."), str("cgroup"), num(uint64(o.flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), str(h.Controllers))
+		} else {
+			dir := h.Path
+			if c.opts.Cgroup != nil {
+				if d, ok := c.opts.Cgroup.Paths()[h.Controllers]; ok {
+					dir = d
+				}
+			}
+			tree := c.builder.slot()
+			c.call(unix.SYS_OPEN_TREE, c.old.arg(), str(strings.TrimPrefix(dir, "/")), num(treeFlags)).out(tree)
+			c.setAttr(tree, 0, o.set|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC, o.clr&^(unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC), 0)
+			c.moveMount(tree, sub)
+			c.call(unix.SYS_CLOSE, tree.arg())
+		}
+		c.call(unix.SYS_CLOSE, sub.arg())
+		if strings.Contains(name, ",") {
+			for _, one := range strings.Split(name, ",") {
+				c.call(unix.SYS_SYMLINKAT, str(name), top.arg(), str(one)).ignore(unix.EEXIST)
+			}
+		}
+	}
+	if o.flags&unix.MS_RDONLY != 0 {
+		c.setAttr(top, 0, unix.MOUNT_ATTR_RDONLY, 0, 0)
+	}
+	c.propagate(top, o)
+	c.call(unix.SYS_CLOSE, top.arg())
+	c.call(unix.SYS_CLOSE, t.arg())
+	return nil
+}

@@ -1,0 +1,276 @@
+package launch
+
+import (
+	"encoding/binary"
+	"fmt"
+	"strings"
+	"syscall"
+)
+
+// Plan is a compiled specification: what the child is cloned with and the
+// instructions that it walks. Only package fork looks inside.
+type Plan struct {
+	// Clone are the CLONE_* flags of the first clone3.
+	Clone uint64
+	// JoinPid is the path of a pid namespace that the child is cloned into;
+	// JoinPidfd (if > 0) a process whose pid namespace is.
+	JoinPid   string
+	JoinPidfd int
+	// CgroupDir is the v2 cgroup directory that the child is cloned into.
+	CgroupDir string
+	// Steps are the readable steps; Code refers to them by index.
+	Steps []Step
+	// Code is what the child walks.
+	Code []Instr
+	// Slots is the number of result slots, the input slots included.
+	Slots int
+	// Maps is set when the child asks the parent to write its id maps.
+	Maps *IDMaps
+	// Preserve is the number of extra descriptors that the program inherits.
+	Preserve int
+	// Gate says that the barrier is on the caller's descriptors.
+	Gate bool
+	// Terminal says that a console's master is sent back.
+	Terminal bool
+	// NetDevices are moved into the child's network namespace by the parent
+	// when the namespaces stand: host name to name inside.
+	NetDevices map[string]string
+	// ListenerPath is the seccomp agent's socket, with ListenerMetadata; the
+	// caller sends it the container's process state with the descriptor.
+	ListenerPath, ListenerMetadata string
+	// Affinity is a CPU list that the process starts with, for the time
+	// before the exec; empty is none.
+	Affinity []byte
+}
+
+// IDMaps is what the parent writes into the child's /proc directory.
+type IDMaps struct {
+	UID, GID     string
+	DenySetgroup bool
+	OOMScoreAdj  *int
+}
+
+// Step is one readable step.
+type Step struct {
+	// Name is the subject of an error sentence: "mount overlay on /".
+	Name string
+	// Detail follows it in String: flags, data.
+	Detail string
+}
+
+// Input slots, set by the parent before the clone.
+const (
+	SlotSock       = iota // the child's end of the socket to the parent
+	SlotGate              // read end of the gate
+	SlotGateStatus        // where a failed exec is reported with a gate
+	SlotPidfd             // the container's process, for an exec
+	SlotFree              // the first slot for results
+)
+
+// Pseudo system calls of the interpreter. Arguments are those of Instr.Args.
+const (
+	OpBase       = 1 << 20
+	OpJump       = OpBase + iota // goes to Ok
+	OpTestMem                    // (buffer, offset, size 1|2|4|8, mask, value): equal goes to Ok
+	OpTestSlot                   // (slot value, value): equal goes to Ok
+	OpPoke                       // (buffer, offset, size 4|8, value): stores value
+	OpFail                       // (errno): fails the step
+	OpPhase                      // (phase): reports and waits for the parent
+	OpBarrier                    // (): reports and waits to be let go
+	OpSendFD                     // (message buffer, fd, kind): sends a descriptor to the parent
+	OpClone                      // (clone_args): the clone goes on, the caller reports its pid and exits
+	OpReport                     // (kind, value): reports a value to the parent
+	OpDefaultSig                 // (): all signals to their defaults
+)
+
+// Instr is one system call (or pseudo call) of the child.
+type Instr struct {
+	Nr   uint32
+	Args [6]Arg
+	Out  int // slot of the result, -1 for none
+	Step int
+	Ok   int // next instruction on success
+	On   []Branch
+}
+
+// Branch is where an errno leads; Errno 0 is any.
+type Branch struct {
+	Errno syscall.Errno
+	To    int
+	// Warn reports the failure to the parent as a warning.
+	Warn bool
+}
+
+// Arg is one argument.
+type Arg struct {
+	Kind ArgKind
+	N    uint64
+	B    []byte   // for ArgBytes: memory, shared by all starts of the plan
+	V    [][]byte // for ArgVector: an array of pointers to these, NULL at the end
+	// For ArgMessage and others that point: pointers inside B.
+	Ptrs []Ptr
+}
+
+// Ptr is a pointer inside an argument's memory: at offset Off the address of B.
+type Ptr struct {
+	Off int
+	B   []byte
+}
+
+// ArgKind is the kind of an Arg.
+type ArgKind uint8
+
+// The kinds of Arg.
+const (
+	ArgNumber ArgKind = iota
+	ArgSlot           // N is the slot
+	ArgBytes
+	ArgVector
+)
+
+func num[T ~int | ~uint | ~uintptr | ~uint32 | ~uint64 | ~int32 | ~int64](n T) Arg {
+	return Arg{N: uint64(n)}
+}
+
+// slot is a result slot.
+type slot int
+
+func (s slot) arg() Arg { return Arg{Kind: ArgSlot, N: uint64(s)} }
+func mem(b []byte) Arg  { return Arg{Kind: ArgBytes, B: b} }
+func str(s string) Arg  { return mem(append([]byte(s), 0)) }
+func vec(list []string) Arg {
+	v := make([][]byte, len(list))
+	for i, s := range list {
+		v[i] = append([]byte(s), 0)
+	}
+	return Arg{Kind: ArgVector, V: v}
+}
+
+// words packs 64-bit words, as openat2's and mount_setattr's structures are.
+func words(w ...uint64) []byte {
+	var b []byte
+	for _, x := range w {
+		b = binary.NativeEndian.AppendUint64(b, x)
+	}
+	return b
+}
+
+var fdcwd = num(-100)
+
+// label is a place in the code that is not known yet.
+type label int
+
+// builder appends instructions to a plan. Labels are resolved by finish.
+type builder struct {
+	p      *Plan
+	labels []int
+}
+
+const noLabel = -1
+
+func newBuilder() *builder {
+	return &builder{p: &Plan{Slots: SlotFree}}
+}
+
+func (b *builder) slot() slot {
+	b.p.Slots++
+	return slot(b.p.Slots - 1)
+}
+
+func (b *builder) label() label {
+	b.labels = append(b.labels, -1)
+	return label(len(b.labels) - 1)
+}
+
+func (b *builder) mark(l label) { b.labels[l] = len(b.p.Code) }
+
+// step begins a readable step.
+func (b *builder) step(name string, detail ...string) {
+	b.p.Steps = append(b.p.Steps, Step{Name: name, Detail: strings.Join(detail, " ")})
+}
+
+// ins is an instruction that options are added to.
+type ins struct {
+	b *builder
+	i int
+}
+
+// call appends a system call of the current step.
+func (b *builder) call(nr int, args ...Arg) ins {
+	in := Instr{Nr: uint32(nr), Out: -1, Step: len(b.p.Steps) - 1, Ok: noLabel}
+	if len(args) > len(in.Args) {
+		panic("launch: too many arguments")
+	}
+	copy(in.Args[:], args)
+	b.p.Code = append(b.p.Code, in)
+	return ins{b, len(b.p.Code) - 1}
+}
+
+// out stores the result in s.
+func (i ins) out(s slot) ins { i.b.p.Code[i.i].Out = int(s); return i }
+
+// to goes to l on success.
+func (i ins) to(l label) ins { i.b.p.Code[i.i].Ok = int(l); return i }
+
+// on goes to l on errno e (0: any).
+func (i ins) on(e syscall.Errno, l label) ins {
+	c := &i.b.p.Code[i.i]
+	c.On = append(c.On, Branch{Errno: e, To: int(l)})
+	return i
+}
+
+// ignore goes on after any of the errnos (none given: any).
+func (i ins) ignore(es ...syscall.Errno) ins {
+	if len(es) == 0 {
+		es = []syscall.Errno{0}
+	}
+	c := &i.b.p.Code[i.i]
+	for _, e := range es {
+		c.On = append(c.On, Branch{Errno: e, To: noLabel})
+	}
+	return i
+}
+
+// warn reports the errnos as a warning and goes on.
+func (i ins) warn(es ...syscall.Errno) ins {
+	c := &i.b.p.Code[i.i]
+	for _, e := range es {
+		c.On = append(c.On, Branch{Errno: e, To: noLabel, Warn: true})
+	}
+	return i
+}
+
+// finish resolves labels.
+func (b *builder) finish() *Plan {
+	resolve := func(at, l int) int {
+		if l == noLabel {
+			return at + 1
+		}
+		if b.labels[l] < 0 {
+			panic(fmt.Sprintf("launch: label %d is nowhere", l))
+		}
+		return b.labels[l]
+	}
+	for i := range b.p.Code {
+		c := &b.p.Code[i]
+		c.Ok = resolve(i, c.Ok)
+		for j := range c.On {
+			c.On[j].To = resolve(i, c.On[j].To)
+		}
+	}
+	return b.p
+}
+
+// String lists the steps, one a line.
+func (p *Plan) String() string {
+	var s strings.Builder
+	for _, st := range p.Steps {
+		s.WriteString(st.Name)
+		if st.Detail != "" {
+			s.WriteByte(' ')
+			s.WriteString(st.Detail)
+		}
+		s.WriteByte('\n')
+	}
+	return s.String()
+}

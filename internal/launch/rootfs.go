@@ -1,0 +1,329 @@
+package launch
+
+import (
+	"fmt"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const treeFlags = unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC
+
+// slave keeps the host free of the container's mounts: from here on nothing
+// that is mounted goes back. With a shared root only / and /proc, where the
+// root is attached, are cut off, so that binds may be shared with the host.
+func (c *compiler) slave() {
+	prop := c.spec.Linux.RootfsPropagation
+	if c.shared {
+		c.step("propagation of / private")
+		c.call(unix.SYS_MOUNT, num(0), str("/"), num(0), num(unix.MS_PRIVATE), num(0))
+		c.call(unix.SYS_MOUNT, num(0), str("/proc"), num(0), num(unix.MS_PRIVATE), num(0)).ignore(unix.EINVAL)
+		return
+	}
+	flag := uint64(unix.MS_SLAVE)
+	name := "rslave"
+	if strings.TrimPrefix(prop, "r") == "private" {
+		flag, name = unix.MS_PRIVATE, "rprivate"
+	}
+	c.step("propagation of / " + name)
+	c.call(unix.SYS_MOUNT, num(0), str("/"), num(0), num(unix.MS_REC|flag), num(0))
+}
+
+// rootfs mounts the root and leaves its descriptor in c.root.
+func (c *compiler) rootfs() error {
+	if c.userns {
+		return nil // done before the second clone
+	}
+	c.slave()
+	return c.mountRoot()
+}
+
+// mountRoot mounts the root file system over / and opens it.
+func (c *compiler) mountRoot() error {
+	c.step("open /")
+	c.call(unix.SYS_OPENAT, fdcwd, str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)
+	if len(c.opts.Rootfs) == 0 {
+		p := c.abs(c.spec.Root.Path)
+		c.step("bind "+p+" → /", "rbind")
+		tree := c.root
+		c.call(unix.SYS_OPEN_TREE, fdcwd, str(p), num(treeFlags|unix.AT_RECURSIVE)).out(tree)
+		// The root's own mount must not be shared when it is moved or pivoted to.
+		c.setAttr(tree, unix.AT_RECURSIVE, 0, 0, unix.MS_SLAVE)
+		at := p
+		if c.shared {
+			at = "/"
+		}
+		if p == "/" {
+			at = "/"
+		}
+		c.call(unix.SYS_MOVE_MOUNT, tree.arg(), str(""), fdcwd, str(at), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+		return nil
+	}
+	for i, m := range c.opts.Rootfs {
+		if i == 0 {
+			if err := c.rootMount(m); err != nil {
+				return fmt.Errorf("rootfs: %w", err)
+			}
+			continue
+		}
+		o, err := parseOptions(m.Options)
+		if err != nil {
+			return fmt.Errorf("rootfs: %w", err)
+		}
+		if err := c.mountAt(m.Type, m.Source, "/"+strings.TrimPrefix(m.Target, "/"), o, nil); err != nil {
+			return fmt.Errorf("rootfs: %w", err)
+		}
+	}
+	return nil
+}
+
+// rootMount mounts the first file system of the root. mount(2) needs a place
+// that is there on every machine; /proc is, and is taken only until the mount
+// is moved over /.
+func (c *compiler) rootMount(m Mount) error {
+	o, err := parseOptions(m.Options)
+	if err != nil {
+		return err
+	}
+	if strings.Trim(m.Target, "/") != "" {
+		return fmt.Errorf("the first mount is on %s, not on the root", m.Target)
+	}
+	if o.bind || m.Type == "bind" {
+		c.step("bind "+m.Source+" → /", o.describe())
+		flags := uint64(treeFlags)
+		if o.rbind {
+			flags |= unix.AT_RECURSIVE
+		}
+		c.call(unix.SYS_OPEN_TREE, fdcwd, str(c.abs(m.Source)), num(flags)).out(c.root)
+		c.setAttr(c.root, unix.AT_RECURSIVE, 0, 0, unix.MS_SLAVE)
+		if o.set|o.clr != 0 {
+			c.setAttr(c.root, 0, o.set, o.clr, 0)
+		}
+	} else {
+		c.step("mount "+m.Type+" → /", o.describe())
+		data := strings.Join(o.data, ",")
+		if m.Type == "overlay" && len(data) > maxMountData {
+			dir, rel, ok := relativeLayers(o.data)
+			if !ok || len(rel) > maxMountData {
+				return c.overlayByParts(m, o)
+			}
+			c.call(unix.SYS_CHDIR, str(dir))
+			data = rel
+		}
+		if len(data) > 4095 {
+			return fmt.Errorf("mount %s: options are longer than a page", m.Type)
+		}
+		c.call(unix.SYS_MOUNT, str(m.Source), str("/proc"), str(m.Type), num(uint64(o.flags)), str(data))
+		c.call(unix.SYS_OPENAT, fdcwd, str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
+	}
+	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	return nil
+}
+
+// maxMountData leaves room in mount(2)'s page.
+const maxMountData = 4000
+
+// relativeLayers rewrites overlay options to names below a common directory.
+func relativeLayers(options []string) (dir, data string, ok bool) {
+	var paths []string
+	for _, o := range options {
+		k, v, _ := strings.Cut(o, "=")
+		switch k {
+		case "lowerdir":
+			paths = append(paths, strings.Split(v, ":")...)
+		case "upperdir", "workdir":
+			paths = append(paths, v)
+		}
+	}
+	for i, p := range paths {
+		if !strings.HasPrefix(p, "/") || strings.Contains(p, "\\") {
+			return "", "", false
+		}
+		d := path.Dir(path.Clean(p))
+		if i == 0 {
+			dir = d
+		}
+		for dir != "/" && d != dir && !strings.HasPrefix(d, dir+"/") {
+			dir = path.Dir(dir)
+		}
+	}
+	if dir == "/" || dir == "" {
+		return "", "", false
+	}
+	out := make([]string, len(options))
+	for i, o := range options {
+		k, v, _ := strings.Cut(o, "=")
+		switch k {
+		case "lowerdir":
+			var l []string
+			for _, p := range strings.Split(v, ":") {
+				l = append(l, strings.TrimPrefix(path.Clean(p), dir+"/"))
+			}
+			out[i] = k + "=" + strings.Join(l, ":")
+		case "upperdir", "workdir":
+			out[i] = k + "=" + strings.TrimPrefix(path.Clean(v), dir+"/")
+		default:
+			out[i] = o
+		}
+	}
+	return dir, strings.Join(out, ","), true
+}
+
+// overlayByParts hands the layers over one by one, for which the kernel must be
+// 6.8 or later.
+func (c *compiler) overlayByParts(m Mount, o mountOptions) error {
+	fs := c.builder.slot()
+	c.call(unix.SYS_FSOPEN, str("overlay"), num(unix.FSOPEN_CLOEXEC)).out(fs)
+	set := func(k, v string) {
+		c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_STRING), str(k), str(v), num(0))
+	}
+	set("source", m.Source)
+	for _, opt := range o.data {
+		k, v, hasValue := strings.Cut(opt, "=")
+		switch {
+		case k == "lowerdir":
+			for _, p := range strings.Split(v, ":") {
+				set("lowerdir+", p)
+			}
+		case hasValue:
+			set(k, v)
+		default:
+			c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_FLAG), str(k), num(0), num(0))
+		}
+	}
+	c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_CMD_CREATE), num(0), num(0), num(0))
+	c.call(unix.SYS_FSMOUNT, fs.arg(), num(unix.FSMOUNT_CLOEXEC), num(o.set)).out(c.root)
+	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	return nil
+}
+
+// setAttr is mount_setattr on the mount that fd is the root of.
+func (b *builder) setAttr(fd slot, flags uint64, set, clr, propagation uint64) ins {
+	return b.call(unix.SYS_MOUNT_SETATTR, fd.arg(), str(""), num(unix.AT_EMPTY_PATH|flags),
+		mem(words(set, clr, propagation, 0)), num(32))
+}
+
+// leave makes the container's root the root, hides what is to be hidden and
+// makes the rest read-only.
+func (c *compiler) leave() error {
+	for _, ph := range c.opts.Phases {
+		if ph == PhaseMounts {
+			c.step("hooks createContainer")
+			c.call(OpPhase, num(PhaseMounts))
+		}
+	}
+	for _, f := range c.late {
+		f()
+	}
+	for _, p := range c.spec.Linux.ReadonlyPaths {
+		c.readonlyPath(p)
+	}
+	for _, p := range c.spec.Linux.MaskedPaths {
+		c.mask(p)
+	}
+	if c.spec.Root.Readonly {
+		c.step("read-only /")
+		c.setAttr(c.root, 0, unix.MOUNT_ATTR_RDONLY, 0, 0)
+	}
+	c.step("pivot to the root")
+	c.call(unix.SYS_FCHDIR, c.root.arg())
+	if c.opts.NoPivot {
+		c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH)).ignore(unix.EINVAL)
+		c.call(unix.SYS_CHROOT, str("."))
+		c.call(unix.SYS_CHDIR, str("/"))
+	} else {
+		c.call(unix.SYS_PIVOT_ROOT, str("."), str("."))
+		c.call(unix.SYS_FCHDIR, c.old.arg())
+		// What is unmounted now must not go from the host as well.
+		c.call(unix.SYS_MOUNT, num(0), str("."), num(0), num(unix.MS_SLAVE|unix.MS_REC), num(0))
+		c.call(unix.SYS_UMOUNT2, str("."), num(unix.MNT_DETACH))
+		c.call(unix.SYS_CHDIR, str("/"))
+	}
+	c.call(unix.SYS_CLOSE, c.old.arg())
+	c.call(unix.SYS_CLOSE, c.proc.arg())
+	if p, ok := propagations[c.spec.Linux.RootfsPropagation]; ok && p.flag != unix.MS_SLAVE && p.flag != unix.MS_PRIVATE {
+		c.step("propagation of the root " + p.name)
+		flag := p.flag
+		if p.recursive {
+			flag |= unix.MS_REC
+		}
+		c.call(unix.SYS_MOUNT, num(0), str("/"), num(0), num(flag), num(0))
+	}
+	return nil
+}
+
+// readonlyPath makes a path and what is mounted below it read-only; a path that
+// is missing is no error.
+func (c *compiler) readonlyPath(p string) {
+	c.step("read-only " + p)
+	done := c.label()
+	t, tree := c.builder.slot(), c.builder.slot()
+	c.open(c.root, p, pathFlags, resolveRoot).out(t).on(unix.ENOENT, done).on(unix.ENOTDIR, done)
+	c.call(unix.SYS_OPEN_TREE, t.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(tree)
+	c.setAttr(tree, unix.AT_RECURSIVE, unix.MOUNT_ATTR_RDONLY, 0, 0)
+	c.moveMount(tree, t)
+	c.call(unix.SYS_CLOSE, tree.arg())
+	c.call(unix.SYS_CLOSE, t.arg())
+	c.mark(done)
+}
+
+// mask covers a directory with an empty read-only tmpfs, anything else with the
+// host's /dev/null, which is made sure to be it.
+func (c *compiler) mask(p string) {
+	c.step("mask " + p)
+	done, dir := c.label(), c.label()
+	t, tree := c.builder.slot(), c.builder.slot()
+	st := make([]byte, statSize)
+	c.open(c.root, p, pathFlags, resolveRoot).out(t).on(unix.ENOENT, done).on(unix.ENOTDIR, done)
+	c.call(unix.SYS_NEWFSTATAT, t.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
+	c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(dir)
+	c.bindNull(tree)
+	c.moveMount(tree, t)
+	c.call(unix.SYS_CLOSE, tree.arg())
+	closeT := c.label()
+	c.call(OpJump).to(closeT)
+	c.mark(dir)
+	c.call(unix.SYS_FCHDIR, t.arg())
+	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(unix.MS_RDONLY), str("nr_blocks=1,nr_inodes=1,mode=755"))
+	c.mark(closeT)
+	c.call(unix.SYS_CLOSE, t.arg())
+	c.mark(done)
+}
+
+// Offsets in struct stat.
+const (
+	statSize = 144
+	statMode = 24
+	statRdev = 40
+)
+
+// bindNull clones a /dev/null into tree: the container's, if its /dev is made
+// here, else the host's, read-only so that nobody changes its mode. What is
+// opened is made sure to be the null device, whatever happened to its name.
+func (c *compiler) bindNull(tree slot) {
+	st := make([]byte, statSize)
+	ok1, ok2 := c.label(), c.label()
+	from := c.root
+	own := c.ownDev() && !c.userns
+	if !own {
+		from = c.old
+	}
+	c.open(from, "dev/null", pathFlags|unix.O_NOFOLLOW, resolveRoot).out(tree)
+	c.call(unix.SYS_NEWFSTATAT, tree.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
+	c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFCHR)).to(ok1)
+	c.call(OpFail, num(unix.ENODEV))
+	c.mark(ok1)
+	c.call(OpTestMem, mem(st), num(statRdev), num(8), num(^uint64(0)), num(unix.Mkdev(1, 3))).to(ok2)
+	c.call(OpFail, num(unix.ENODEV))
+	c.mark(ok2)
+	c.call(unix.SYS_OPEN_TREE, tree.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
+	if !own {
+		c.setAttr(tree, 0, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOEXEC|unix.MOUNT_ATTR_NOSUID, 0, 0)
+	}
+}
+
+func (b *builder) moveMount(tree, target slot) {
+	b.call(unix.SYS_MOVE_MOUNT, tree.arg(), str(""), target.arg(), str(""),
+		num(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
+}
