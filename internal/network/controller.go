@@ -3,94 +3,283 @@ package network
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"tenon.dev/tenon/internal/network/link"
+	"tenon.dev/tenon/internal/network/nft"
 )
 
 // Controller owns all networks of one engine. Safe for concurrent use.
 type Controller struct {
-	cfg Config
+	cfg   Config
+	log   *slog.Logger
+	short string
+	rtnl  *link.Socket
+	table *nft.Table
+	dns   *dnsClient
+	pool  *readyPool
+	keys  keyLock
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu    sync.Mutex
+	nets  map[string]*netw       // by id
+	conts map[string]*contRecord // by id
+	ports portTable
+	names map[string]string // network name to id, for all networks
+}
+
+// netw is a network: its record and what is in use of it.
+type netw struct {
+	rec     netRecord
+	subnets []*subnet
+	index   int // of the bridge
+	// eps holds the containers' endpoints by container id. The names of
+	// pooled namespaces are not in it.
+	eps map[string]*Endpoint
 }
 
 // Open makes a controller: it repairs the default networks, the nftables
 // table, the bridges and the DNS process, and takes over what a former
 // controller with the same directories left behind. Follow it with Restore.
-func Open(ctx context.Context, cfg Config) (*Controller, error) {
-	return nil, errors.ErrUnsupported
+func Open(ctx context.Context, cfg Config) (_ *Controller, err error) {
+	if err := cfg.fill(); err != nil {
+		return nil, fmt.Errorf("network: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	c := &Controller{cfg: cfg, log: cfg.Log, short: shortName(cfg.Name),
+		nets: map[string]*netw{}, conts: map[string]*contRecord{}, names: map[string]string{}, ports: newPortTable()}
+	c.ctx, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	for _, dir := range []string{cfg.StateDir, cfg.RunDir, filepath.Join(cfg.RunDir, "containers")} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return nil, fmt.Errorf("network: %w", err)
+		}
+	}
+	if err := link.PrepareDir(filepath.Join(cfg.RunDir, "netns")); err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	if c.rtnl, err = link.Open(); err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	if c.table, err = nft.Open(cfg.Name, cfg.FirewallBypass); err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	if err := c.recoverState(); err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	c.dns = startDNS(c)
+	c.pool = startPool(c)
+	c.watchTable()
+	return c, nil
+}
+
+func (cfg *Config) fill() error {
+	if cfg.Name == "" {
+		cfg.Name = "tenon"
+	}
+	if !prefixPattern.MatchString(cfg.Name) {
+		return fmt.Errorf("bad name prefix %q", cfg.Name)
+	}
+	if cfg.StateDir == "" || cfg.RunDir == "" {
+		return errors.New("state and run directories are required")
+	}
+	if cfg.MTU == 0 {
+		cfg.MTU = 1500
+	}
+	if cfg.PoolSize == 0 {
+		cfg.PoolSize = 4
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if len(cfg.Pools) == 0 {
+		for i := 17; i < 32; i++ {
+			cfg.Pools = append(cfg.Pools, Pool{netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(i), 0, 0}), 16), 16})
+		}
+		cfg.Pools = append(cfg.Pools, Pool{netip.MustParsePrefix("192.168.0.0/16"), 20})
+	}
+	if len(cfg.Pools6) == 0 {
+		cfg.Pools6 = []Pool{ulaPool(cfg.Name)}
+	}
+	for _, p := range append(append([]Pool(nil), cfg.Pools...), cfg.Pools6...) {
+		if !p.Base.IsValid() || p.Size < p.Base.Bits() || p.Size > p.Base.Addr().BitLen()-2 {
+			return fmt.Errorf("bad address pool %s size %d", p.Base, p.Size)
+		}
+	}
+	return nil
 }
 
 // Close ends the controller's goroutines and leaves the data path standing.
-func (c *Controller) Close() error { return nil }
+func (c *Controller) Close() error {
+	c.cancel()
+	c.wg.Wait()
+	var errs []error
+	if c.dns != nil {
+		c.dns.close()
+	}
+	if c.rtnl != nil {
+		errs = append(errs, c.rtnl.Close())
+	}
+	if c.table != nil {
+		errs = append(errs, c.table.Close())
+		c.table = nil
+	}
+	return errors.Join(errs...)
+}
 
 // Teardown ends the controller and removes everything that it put into the
 // kernel (namespaces, bridges, the table) and the DNS process. Records of
 // networks stay, so that Open makes them again.
-func (c *Controller) Teardown(ctx context.Context) error { return errors.ErrUnsupported }
-
-// Create makes a network. Errors: InvalidArgument, AlreadyExists (name taken),
-// FailedPrecondition (no free subnet, overlap).
-func (c *Controller) Create(ctx context.Context, req CreateRequest) (Inspect, error) {
-	return Inspect{}, errors.ErrUnsupported
+func (c *Controller) Teardown(ctx context.Context) error {
+	c.cancel()
+	c.wg.Wait()
+	errs := []error{c.dns.quit(ctx)}
+	c.mu.Lock()
+	for id := range c.conts {
+		_ = os.Remove(c.contPath(id))
+	}
+	c.conts = map[string]*contRecord{}
+	c.mu.Unlock()
+	errs = append(errs, c.table.Remove(), c.removeLinks())
+	dir := filepath.Join(c.cfg.RunDir, "netns")
+	files, _ := os.ReadDir(dir)
+	for _, f := range files {
+		errs = append(errs, link.ReleaseNetns(filepath.Join(dir, f.Name())))
+	}
+	errs = append(errs, link.RemoveDir(dir), os.RemoveAll(filepath.Join(c.cfg.RunDir, "containers")), c.Close())
+	return errors.Join(errs...)
 }
 
-// Remove deletes a network by name or id. Errors: NotFound, PermissionDenied
-// (a predefined network), FailedPrecondition (has endpoints).
-func (c *Controller) Remove(ctx context.Context, nameOrID string) error { return errors.ErrUnsupported }
-
-// Inspect describes a network by name, id or unique prefix of the id.
-func (c *Controller) Inspect(ctx context.Context, nameOrID string) (Inspect, error) {
-	return Inspect{}, errors.ErrUnsupported
+// removeLinks deletes all of this controller's interfaces.
+func (c *Controller) removeLinks() error {
+	links, err := c.rtnl.Links()
+	if err != nil {
+		return err
+	}
+	var b link.Batch
+	for _, l := range c.ourPorts(links) {
+		b.DelLink(l.Name)
+	}
+	for _, l := range links {
+		if c.ownsBridge(l) {
+			b.DelLink(l.Name)
+		}
+	}
+	return c.rtnl.Do(&b)
 }
 
-// List describes all networks that pass the filters, oldest first.
-func (c *Controller) List(ctx context.Context, f Filters) ([]Inspect, error) {
-	return nil, errors.ErrUnsupported
+func (c *Controller) ownsBridge(l link.Info) bool {
+	id, ok := cutPrefix(l.Alias, "tenon:"+c.cfg.Name+":")
+	return ok && len(id) == 64
 }
 
-// Prune removes the networks without endpoints that pass the filters, and
-// returns their names.
-func (c *Controller) Prune(ctx context.Context, f Filters) ([]string, error) {
-	return nil, errors.ErrUnsupported
+// ourPorts are the interfaces that this controller put into its bridges.
+func (c *Controller) ourPorts(links []link.Info) []link.Info {
+	bridges := map[int]bool{0: true} // a port that is not in its bridge yet
+	for _, l := range links {
+		if c.ownsBridge(l) {
+			bridges[l.Index] = true
+		}
+	}
+	var out []link.Info
+	for _, l := range links {
+		if c.isPortName(l.Name) && l.Kind == "veth" && bridges[l.Master] {
+			out = append(out, l)
+		}
+	}
+	return out
 }
 
-// Connect makes a container's network. All of it or nothing is made. Errors:
-// InvalidArgument, NotFound (network), FailedPrecondition (no address left),
-// Conflict-like AlreadyExists (the container is connected, a port is taken).
-func (c *Controller) Connect(ctx context.Context, req Request) (*Namespace, error) {
-	return nil, errors.ErrUnsupported
+func cutPrefix(s, p string) (string, bool) {
+	if len(s) < len(p) || s[:len(p)] != p {
+		return "", false
+	}
+	return s[len(p):], true
 }
 
-// Disconnect frees a container's names, addresses and ports at once; its
-// interfaces and namespace go in the background. Unknown containers are no error.
-func (c *Controller) Disconnect(ctx context.Context, containerID string) error {
-	return errors.ErrUnsupported
+func (c *Controller) emit(action string, n netRecord, container string) {
+	if c.cfg.OnEvent != nil {
+		c.cfg.OnEvent(Event{Action: action, NetworkID: n.ID, NetworkName: n.Name, Driver: n.Driver, ContainerID: container, Time: time.Now()})
+	}
 }
 
-// ConnectNetwork attaches a running container to one more network.
-func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req EndpointRequest) (Endpoint, error) {
-	return Endpoint{}, errors.ErrUnsupported
-}
-
-// DisconnectNetwork takes a running container off a network. With force it is
-// no error if the container is not there.
-func (c *Controller) DisconnectNetwork(ctx context.Context, containerID, network string, force bool) error {
-	return errors.ErrUnsupported
+// HostGateway is the host's address as containers on the default bridge see it
+// (what "host-gateway" in extra hosts stands for).
+func (c *Controller) HostGateway() netip.Addr {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if n := c.byNameLocked(defaultNetwork); n != nil {
+		for _, s := range n.subnets {
+			if s.gateway.IsValid() {
+				return s.gateway
+			}
+		}
+	}
+	return netip.Addr{}
 }
 
 // Namespace returns a connected container's network as it is now.
 // Errors: NotFound.
 func (c *Controller) Namespace(containerID string) (*Namespace, error) {
-	return nil, errors.ErrUnsupported
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.conts[containerID]
+	if r == nil {
+		return nil, fmt.Errorf("container %s has no network: %w", containerID, errdefs.ErrNotFound)
+	}
+	return c.namespaceLocked(r), nil
 }
 
-// Rename changes a connected container's name in the DNS. Unknown containers
-// are no error.
-func (c *Controller) Rename(ctx context.Context, containerID, newName string) error {
-	return errors.ErrUnsupported
+// keyLock is one lock per container.
+type keyLock struct {
+	mu   sync.Mutex
+	held map[string]*keyEntry
 }
 
-// Restore is called once after Open with the ids of all containers that still
-// run: their networks are kept, all others are freed.
-func (c *Controller) Restore(ctx context.Context, live []string) error { return errors.ErrUnsupported }
+type keyEntry struct {
+	refs int
+	ch   chan struct{}
+}
 
-// HostGateway is the host's address as containers on the default bridge see it
-// (what "host-gateway" in extra hosts stands for).
-func (c *Controller) HostGateway() string { return "" }
+// lock waits for the key and returns its unlock.
+func (k *keyLock) lock(ctx context.Context, key string) (func(), error) {
+	k.mu.Lock()
+	if k.held == nil {
+		k.held = map[string]*keyEntry{}
+	}
+	e := k.held[key]
+	if e == nil {
+		e = &keyEntry{ch: make(chan struct{}, 1)}
+		k.held[key] = e
+	}
+	e.refs++
+	k.mu.Unlock()
+	drop := func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if e.refs--; e.refs == 0 {
+			delete(k.held, key)
+		}
+	}
+	select {
+	case e.ch <- struct{}{}:
+		return func() { <-e.ch; drop() }, nil
+	case <-ctx.Done():
+		drop()
+		return nil, context.Cause(ctx)
+	}
+}

@@ -1,0 +1,256 @@
+package link
+
+import (
+	"net"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// Attribute numbers that x/sys/unix lacks.
+const (
+	vethInfoPeer    = 1
+	brForwardDelay  = 1
+	brStpState      = 5
+	brMcastSnooping = 23
+	brportMode      = 4  // IFLA_BRPORT_MODE: hairpin
+	brportLearning  = 8  // IFLA_BRPORT_LEARNING
+	brportIsolated  = 33 // IFLA_BRPORT_ISOLATED
+	addrGenNone     = 1  // IN6_ADDR_GEN_MODE_NONE
+	ifaFNoDAD       = 0x02
+)
+
+// Port says how an interface sits in a bridge.
+type Port struct {
+	// Isolated ports reach the bridge itself but not each other.
+	Isolated bool
+	// Hairpin lets frames leave by the port that they came from.
+	Hairpin bool
+}
+
+// Veth is a veth pair with one end in a bridge and the other in a namespace.
+type Veth struct {
+	// Host is the name of the end on the host.
+	Host string
+	// Bridge is the index of the bridge.
+	Bridge int
+	// NetnsFD is the namespace of the other end.
+	NetnsFD int
+	// Peer and PeerIndex are name and index of the other end.
+	Peer      string
+	PeerIndex int
+	// MAC is the other end's address.
+	MAC net.HardwareAddr
+	MTU int
+}
+
+// AddVeth makes the pair, both ends up, the host's end in the bridge.
+func (b *Batch) AddVeth(v Veth) {
+	b.begin("add veth "+v.Host, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, v.Host)
+	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_KIND, "veth")
+	b.open(unix.IFLA_INFO_DATA)
+	b.open(vethInfoPeer)
+	b.buf = append(b.buf, ifinfo(v.PeerIndex, unix.IFF_UP, unix.IFF_UP)...)
+	b.attrString(unix.IFLA_IFNAME, v.Peer)
+	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
+	if v.MAC != nil {
+		b.attr(unix.IFLA_ADDRESS, v.MAC)
+	}
+	b.attr32(unix.IFLA_NET_NS_FD, uint32(v.NetnsFD))
+	b.close()
+	b.close()
+	b.close()
+
+	// No link-local address on a bridge's port: said before it goes up, and
+	// the kernel takes it from an existing interface only.
+	b.begin("set up veth "+v.Host, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, v.Host)
+	b.open(unix.IFLA_AF_SPEC)
+	b.open(unix.AF_INET6)
+	b.attr8(unix.IFLA_INET6_ADDR_GEN_MODE, addrGenNone)
+	b.close()
+	b.close()
+
+	b.begin("plug veth "+v.Host+" into its bridge", unix.RTM_NEWLINK, 0, ifinfo(0, unix.IFF_UP, unix.IFF_UP))
+	b.attrString(unix.IFLA_IFNAME, v.Host)
+	if v.Bridge != 0 {
+		b.attr32(unix.IFLA_MASTER, uint32(v.Bridge))
+	}
+}
+
+// SetPort changes how the named interface sits in its bridge.
+func (b *Batch) SetPort(name string, p Port) {
+	b.begin("set bridge port "+name, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_SLAVE_KIND, "bridge")
+	b.open(unix.IFLA_INFO_SLAVE_DATA)
+	b.attr8(brportIsolated, flag(p.Isolated))
+	b.attr8(brportMode, flag(p.Hairpin))
+	b.close()
+	b.close()
+}
+
+func flag(v bool) uint8 {
+	if v {
+		return 1
+	}
+	return 0
+}
+
+// AddBridge makes a bridge, up, marked as ours by the alias.
+func (b *Batch) AddBridge(name string, mac net.HardwareAddr, mtu int) {
+	b.begin("add bridge "+name, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.attr32(unix.IFLA_MTU, uint32(mtu))
+	if mac != nil {
+		b.attr(unix.IFLA_ADDRESS, mac)
+	}
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_KIND, "bridge")
+	b.open(unix.IFLA_INFO_DATA)
+	b.attr32(brStpState, 0)
+	b.attr32(brForwardDelay, 0)
+	b.attr8(brMcastSnooping, 0)
+	b.close()
+	b.close()
+}
+
+// AddMacvlan makes a macvlan interface on the parent, in the namespace.
+// Mode is one of the kernel's MACVLAN_MODE bits (4 is bridge).
+func (b *Batch) AddMacvlan(name string, parent, netnsFD int, mac net.HardwareAddr, mode uint32) {
+	b.begin("add macvlan "+name, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.attr32(unix.IFLA_LINK, uint32(parent))
+	if mac != nil {
+		b.attr(unix.IFLA_ADDRESS, mac)
+	}
+	if netnsFD >= 0 {
+		b.attr32(unix.IFLA_NET_NS_FD, uint32(netnsFD))
+	}
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_KIND, "macvlan")
+	b.open(unix.IFLA_INFO_DATA)
+	b.attr32(1, mode)
+	b.close()
+	b.close()
+}
+
+// AddDummy makes an interface that leads nowhere.
+func (b *Batch) AddDummy(name string) {
+	b.begin("add dummy "+name, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, unix.IFF_UP, unix.IFF_UP))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_KIND, "dummy")
+	b.close()
+}
+
+// SetAlias marks an interface.
+func (b *Batch) SetAlias(name, alias string) {
+	b.begin("mark "+name, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.attr(unix.IFLA_IFALIAS, []byte(alias))
+}
+
+// SetUp brings the interface with the index up.
+func (b *Batch) SetUp(index int) {
+	b.begin("bring interface up", unix.RTM_NEWLINK, 0, ifinfo(index, unix.IFF_UP, unix.IFF_UP))
+}
+
+// SetUpName brings the named interface up.
+func (b *Batch) SetUpName(name string) {
+	b.begin("bring up "+name, unix.RTM_NEWLINK, 0, ifinfo(0, unix.IFF_UP, unix.IFF_UP))
+	b.attrString(unix.IFLA_IFNAME, name)
+}
+
+// SetDown takes the interface with the index down.
+func (b *Batch) SetDown(index int) {
+	b.begin("take interface down", unix.RTM_NEWLINK, 0, ifinfo(index, 0, unix.IFF_UP))
+}
+
+// SetMaster puts the named interface into the bridge (0: out of it).
+func (b *Batch) SetMaster(name string, bridge int) {
+	b.begin("set bridge of "+name, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.attr32(unix.IFLA_MASTER, uint32(bridge))
+}
+
+// DelLink deletes the named interface; one that is gone is no error.
+func (b *Batch) DelLink(name string) {
+	b.begin("delete "+name, unix.RTM_DELLINK, 0, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.allow(unix.ENODEV)
+}
+
+// AddAddr gives the interface an address; one that it has is no error.
+func (b *Batch) AddAddr(index int, p netip.Prefix) {
+	a := p.Addr()
+	hdr := make([]byte, unix.SizeofIfAddrmsg)
+	hdr[0], hdr[1] = family(a), uint8(p.Bits())
+	if a.Is6() {
+		hdr[2] = ifaFNoDAD
+	}
+	native.PutUint32(hdr[4:], uint32(index))
+	b.begin("add address "+p.String(), unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, hdr)
+	b.attr(unix.IFA_LOCAL, ipBytes(a))
+	b.attr(unix.IFA_ADDRESS, ipBytes(a))
+	if a.Is4() && p.Bits() < 31 {
+		bc := a.As4()
+		host := uint32(1)<<(32-p.Bits()) - 1
+		for i := range bc {
+			bc[i] |= byte(host >> (24 - 8*i))
+		}
+		b.attr(unix.IFA_BROADCAST, bc[:])
+	}
+	b.allow(unix.EEXIST)
+}
+
+// DelAddr takes an address off the interface.
+func (b *Batch) DelAddr(index int, p netip.Prefix) {
+	hdr := make([]byte, unix.SizeofIfAddrmsg)
+	hdr[0], hdr[1] = family(p.Addr()), uint8(p.Bits())
+	native.PutUint32(hdr[4:], uint32(index))
+	b.begin("delete address "+p.String(), unix.RTM_DELADDR, 0, hdr)
+	b.attr(unix.IFA_LOCAL, ipBytes(p.Addr()))
+	b.allow(unix.EADDRNOTAVAIL)
+}
+
+func routeMsg(fam uint8, scope uint8) []byte {
+	hdr := make([]byte, unix.SizeofRtMsg)
+	hdr[0], hdr[4], hdr[5], hdr[6], hdr[7] = fam, unix.RT_TABLE_MAIN, unix.RTPROT_BOOT, scope, unix.RTN_UNICAST
+	return hdr
+}
+
+// AddDefault makes the gateway the default route through the interface.
+func (b *Batch) AddDefault(index int, gw netip.Addr) {
+	b.begin("add default route via "+gw.String(), unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, routeMsg(family(gw), unix.RT_SCOPE_UNIVERSE))
+	b.attr(unix.RTA_GATEWAY, ipBytes(gw))
+	b.attr32(unix.RTA_OIF, uint32(index))
+}
+
+// AddDefaultDev makes the interface the default route, without a gateway.
+func (b *Batch) AddDefaultDev(index int, fam4 bool) {
+	f := uint8(unix.AF_INET6)
+	if fam4 {
+		f = unix.AF_INET
+	}
+	b.begin("add default route", unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, routeMsg(f, unix.RT_SCOPE_LINK))
+	b.attr32(unix.RTA_OIF, uint32(index))
+}
+
+// DelDefault removes the default route via the gateway; none is no error.
+func (b *Batch) DelDefault(index int, gw netip.Addr) {
+	b.begin("delete default route via "+gw.String(), unix.RTM_DELROUTE, 0, routeMsg(family(gw), unix.RT_SCOPE_UNIVERSE))
+	b.attr(unix.RTA_GATEWAY, ipBytes(gw))
+	b.attr32(unix.RTA_OIF, uint32(index))
+	b.allow(unix.ESRCH)
+}
+
+// Rename changes an interface's name; it must be down.
+func (b *Batch) Rename(index int, name string) {
+	b.begin("rename interface to "+name, unix.RTM_NEWLINK, 0, ifinfo(index, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, name)
+}

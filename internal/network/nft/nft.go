@@ -1,0 +1,357 @@
+// Package nft keeps the one nftables table of a controller: who may talk to
+// whom, which addresses are masqueraded, which ports of the host lead where.
+//
+// All rules are constant; what changes are elements of sets and maps, so a
+// new network or port is a handful of elements in one transaction, whatever
+// number there are already. The table is drawn in rules.go.
+//
+// The table is never deleted and made again in two steps: a repair replaces it
+// in one transaction. A [Table] is safe for concurrent use.
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+)
+
+// Net is a bridge network as the table knows it.
+type Net struct {
+	// Bridge is the interface's name.
+	Bridge string
+	// Subnets are the network's prefixes, Gateways the host's addresses in them.
+	Subnets  []netip.Prefix
+	Gateways []netip.Addr
+	// Internal networks reach nothing but themselves and their DNS server.
+	Internal bool
+	// NoMasquerade leaves the source address of outgoing packets alone.
+	NoMasquerade bool
+	// NoICC forbids traffic between the network's own endpoints.
+	NoICC bool
+}
+
+// Port is one published port. A HostIP that is unspecified means all of its family.
+type Port struct {
+	Proto    uint8
+	HostIP   netip.Addr
+	HostPort uint16
+	To       netip.AddrPort
+}
+
+// Table is our table in the kernel and what should be in it.
+type Table struct {
+	name   string
+	bypass bool
+
+	mu    sync.Mutex
+	conn  *nftables.Conn
+	sets  map[string]*nftables.Set
+	t     *nftables.Table
+	nets  map[string]Net
+	ports map[portKey]netip.AddrPort
+}
+
+type portKey struct {
+	proto uint8
+	ip    netip.Addr
+	port  uint16
+}
+
+// Open makes a table handle in the calling thread's network namespace. Nothing
+// is changed before Install. With bypass the host's input rules are not asked
+// about published ports.
+func Open(name string, bypass bool) (*Table, error) {
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("open nftables socket: %w", err)
+	}
+	return &Table{name: name, bypass: bypass, conn: conn, nets: map[string]Net{}, ports: map[portKey]netip.AddrPort{}}, nil
+}
+
+// Close frees the handle; the table stays.
+func (t *Table) Close() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.conn.CloseLasting()
+}
+
+// Remove deletes the table from the kernel.
+func (t *Table) Remove() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, tb := range t.tables() {
+		t.conn.AddTable(tb) // so that deleting one that is gone is no error
+		t.conn.DelTable(tb)
+	}
+	return t.flush("remove table")
+}
+
+func (t *Table) flush(what string) error {
+	if err := t.conn.Flush(); err != nil {
+		return fmt.Errorf("nftables table %s: %s: %w", t.name, what, err)
+	}
+	return nil
+}
+
+// Install puts the whole table with the given contents into the kernel, in one
+// transaction that replaces whatever was there.
+func (t *Table) Install(nets []Net, ports []Port) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.nets = map[string]Net{}
+	for _, n := range nets {
+		t.nets[n.Bridge] = n
+	}
+	t.ports = map[portKey]netip.AddrPort{}
+	for _, p := range ports {
+		t.ports[p.key()] = p.To
+	}
+	return t.installLocked()
+}
+
+// Repair installs the table again with the contents that it should have.
+func (t *Table) Repair() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.installLocked()
+}
+
+func (t *Table) installLocked() error {
+	for _, tb := range t.tables() {
+		t.conn.AddTable(tb)
+		t.conn.DelTable(tb)
+		t.conn.AddTable(tb)
+	}
+	t.rules()
+	for _, n := range t.nets {
+		if err := t.netElements(n, true); err != nil {
+			return err
+		}
+	}
+	batch := elements{}
+	for k, to := range t.ports {
+		batch.port(k, to)
+	}
+	// A netlink message's attribute is limited to 64 KiB: send in pieces.
+	if err := t.apply(batch, t.conn.SetAddElements); err != nil {
+		return err
+	}
+	return t.flush("install")
+}
+
+func (p Port) key() portKey { return portKey{p.Proto, p.HostIP.Unmap(), p.HostPort} }
+
+// AddNet adds a network.
+func (t *Table) AddNet(n Net) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := t.netElements(n, true); err != nil {
+		return err
+	}
+	if err := t.flush("add network " + n.Bridge); err != nil {
+		return err
+	}
+	t.nets[n.Bridge] = n
+	return nil
+}
+
+// RemoveNet removes the network of a bridge; one that is not there is no error.
+func (t *Table) RemoveNet(bridge string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n, ok := t.nets[bridge]
+	if !ok {
+		return nil
+	}
+	delete(t.nets, bridge)
+	if err := t.netElements(n, false); err != nil {
+		return err
+	}
+	if err := t.flush("remove network " + bridge); err != nil {
+		return t.repairAfter(err)
+	}
+	return nil
+}
+
+// repairAfter is for a removal that failed because somebody else changed the
+// table: the wanted state is known, so put it there.
+func (t *Table) repairAfter(err error) error {
+	if !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return t.installLocked()
+}
+
+// Publish adds ports in one transaction.
+func (t *Table) Publish(ports []Port) error {
+	if len(ports) == 0 {
+		return nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	batch := elements{}
+	for _, p := range ports {
+		batch.port(p.key(), p.To)
+	}
+	if err := t.apply(batch, t.conn.SetAddElements); err != nil {
+		return err
+	}
+	err := t.flush("publish ports")
+	for _, p := range ports {
+		t.ports[p.key()] = p.To
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) {
+		err = t.installLocked()
+	}
+	if err != nil {
+		for _, p := range ports {
+			delete(t.ports, p.key())
+		}
+	}
+	return err
+}
+
+// Unpublish removes ports in one transaction; ones that are not there are no error.
+func (t *Table) Unpublish(ports []Port) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	batch := elements{}
+	for _, p := range ports {
+		if to, ok := t.ports[p.key()]; ok {
+			batch.port(p.key(), to)
+			delete(t.ports, p.key())
+		}
+	}
+	if len(batch) == 0 {
+		return nil
+	}
+	if err := t.apply(batch, t.conn.SetDeleteElements); err != nil {
+		return err
+	}
+	if err := t.flush("unpublish ports"); err != nil {
+		return t.repairAfter(err)
+	}
+	return nil
+}
+
+// elements are set elements by the set's name.
+type elements map[string][]nftables.SetElement
+
+func (e elements) add(set string, el ...nftables.SetElement) { e[set] = append(e[set], el...) }
+
+// maxElements in one message keeps its attributes below 64 KiB.
+const maxElements = 256
+
+func (t *Table) apply(e elements, do func(*nftables.Set, []nftables.SetElement) error) error {
+	for name, els := range e {
+		for len(els) > 0 {
+			n := min(len(els), maxElements)
+			if err := do(t.sets[name], els[:n]); err != nil {
+				return fmt.Errorf("nftables table %s: set %s: %w", t.name, name, err)
+			}
+			els = els[n:]
+		}
+	}
+	return nil
+}
+
+func (t *Table) netElements(n Net, add bool) error {
+	e := elements{}
+	br := ifname(n.Bridge)
+	e.add(setBridges, nftables.SetElement{Key: br})
+	if n.Internal {
+		e.add(setInternal, nftables.SetElement{Key: br})
+	}
+	if !n.NoICC {
+		e.add(setSame, nftables.SetElement{Key: append(ifname(n.Bridge), br...)})
+	}
+	for _, p := range n.Subnets {
+		lo, hi := interval(p)
+		els := []nftables.SetElement{{Key: lo}, {Key: hi, IntervalEnd: true}}
+		v := version(p.Addr())
+		e.add(setNet+v, els...)
+		if !n.NoMasquerade && !n.Internal {
+			e.add(setMasq+v, els...)
+		}
+	}
+	for _, g := range n.Gateways {
+		e.add(setDNS+version(g), nftables.SetElement{Key: g.AsSlice()})
+	}
+	if add {
+		return t.apply(e, t.conn.SetAddElements)
+	}
+	return t.apply(e, t.conn.SetDeleteElements)
+}
+
+func version(a netip.Addr) string {
+	if a.Is4() {
+		return "4"
+	}
+	return "6"
+}
+
+func (e elements) port(k portKey, to netip.AddrPort) {
+	val := pad4(to.Addr().AsSlice(), be16(to.Port()))
+	switch {
+	case k.ip.IsUnspecified():
+		e.add(mapAny+version(k.ip), nftables.SetElement{Key: pad4([]byte{k.proto}, be16(k.port)), Val: val})
+	default:
+		e.add(mapAddr+version(k.ip), nftables.SetElement{Key: pad4(k.ip.AsSlice(), []byte{k.proto}, be16(k.port)), Val: val})
+	}
+}
+
+func be16(v uint16) []byte { return binary.BigEndian.AppendUint16(nil, v) }
+
+// pad4 joins the fields of a concatenation, each filled up to 4 bytes.
+func pad4(fields ...[]byte) []byte {
+	var out []byte
+	for _, f := range fields {
+		out = append(out, f...)
+		for len(out)%4 != 0 {
+			out = append(out, 0)
+		}
+	}
+	return out
+}
+
+func ifname(n string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, n)
+	return b
+}
+
+// interval is a prefix as first address and the one after the last.
+func interval(p netip.Prefix) (lo, hi []byte) {
+	p = p.Masked()
+	lo = p.Addr().AsSlice()
+	hi = p.Addr().AsSlice()
+	for i := p.Bits(); i < len(hi)*8; i++ {
+		hi[i/8] |= 0x80 >> (i % 8)
+	}
+	for i := len(hi) - 1; i >= 0; i-- {
+		hi[i]++
+		if hi[i] != 0 {
+			break
+		}
+	}
+	return lo, hi
+}
+
+// Intact says whether the table is in the kernel with its rules. Elements are
+// not compared. If that cannot be found out, it says yes.
+func (t *Table) Intact() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, name := range []string{"fwd", "pre", "post"} {
+		rules, err := t.conn.GetRules(t.t, &nftables.Chain{Name: name, Table: t.t})
+		if errors.Is(err, unix.ENOENT) || err == nil && len(rules) == 0 {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,110 @@
+package nft
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestMain runs the tests again in a network namespace of their own.
+func TestMain(m *testing.M) {
+	if os.Getenv("TENON_TEST_NETNS") == "" {
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Env = append(os.Environ(), "TENON_TEST_NETNS=1")
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+		err := cmd.Run()
+		var ee *exec.ExitError
+		if errors.As(err, &ee) {
+			os.Exit(ee.ExitCode())
+		} else if err != nil {
+			panic(err)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func ruleset(t *testing.T) string {
+	t.Helper()
+	out, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+	if err != nil {
+		t.Fatalf("nft: %v %s", err, out)
+	}
+	return string(out)
+}
+
+func TestRootTable(t *testing.T) {
+	tb, err := Open("tnt", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tb.Close()
+	n := Net{Bridge: "tnt0", Subnets: []netip.Prefix{netip.MustParsePrefix("10.199.1.0/24"), netip.MustParsePrefix("fd00:7::/64")},
+		Gateways: []netip.Addr{netip.MustParseAddr("10.199.1.1"), netip.MustParseAddr("fd00:7::1")}}
+	ports := []Port{
+		{6, netip.MustParseAddr("0.0.0.0"), 8080, netip.MustParseAddrPort("10.199.1.2:80")},
+		{17, netip.MustParseAddr("127.0.0.1"), 53, netip.MustParseAddrPort("10.199.1.2:53")},
+		{6, netip.MustParseAddr("::"), 8080, netip.MustParseAddrPort("[fd00:7::2]:80")},
+		{6, netip.MustParseAddr("::1"), 8081, netip.MustParseAddrPort("[fd00:7::2]:80")},
+	}
+	if err := tb.Install([]Net{n}, ports); err != nil {
+		t.Fatal(err)
+	}
+	all := ruleset(t)
+	for _, want := range []string{"table inet tnt", "tcp . 8080 : 10.199.1.2 . 80", "127.0.0.1 . udp . 53 : 10.199.1.2 . 53",
+		"tcp . 8080 : fd00:7::2 . 80", "::1 . tcp . 8081 : fd00:7::2 . 80", "10.199.1.0/24", "\"tnt0\" . \"tnt0\""} {
+		if !strings.Contains(all, want) {
+			t.Errorf("%q is missing in\n%s", want, all)
+		}
+	}
+	if t.Failed() {
+		return
+	}
+	if err := tb.AddNet(Net{Bridge: "tnt1", Subnets: []netip.Prefix{netip.MustParsePrefix("10.199.2.0/24")}, Internal: true}); err != nil {
+		t.Fatal(err)
+	}
+	many := []Port{}
+	for p := range uint16(2000) {
+		many = append(many, Port{6, netip.MustParseAddr("0.0.0.0"), 20000 + p, netip.MustParseAddrPort("10.199.1.3:80")})
+	}
+	if err := tb.Publish(many); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Count(ruleset(t), "10.199.1.3 . 80"); got != 2000 {
+		t.Fatalf("%d of 2000 ports in the table", got)
+	}
+	if err := tb.Unpublish(many); err != nil {
+		t.Fatal(err)
+	}
+	if err := tb.RemoveNet("tnt1"); err != nil {
+		t.Fatal(err)
+	}
+	if got := ruleset(t); got != all {
+		t.Fatalf("adding and removing left something:\n%s\nbefore:\n%s", got, all)
+	}
+	if out, err := exec.Command("nft", "flush", "ruleset").CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	if err := tb.Publish(many[:1]); err != nil {
+		t.Fatal(err)
+	}
+	if err := tb.Unpublish(many[:1]); err != nil {
+		t.Fatal(err)
+	}
+	if got := ruleset(t); got != all {
+		t.Fatalf("not repaired:\n%s\nbefore:\n%s", got, all)
+	}
+	if err := tb.Remove(); err != nil {
+		t.Fatal(err)
+	}
+	if got := ruleset(t); strings.Contains(got, "tnt") {
+		t.Fatalf("left:\n%s", got)
+	}
+}

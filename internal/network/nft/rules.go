@@ -1,0 +1,271 @@
+package nft
+
+import (
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The table, as nft would show it (v4 only; v6 likewise):
+//
+//	table inet NAME {
+//	  set bridges  { type ifname }            # our bridges
+//	  set internal { type ifname }            # those of internal networks
+//	  set same     { type ifname . ifname }   # bridge . itself, unless icc is off
+//	  set net4     { type ipv4_addr; flags interval }  # our subnets
+//	  set masq4    { type ipv4_addr; flags interval }  # those that are masqueraded
+//	  set dns4     { type ipv4_addr }         # gateways, where our DNS listens
+//	  map addr4    { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service }
+//	  map any4     { type inet_proto . inet_service : ipv4_addr . inet_service }
+//
+//	  chain guard { type filter hook prerouting priority raw
+//	    iifname @bridges ip daddr 127.0.0.0/8 drop    # route_localnet is on there
+//	  }
+//	  chain pre { type nat hook prerouting priority dstnat
+//	    ip daddr 127.0.0.0/8 return                   # loopback only from inside
+//	    th dport 53 ip daddr @dns4 return
+//	    dnat ip to ip daddr . meta l4proto . th dport map @addr4
+//	    fib daddr type local dnat ip to meta l4proto . th dport map @any4
+//	  }
+//	  chain out { type nat hook output priority dstnat  # the same but for loopback
+//	  }
+//	  chain post { type nat hook postrouting priority srcnat
+//	    oifname @bridges ct status dnat ip saddr @net4 masquerade  # hairpin
+//	    oifname @bridges ip saddr 127.0.0.0/8 masquerade
+//	    oifname != @bridges ip saddr @masq4 masquerade
+//	  }
+//	  chain fwd { type filter hook forward priority filter; policy accept
+//	    iifname . oifname @same accept
+//	    iifname @internal drop
+//	    oifname @internal drop
+//	    oifname @bridges ct state established,related accept
+//	    oifname @bridges ct status dnat accept        # published
+//	    oifname @bridges drop                         # nobody else gets in
+//	  }
+//	  chain in { type filter hook input priority filter; policy accept
+//	    iifname @internal ct state established,related accept
+//	    iifname @internal th dport 53 ip daddr @dns4 accept
+//	    iifname @internal meta l4proto icmpv6 accept  # neighbour discovery
+//	    iifname @internal drop
+//	  }
+//	}
+//
+// An accept here ends only our own chain: a drop in any other table's chain
+// at the same hook still wins.
+const (
+	setBridges  = "bridges"
+	setInternal = "internal"
+	setSame     = "same"
+	setNet      = "net"
+	setMasq     = "masq"
+	setDNS      = "dns"
+	mapAddr     = "addr"
+	mapAny      = "any"
+)
+
+func (t *Table) tables() []*nftables.Table {
+	t.t = &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
+	return []*nftables.Table{t.t}
+}
+
+func concat(types ...nftables.SetDatatype) nftables.SetDatatype {
+	d, err := nftables.ConcatSetType(types...)
+	if err != nil {
+		panic(err) // constant input
+	}
+	return d
+}
+
+func (t *Table) addSet(s *nftables.Set) {
+	s.Table = t.t
+	_ = t.conn.AddSet(s, nil) // without elements it cannot fail
+	t.sets[s.Name] = s
+}
+
+func (t *Table) rules() {
+	t.sets = map[string]*nftables.Set{}
+	ifn, svc, proto := nftables.TypeIFName, nftables.TypeInetService, nftables.TypeInetProto
+	t.addSet(&nftables.Set{Name: setBridges, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
+	t.addSet(&nftables.Set{Name: setInternal, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
+	t.addSet(&nftables.Set{Name: setSame, KeyType: concat(ifn, ifn), Concatenation: true})
+	for i, typ := range []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIP6Addr} {
+		v := []string{"4", "6"}[i]
+		t.addSet(&nftables.Set{Name: setNet + v, KeyType: typ, Interval: true})
+		t.addSet(&nftables.Set{Name: setMasq + v, KeyType: typ, Interval: true})
+		t.addSet(&nftables.Set{Name: setDNS + v, KeyType: typ})
+		t.addSet(&nftables.Set{Name: mapAddr + v, IsMap: true, Concatenation: true,
+			KeyType: concat(typ, proto, svc), DataType: concat(typ, svc)})
+		t.addSet(&nftables.Set{Name: mapAny + v, IsMap: true, Concatenation: true,
+			KeyType: concat(proto, svc), DataType: concat(typ, svc)})
+	}
+
+	guard := t.chain("guard", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
+	pre := t.chain("pre", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
+	out := t.chain("out", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
+	post := t.chain("post", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
+	fwd := t.chain("fwd", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
+	in := t.chain("in", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
+
+	for _, f := range []fam{v4, v6} {
+		t.rule(guard, t.iif(setBridges), f.is(), f.loop(f.dst), verdict(expr.VerdictDrop))
+		t.rule(pre, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
+		t.rule(pre, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictReturn))
+		for _, c := range []*nftables.Chain{pre, out} {
+			t.rule(c, f.is(), t.dnatAddr(f))
+			t.rule(c, f.is(), fibLocal(), t.dnatAny(f))
+		}
+		t.rule(post, t.oif(setBridges), f.is(), dnatted(), t.addrIn(f, f.src, setNet), masquerade())
+		t.rule(post, t.oif(setBridges), f.is(), f.loop(f.src), masquerade())
+		t.rule(post, t.notOif(setBridges), f.is(), t.addrIn(f, f.src, setMasq), masquerade())
+	}
+
+	t.rule(fwd, t.sameBridge(), verdict(expr.VerdictAccept))
+	t.rule(fwd, t.iif(setInternal), verdict(expr.VerdictDrop))
+	t.rule(fwd, t.oif(setInternal), verdict(expr.VerdictDrop))
+	t.rule(fwd, t.oif(setBridges), established(), verdict(expr.VerdictAccept))
+	t.rule(fwd, t.oif(setBridges), dnatted(), verdict(expr.VerdictAccept))
+	t.rule(fwd, t.oif(setBridges), verdict(expr.VerdictDrop))
+
+	t.rule(in, t.iif(setInternal), established(), verdict(expr.VerdictAccept))
+	for _, f := range []fam{v4, v6} {
+		t.rule(in, t.iif(setInternal), f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictAccept))
+	}
+	t.rule(in, t.iif(setInternal), l4proto(unix.IPPROTO_ICMPV6), verdict(expr.VerdictAccept))
+	t.rule(in, t.iif(setInternal), verdict(expr.VerdictDrop))
+}
+
+func (t *Table) chain(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) *nftables.Chain {
+	accept := nftables.ChainPolicyAccept
+	return t.conn.AddChain(&nftables.Chain{Name: name, Table: t.t, Type: typ, Hooknum: hook, Priority: prio, Policy: &accept})
+}
+
+func (t *Table) rule(c *nftables.Chain, parts ...[]expr.Any) {
+	r := &nftables.Rule{Table: t.t, Chain: c}
+	for _, p := range parts {
+		r.Exprs = append(r.Exprs, p...)
+	}
+	t.conn.AddRule(r)
+}
+
+// Registers: 1..4 are 16 bytes each; 8..23 are the same space in 4-byte steps.
+const (
+	reg1  = 1
+	reg2  = 2
+	reg32 = 8
+)
+
+// fam is an address family: where its addresses lie in the header.
+type fam struct {
+	nfproto  byte
+	src, dst uint32
+	size     uint32
+	set      string
+}
+
+var (
+	v4 = fam{unix.NFPROTO_IPV4, 12, 16, 4, "4"}
+	v6 = fam{unix.NFPROTO_IPV6, 8, 24, 16, "6"}
+)
+
+func (f fam) is() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{f.nfproto}}}
+}
+
+func (f fam) load(off, reg uint32) expr.Any {
+	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: f.size}
+}
+
+// loop matches loopback addresses: 127.0.0.0/8, ::1.
+func (f fam) loop(off uint32) []expr.Any {
+	if f.nfproto == unix.NFPROTO_IPV6 {
+		one := make([]byte, 16)
+		one[15] = 1
+		return []expr.Any{f.load(off, reg1), &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: one}}
+	}
+	return []expr.Any{&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{127}}}
+}
+
+func (t *Table) addrIn(f fam, off uint32, set string) []expr.Any {
+	s := t.sets[set+f.set]
+	return []expr.Any{f.load(off, reg1), &expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID}}
+}
+
+func (t *Table) name16(key expr.MetaKey, set string, invert bool) []expr.Any {
+	s := t.sets[set]
+	return []expr.Any{&expr.Meta{Key: key, Register: reg1},
+		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID, Invert: invert}}
+}
+
+func (t *Table) iif(set string) []expr.Any    { return t.name16(expr.MetaKeyIIFNAME, set, false) }
+func (t *Table) oif(set string) []expr.Any    { return t.name16(expr.MetaKeyOIFNAME, set, false) }
+func (t *Table) notOif(set string) []expr.Any { return t.name16(expr.MetaKeyOIFNAME, set, true) }
+
+func (t *Table) sameBridge() []expr.Any {
+	s := t.sets[setSame]
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
+		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg2},
+		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID}}
+}
+
+func l4proto(p byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{p}}}
+}
+
+func dport(reg uint32) expr.Any {
+	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}
+}
+
+func (t *Table) dport53() []expr.Any {
+	// The protocol is not asked: whatever else has 53 there goes to the host as well.
+	return []expr.Any{dport(reg1), &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: be16(53)}}
+}
+
+// dnatAddr: dnat to ADDR . l4proto . dport map @addrN
+func (t *Table) dnatAddr(f fam) []expr.Any {
+	s := t.sets[mapAddr+f.set]
+	next := reg32 + f.size/4
+	return []expr.Any{f.load(f.dst, reg1), &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: next}, dport(next + 1),
+		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID},
+		f.dnat()}
+}
+
+// dnatAny: dnat to l4proto . dport map @anyN
+func (t *Table) dnatAny(f fam) []expr.Any {
+	s := t.sets[mapAny+f.set]
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, dport(reg32 + 1),
+		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID},
+		f.dnat()}
+}
+
+func (f fam) dnat() expr.Any {
+	return &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.nfproto), RegAddrMin: reg1, RegProtoMin: reg32 + f.size/4, Specified: true}
+}
+
+func fibLocal() []expr.Any {
+	return []expr.Any{&expr.Fib{Register: reg1, FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)}}
+}
+
+// ctBits matches if any of the bits of a conntrack field is set.
+func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+	return []expr.Any{&expr.Ct{Key: key, Register: reg1},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: []byte{0, 0, 0, 0}},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: []byte{0, 0, 0, 0}}}
+}
+
+const ctStatusDNAT = 0x20 // IPS_DST_NAT
+
+func dnatted() []expr.Any { return ctBits(expr.CtKeySTATUS, ctStatusDNAT) }
+
+func established() []expr.Any {
+	return ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
+}
+
+func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
+
+func verdict(k expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: k}} }

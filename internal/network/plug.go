@@ -1,0 +1,317 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"tenon.dev/tenon/internal/network/link"
+)
+
+// Plug is an endpoint as a [Plumber] sees it: where it goes and what it says.
+type Plug struct {
+	// Bridge is the name and BridgeIndex the index of the network's bridge.
+	Bridge      string
+	BridgeIndex int
+	// Parent is the host's interface for a macvlan network.
+	Parent string
+	// HostInterface is the name of the end on the host (veth or tap).
+	HostInterface string
+	// Interface and Index are name and index inside.
+	Interface string
+	Index     int
+	MAC       net.HardwareAddr
+	MTU       int
+	IPv4      netip.Prefix
+	IPv6      netip.Prefix
+	// Default4 and Default6 are the gateways, where this endpoint has the default route.
+	Default4, Default6 netip.Addr
+	// Isolated endpoints reach the host but not each other.
+	Isolated bool
+}
+
+// Plumber plugs endpoints into bridges. Addresses, names and published ports
+// are not its business. The controller has one for network namespaces; that of
+// virtual machines makes a tap in the same bridge.
+type Plumber interface {
+	// Setup makes the place ns for the endpoints and plugs them in.
+	Setup(ctx context.Context, ns string, plugs []Plug) error
+	// Attach plugs one more endpoint into a place that is in use.
+	Attach(ctx context.Context, ns string, p Plug) error
+	// Detach takes an endpoint out.
+	Detach(ctx context.Context, ns string, p Plug) error
+	// Default moves the default routes to the given gateways and interfaces.
+	Default(ctx context.Context, ns string, plugs []Plug) error
+}
+
+// netnsPlumber plugs veth pairs into network namespaces bound below dir.
+type netnsPlumber struct {
+	rtnl *link.Socket // of the host's namespace
+	dir  string
+}
+
+var _ Plumber = (*netnsPlumber)(nil)
+
+func (p *netnsPlumber) path(ns string) string { return filepath.Join(p.dir, ns) }
+
+// Setup makes a network namespace with its interfaces.
+func (p *netnsPlumber) Setup(ctx context.Context, ns string, plugs []Plug) error {
+	return link.NewNetns(p.path(ns), func(fd int, s *link.Socket) error {
+		v6 := false
+		for _, pl := range plugs {
+			v6 = v6 || pl.IPv6.IsValid()
+		}
+		// What Docker's containers have: ping and low ports without privilege.
+		settings := []struct{ k, v string }{
+			{"net/ipv4/ping_group_range", "0 2147483647"},
+			{"net/ipv4/ip_unprivileged_port_start", "0"},
+		}
+		if v6 {
+			settings = append(settings, struct{ k, v string }{"net/ipv6/conf/default/accept_dad", "0"}, struct{ k, v string }{"net/ipv6/conf/default/accept_ra", "0"})
+		} else {
+			settings = append(settings, struct{ k, v string }{"net/ipv6/conf/default/disable_ipv6", "1"})
+		}
+		for _, kv := range settings {
+			if err := link.Sysctl(kv.k, kv.v); err != nil && !os.IsNotExist(err) {
+				return fmt.Errorf("set %s: %w", kv.k, err)
+			}
+		}
+		return p.plug(fd, s, plugs, true)
+	})
+}
+
+// plug makes the interfaces; s is a socket in the namespace fd.
+func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error {
+	var host, in link.Batch
+	for _, pl := range plugs {
+		if pl.Parent != "" {
+			idx, err := net.InterfaceByName(pl.Parent)
+			if err != nil {
+				return fmt.Errorf("parent interface %s: %w", pl.Parent, err)
+			}
+			host.AddMacvlan(pl.HostInterface, idx.Index, fd, pl.MAC, 4)
+			continue
+		}
+		host.AddVeth(link.Veth{Host: pl.HostInterface, Bridge: pl.BridgeIndex, NetnsFD: fd, Peer: pl.Interface, PeerIndex: pl.Index, MAC: pl.MAC, MTU: pl.MTU})
+		if pl.Isolated {
+			host.SetPort(pl.HostInterface, link.Port{Isolated: true})
+		}
+	}
+	if err := p.rtnl.Do(&host); err != nil {
+		return err
+	}
+	if lo {
+		in.SetUp(1)
+	}
+	for i := range plugs {
+		pl := &plugs[i]
+		if pl.Parent != "" {
+			if err := renameMacvlan(s, pl); err != nil {
+				return err
+			}
+			in.SetUp(pl.Index)
+		}
+		if len(plugs) > 1 || !lo {
+			v := "1"
+			if pl.IPv6.IsValid() {
+				v = "0"
+			}
+			if err := link.Sysctl("net/ipv6/conf/"+pl.Interface+"/disable_ipv6", v); err != nil && !os.IsNotExist(err) {
+				return err
+			}
+		}
+		for _, a := range []netip.Prefix{pl.IPv4, pl.IPv6} {
+			if a.IsValid() {
+				in.AddAddr(pl.Index, a)
+			}
+		}
+		for _, gw := range []netip.Addr{pl.Default4, pl.Default6} {
+			if gw.IsValid() {
+				in.AddDefault(pl.Index, gw)
+			}
+		}
+	}
+	return s.Do(&in)
+}
+
+func renameMacvlan(s *link.Socket, pl *Plug) error {
+	links, err := s.Links()
+	if err != nil {
+		return err
+	}
+	for _, l := range links {
+		if l.Name == pl.HostInterface {
+			pl.Index = l.Index
+			var b link.Batch
+			b.Rename(l.Index, pl.Interface)
+			return s.Do(&b)
+		}
+	}
+	return fmt.Errorf("interface %s did not arrive", pl.HostInterface)
+}
+
+// Attach plugs one more interface into a namespace in use.
+func (p *netnsPlumber) Attach(ctx context.Context, ns string, pl Plug) error {
+	return link.InNetns(p.path(ns), func(fd int, s *link.Socket) error {
+		return p.plug(fd, s, []Plug{pl}, false)
+	})
+}
+
+// Detach deletes an interface.
+func (p *netnsPlumber) Detach(ctx context.Context, ns string, pl Plug) error {
+	return link.InNetns(p.path(ns), func(fd int, s *link.Socket) error {
+		var b link.Batch
+		b.DelLink(pl.Interface)
+		return s.Do(&b)
+	})
+}
+
+// Default replaces the default routes.
+func (p *netnsPlumber) Default(ctx context.Context, ns string, plugs []Plug) error {
+	return link.InNetns(p.path(ns), func(fd int, s *link.Socket) error {
+		links, err := s.Links()
+		if err != nil {
+			return err
+		}
+		var b link.Batch
+		for _, pl := range plugs {
+			for _, l := range links {
+				if l.Name != pl.Interface {
+					continue
+				}
+				for _, gw := range []netip.Addr{pl.Default4, pl.Default6} {
+					if gw.IsValid() {
+						b.AddDefault(l.Index, gw)
+					}
+				}
+			}
+		}
+		return s.Do(&b)
+	})
+}
+
+// ready is a namespace on the default bridge that waits for a container.
+type ready struct {
+	nsid string
+	ep   Endpoint
+}
+
+// readyPool keeps complete namespaces at hand. Filling happens in the
+// background; nobody waits for it.
+type readyPool struct {
+	c    *Controller
+	full chan *ready
+	kick chan struct{}
+
+	mu      sync.Mutex
+	release []string // namespaces to let go
+}
+
+func startPool(c *Controller) *readyPool {
+	p := &readyPool{c: c, full: make(chan *ready, max(c.cfg.PoolSize, 0)), kick: make(chan struct{}, 1)}
+	c.wg.Add(1)
+	go p.run()
+	p.wake()
+	return p
+}
+
+func (p *readyPool) wake() {
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+}
+
+// take hands out a ready namespace or nil.
+func (p *readyPool) take() *ready {
+	select {
+	case r := <-p.full:
+		p.wake()
+		return r
+	default:
+		return nil
+	}
+}
+
+// drop lets a namespace go in the background.
+func (p *readyPool) drop(nsid string) {
+	p.mu.Lock()
+	p.release = append(p.release, nsid)
+	p.mu.Unlock()
+	p.wake()
+}
+
+func (p *readyPool) run() {
+	defer p.c.wg.Done()
+	for {
+		select {
+		case <-p.c.ctx.Done():
+			p.reap()
+			for {
+				select {
+				case r := <-p.full:
+					p.c.freeReady(r)
+					p.reap()
+				default:
+					return
+				}
+			}
+		case <-p.kick:
+		}
+		for p.c.ctx.Err() == nil && len(p.full) < cap(p.full) {
+			r, err := p.c.makeReady()
+			if err != nil {
+				p.c.log.Warn("no namespace could be made ahead", "err", err)
+				break
+			}
+			p.full <- r // cannot block: nobody else sends
+			p.reap()
+		}
+		p.reap()
+	}
+}
+
+func (p *readyPool) reap() {
+	p.mu.Lock()
+	list := p.release
+	p.release = nil
+	p.mu.Unlock()
+	for _, ns := range list {
+		if err := link.ReleaseNetns(p.c.nsPath(ns)); err != nil {
+			p.c.log.Warn("network namespace is left; the next start removes it", "namespace", ns, "err", err)
+		}
+	}
+}
+
+// makeReady makes a namespace on the default bridge.
+func (c *Controller) makeReady() (*ready, error) {
+	nsid := randomHex(8)
+	c.mu.Lock()
+	n := c.byNameLocked(defaultNetwork)
+	ep, err := c.allocateLocked(n, EndpointRequest{}, nsid, 0)
+	c.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	r := &ready{nsid: nsid, ep: ep}
+	if err := c.plumber().Setup(c.ctx, nsid, c.plugs([]Endpoint{ep})); err != nil {
+		c.freeReady(r)
+		return nil, err
+	}
+	return r, nil
+}
+
+func (c *Controller) freeReady(r *ready) {
+	c.mu.Lock()
+	c.freeAddrsLocked(&r.ep)
+	c.mu.Unlock()
+	c.pool.drop(r.nsid)
+}
+
+func (c *Controller) plumber() Plumber {
+	return &netnsPlumber{rtnl: c.rtnl, dir: filepath.Join(c.cfg.RunDir, "netns")}
+}

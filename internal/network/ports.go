@@ -1,0 +1,185 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// portTable knows which ports of the host are ours. Guarded by Controller.mu.
+type portTable struct {
+	// used holds, per protocol and port, the host's addresses in use.
+	used map[protoPort]map[netip.Addr]string // address to container id
+	next uint16
+}
+
+type protoPort struct {
+	proto string
+	port  uint16
+}
+
+func newPortTable() portTable { return portTable{used: map[protoPort]map[netip.Addr]string{}} }
+
+// reserve marks a port as used; false if it (or all addresses) is taken.
+func (t *portTable) reserve(proto string, ip netip.Addr, port uint16, owner string) bool {
+	k := protoPort{proto, port}
+	for have := range t.used[k] {
+		if have == ip || have.Is4() == ip.Is4() && (have.IsUnspecified() || ip.IsUnspecified()) {
+			return false
+		}
+	}
+	if t.used[k] == nil {
+		t.used[k] = map[netip.Addr]string{}
+	}
+	t.used[k][ip] = owner
+	return true
+}
+
+func (t *portTable) release(proto string, ip netip.Addr, port uint16, owner string) {
+	k := protoPort{proto, port}
+	if t.used[k][ip] == owner {
+		delete(t.used[k], ip)
+	}
+	if len(t.used[k]) == 0 {
+		delete(t.used, k)
+	}
+}
+
+func protoNumber(proto string) (uint8, error) {
+	switch proto {
+	case "tcp":
+		return unix.IPPROTO_TCP, nil
+	case "udp":
+		return unix.IPPROTO_UDP, nil
+	case "sctp":
+		return unix.IPPROTO_SCTP, nil
+	}
+	return 0, fmt.Errorf("invalid protocol %q: tcp, udp or sctp: %w", proto, errdefs.ErrInvalidArgument)
+}
+
+// testBind says whether a program on the host has the port. Our own DNS
+// server shares port 53 by SO_REUSEPORT and does not count.
+func testBind(proto string, ip netip.Addr, port uint16) error {
+	fam, typ, num := unix.AF_INET, unix.SOCK_STREAM, 0
+	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(port), Addr: [4]byte(ip.AsSlice()[:4])}
+	if ip.Is6() {
+		fam, sa = unix.AF_INET6, &unix.SockaddrInet6{Port: int(port), Addr: ip.As16()}
+	}
+	switch proto {
+	case "udp":
+		typ = unix.SOCK_DGRAM
+	case "sctp":
+		num = unix.IPPROTO_SCTP
+	}
+	fd, err := unix.Socket(fam, typ|unix.SOCK_CLOEXEC, num)
+	if err != nil {
+		if proto == "sctp" || fam == unix.AF_INET6 {
+			return nil // nobody can listen where there are no such sockets
+		}
+		return os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(fd)
+	if fam == unix.AF_INET6 {
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
+	}
+	if port == 53 {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+	} else if typ == unix.SOCK_STREAM {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) // old connections are no listener
+	}
+	if err := unix.Bind(fd, sa); err != nil {
+		return os.NewSyscallError("bind", err)
+	}
+	return nil
+}
+
+// ephemeral is the range that free ports are picked from.
+func ephemeral() (lo, hi uint16) {
+	lo, hi = 32768, 60999
+	b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err != nil {
+		return lo, hi
+	}
+	f := strings.Fields(string(b))
+	if len(f) == 2 {
+		a, err1 := strconv.ParseUint(f[0], 10, 16)
+		z, err2 := strconv.ParseUint(f[1], 10, 16)
+		if err1 == nil && err2 == nil && a > 0 && a < z {
+			return uint16(a), uint16(z)
+		}
+	}
+	return lo, hi
+}
+
+// claim finds host ports for a binding on all of its addresses at once.
+func (c *Controller) claim(b Binding, ips []netip.Addr, owner string) ([]Published, error) {
+	lo, hi := b.HostPort, max(b.HostPort, b.HostPortEnd)
+	free := lo == 0
+	start := lo
+	if free {
+		lo, hi = ephemeral()
+		c.mu.Lock()
+		if c.ports.next < lo || c.ports.next > hi {
+			c.ports.next = lo
+		}
+		start = c.ports.next
+		c.mu.Unlock()
+	}
+	var last error
+	for i := range int(hi-lo) + 1 {
+		port := lo + uint16((int(start-lo)+i)%(int(hi-lo)+1))
+		got, err := c.claimPort(b, ips, port, owner)
+		if err == nil {
+			if free {
+				c.mu.Lock()
+				c.ports.next = port + 1
+				c.mu.Unlock()
+			}
+			return got, nil
+		}
+		last = err
+		if !errors.Is(err, errdefs.ErrConflict) {
+			return nil, err
+		}
+	}
+	if hi > lo {
+		last = fmt.Errorf("all ports are allocated in the range %d-%d: %w", lo, hi, last)
+	}
+	return nil, last
+}
+
+func (c *Controller) claimPort(b Binding, ips []netip.Addr, port uint16, owner string) (out []Published, err error) {
+	defer func() {
+		if err != nil {
+			c.mu.Lock()
+			for _, p := range out {
+				c.ports.release(p.Proto, p.HostIP, p.HostPort, owner)
+			}
+			c.mu.Unlock()
+			out = nil
+		}
+	}()
+	for _, ip := range ips {
+		c.mu.Lock()
+		ok := c.ports.reserve(b.Proto, ip, port, owner)
+		c.mu.Unlock()
+		if !ok {
+			return out, fmt.Errorf("Bind for %s failed: port is already allocated: %w", netip.AddrPortFrom(ip, port), errdefs.ErrConflict)
+		}
+		out = append(out, Published{b.Proto, b.ContainerPort, ip, port})
+		if err := testBind(b.Proto, ip, port); errors.Is(err, unix.EADDRINUSE) {
+			return out, fmt.Errorf("failed to bind host port %s/%s: address already in use: %w", netip.AddrPortFrom(ip, port), b.Proto, errdefs.ErrConflict)
+		} else if errors.Is(err, unix.EADDRNOTAVAIL) {
+			return out, fmt.Errorf("failed to bind host port %s/%s: cannot assign requested address: %w", netip.AddrPortFrom(ip, port), b.Proto, errdefs.ErrInvalidArgument)
+		} else if err != nil {
+			return out, fmt.Errorf("failed to bind host port %s/%s: %w", netip.AddrPortFrom(ip, port), b.Proto, err)
+		}
+	}
+	return out, nil
+}
