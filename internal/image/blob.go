@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -29,6 +30,7 @@ type ingest struct {
 	alg  digest.Algorithm
 	hash hash.Hash
 	max  int64
+	uses atomic.Int32 // of f: the writer, and each reader
 
 	mu   sync.Mutex
 	more sync.Cond
@@ -53,6 +55,7 @@ func (s *Store) newIngest(alg digest.Algorithm) (*ingest, error) {
 	}
 	w := &ingest{s: s, f: f, alg: alg, hash: h, max: s.cfg.Limits.BlobBytes}
 	w.more.L = &w.mu
+	w.uses.Store(1)
 	return w, nil
 }
 
@@ -125,13 +128,24 @@ func (w *ingest) abort(err error) {
 	_ = os.Remove(w.f.Name()) // the name may be gone; Open collects the rest
 }
 
-// close frees the descriptor, when no reader is left.
-func (w *ingest) close() { w.f.Close() }
+// close drops one use of the descriptor: the writer's, or a reader's.
+func (w *ingest) close() {
+	if w.uses.Add(-1) == 0 {
+		w.f.Close()
+	}
+}
 
 // reader reads the blob from its start, waiting for what is not written yet.
-func (w *ingest) reader(ctx context.Context) io.Reader {
-	r := &ingestReader{w: w, ctx: ctx}
-	return r
+// It is to be closed.
+func (w *ingest) reader(ctx context.Context) *ingestReader {
+	w.uses.Add(1)
+	return &ingestReader{w: w, ctx: ctx}
+}
+
+// Close gives up reading; it must be called once.
+func (r *ingestReader) Close() error {
+	r.w.close()
+	return nil
 }
 
 type ingestReader struct {

@@ -201,17 +201,16 @@ func (l *loader) file(name string, size int64, r io.Reader, buf []byte) (*archiv
 	}
 	f := &archiveFile{desc: ocispec.Descriptor{Size: size}}
 	known := want != "" && l.s.hasBlob(want, size)
+	defer w.close()
 	if format != unknownFormat && !known {
 		f.layer = &pendingLayer{done: make(chan struct{})}
 		rd := w.reader(l.ctx)
 		l.group.Go(func() error {
 			defer close(f.layer.done)
-			defer w.close()
+			defer rd.Close()
 			f.layer.u, f.layer.err = l.s.unpackStream(l.ctx, rd)
 			return nil
 		})
-	} else {
-		defer w.close()
 	}
 	err = func() error {
 		if _, err := w.Write(head); err != nil {

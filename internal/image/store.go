@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -45,6 +46,9 @@ type Store struct {
 	flush    chan struct{}
 
 	dbMu sync.Mutex // one update at a time
+
+	clientMu sync.Mutex
+	clients  map[string]*http.Client // by scheme and host
 
 	mu     sync.RWMutex
 	recs   map[digest.Digest]*record      // by target
@@ -95,6 +99,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
 		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
 		lowers: map[digest.Digest][]string{}, held: map[string]int{},
+		clients: map[string]*http.Client{},
 	}
 	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -139,6 +144,9 @@ func (s *Store) Close() error {
 	s.closed.Do(func() {
 		s.cancel()
 		s.wg.Wait()
+		for _, c := range s.clients {
+			c.CloseIdleConnections()
+		}
 		err = s.db.Close()
 	})
 	return err
@@ -384,6 +392,10 @@ func slot(ctx context.Context, c chan struct{}) (release func(), err error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+}
+
+func isNoSpace(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 }
 
 func isNotExist(err error) bool { return errors.Is(err, os.ErrNotExist) }

@@ -77,10 +77,5 @@ func (s *Store) CheckAuth(ctx context.Context, auth registry.AuthConfig) (string
 	return "", errSkeleton
 }
 
-// Pull fetches and unpacks ref from its registry.
-func (s *Store) Pull(ctx context.Context, ref string, opts PullOptions) (*Image, error) {
-	return nil, errSkeleton
-}
-
 // BootstrapBusybox makes busybox:latest from Debian's busybox-static (/bin/busybox).
 func (s *Store) BootstrapBusybox(ctx context.Context) (*Image, error) { return nil, errSkeleton }
