@@ -12,10 +12,15 @@ import (
 type Plan struct {
 	// Clone are the CLONE_* flags of the first clone3.
 	Clone uint64
-	// JoinPid is the path of a pid namespace that the child is cloned into;
-	// JoinPidfd (if > 0) a process whose pid namespace is.
-	JoinPid   string
-	JoinPidfd int
+	// JoinPid is the path of a pid namespace that the child is cloned into.
+	JoinPid string
+	// Target is, for an exec, the pidfd of the process whose namespaces are
+	// joined: JoinFlags by setns (in SlotJoinFlags, with the user namespace
+	// added if JoinUser and it differs), the pid namespace by the clone.
+	Target    int
+	JoinFlags uint64
+	JoinUser  bool
+	JoinPidNS bool
 	// CgroupDir is the v2 cgroup directory that the child is cloned into.
 	CgroupDir string
 	// Steps are the readable steps; Code refers to them by index.
@@ -64,6 +69,7 @@ const (
 	SlotGate              // read end of the gate
 	SlotGateStatus        // where a failed exec is reported with a gate
 	SlotPidfd             // the container's process, for an exec
+	SlotJoinFlags         // what an exec joins
 	SlotFree              // the first slot for results
 )
 

@@ -5,6 +5,8 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"unsafe"
 
@@ -114,8 +116,8 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 		a.m.gate, a.m.status, a.m.gated = uintptr(g), uintptr(s), true
 		a.slots[launch.SlotGate], a.slots[launch.SlotGateStatus] = uintptr(g), uintptr(s)
 	}
-	if plan.JoinPidfd > 0 {
-		fd := plan.JoinPidfd
+	if plan.Target > 0 {
+		fd := plan.Target
 		if fd < low {
 			if fd, err = a.above(fd, low); err != nil {
 				return nil, err
@@ -123,6 +125,17 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 		}
 		needed = append(needed, fd)
 		a.slots[launch.SlotPidfd] = uintptr(fd)
+		flags := plan.JoinFlags
+		if plan.JoinUser {
+			differs, err := otherUserNS(plan.Target)
+			if err != nil {
+				return nil, err
+			}
+			if differs {
+				flags |= unix.CLONE_NEWUSER
+			}
+		}
+		a.slots[launch.SlotJoinFlags] = uintptr(flags)
 	}
 
 	// The prologue: signals, dumpable, descriptors.
@@ -258,4 +271,45 @@ func (a *assembly) sendFD(in *instr) {
 	a.m.keep = append(a.m.keep, m)
 	in.a[0] = uintptr(unsafe.Pointer(&m.hdr))
 	in.a[2] = uintptr(unsafe.Pointer(&m.ctl.fd))
+}
+
+// otherUserNS tells whether the process has another user namespace than we.
+func otherUserNS(pidfd int) (bool, error) {
+	pid, err := pidfdPid(pidfd)
+	if err != nil {
+		return false, err
+	}
+	var own, its unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/user", &own); err != nil {
+		return false, fmt.Errorf("own user namespace: %w", err)
+	}
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/ns/user", pid), &its); err != nil {
+		return false, fmt.Errorf("user namespace of %d: %w", pid, err)
+	}
+	// The number could have gone to another process meanwhile.
+	if err := unix.PidfdSendSignal(pidfd, 0, nil, 0); err != nil {
+		return false, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return own.Ino != its.Ino || own.Dev != its.Dev, nil
+}
+
+// pidfdPid reads a pidfd's process number from procfs (proc(5), fdinfo).
+func pidfdPid(pidfd int) (int, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", pidfd))
+	if err != nil {
+		return 0, fmt.Errorf("pidfd: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "Pid:"); ok {
+			pid, err := strconv.Atoi(strings.TrimSpace(v))
+			if err != nil {
+				return 0, fmt.Errorf("pidfd: %w", err)
+			}
+			if pid <= 0 {
+				return 0, fmt.Errorf("pidfd: %w", unix.ESRCH)
+			}
+			return pid, nil
+		}
+	}
+	return 0, fmt.Errorf("pidfd: %w", unix.EBADF)
 }

@@ -127,3 +127,75 @@ func TestContainer(t *testing.T) {
 		t.Fatalf("%v: %s", e, out)
 	}
 }
+
+func TestExec(t *testing.T) {
+	root := busybox(t)
+	plan, err := launch.Compile(dockerSpec(root, "sh", "-c", "read x"), launch.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p, err := Start(plan, Stdio{In: r})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if err := p.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	spec := dockerSpec(root, "sh", "-c", "echo $$ $(hostname); cat /proc/1/comm; ls /proc/self/fd; ps; ls -l /proc/self/ns")
+	ex, err := launch.CompileExec(spec.Process, launch.ExecOptions{Pidfd: int(p.PidFD.Fd())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, e := runPlan(t, ex)
+	t.Log(out)
+	if e.Code != 0 || !strings.Contains(out, "2 box\nsh\n0\n1\n2\n3\n") {
+		t.Errorf("%v: %s", e, out)
+	}
+	term := *spec.Process
+	term.Terminal = true
+	term.ConsoleSize = &specs.Box{Height: 33, Width: 77}
+	term.Args = []string{"sh", "-c", "stty size; tty; exit 7"}
+	ex, err = launch.CompileExec(&term, launch.ExecOptions{Pidfd: int(p.PidFD.Fd())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tp, err := Start(ex, Stdio{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tp.Close()
+	defer tp.Console.Close()
+	if err := tp.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	b, _ := io.ReadAll(tp.Console) // ends with EIO when the slave is closed
+	if e, err := tp.Wait(); err != nil || e.Code != 7 || !strings.Contains(string(b), "33 77\r\n/dev/pts/0\r\n") {
+		t.Errorf("%v %v: %q", e, err, b)
+	}
+	w.Close()
+	if _, err := p.Wait(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNotFound(t *testing.T) {
+	root := busybox(t)
+	for want, arg := range map[string]string{
+		`exec: "nonesuch": no such file or directory`: "nonesuch",
+		`exec: "/etc": permission denied`:             "/etc",
+	} {
+		plan, err := launch.Compile(dockerSpec(root, arg), launch.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Start(plan, Stdio{}); err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+	}
+}

@@ -100,7 +100,7 @@ func newPidfd(fd, pid int) *os.File {
 // names.
 func cloneIn(plan *launch.Plan, m *machine, args *cloneArgs) (int, syscall.Errno) {
 	runtime.LockOSThread()
-	if plan.JoinPid == "" && plan.JoinPidfd <= 0 {
+	if plan.JoinPid == "" && !plan.JoinPidNS {
 		pid, errno := fork(m, args)
 		runtime.UnlockOSThread()
 		return int(pid), errno
@@ -111,7 +111,7 @@ func cloneIn(plan *launch.Plan, m *machine, args *cloneArgs) (int, syscall.Errno
 		return 0, err.(syscall.Errno)
 	}
 	defer unix.Close(own)
-	fd := plan.JoinPidfd
+	fd := plan.Target
 	if plan.JoinPid != "" {
 		if fd, err = unix.Open(plan.JoinPid, unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 			runtime.UnlockOSThread()
