@@ -1,0 +1,232 @@
+package docker
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/distribution/reference"
+	"github.com/moby/moby/api/types/jsonstream"
+	"github.com/opencontainers/go-digest"
+	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/server/wire"
+)
+
+// message is Docker's JSON message with the older form of its error, which
+// some SDKs look for.
+type message struct {
+	jsonstream.Message
+	ErrorText string `json:"error,omitempty"`
+}
+
+// Message is one progress of the image store in the words of Docker's streams.
+func Message(p image.Progress) jsonstream.Message {
+	m := jsonstream.Message{ID: p.ID, Status: p.Status}
+	if p.Current != 0 || p.Total != 0 {
+		m.Progress = &jsonstream.Progress{Current: p.Current, Total: p.Total}
+	}
+	if p.Aux != nil {
+		if b, err := json.Marshal(p.Aux); err == nil {
+			raw := json.RawMessage(b)
+			m.Aux = &raw
+		}
+	}
+	return m
+}
+
+// messages answers with a stream of JSON messages.
+type messages struct {
+	s   *wire.Stream
+	enc *json.Encoder
+}
+
+func (c *call) messages() *messages {
+	s := wire.NewStream(c.w, "application/json", true)
+	return &messages{s, json.NewEncoder(s)}
+}
+
+func (m *messages) send(msg jsonstream.Message) {
+	_ = m.enc.Encode(message{Message: msg}) // the client may be gone: its context ends then
+}
+
+func (m *messages) progress(p image.Progress) { m.send(Message(p)) }
+
+// end ends the stream: an error before the first message is the answer's
+// status, a later one is the last message.
+func (m *messages) end(err error) error {
+	if err != nil && !m.s.Began() {
+		m.s.Close(false)
+		return err
+	}
+	if err != nil {
+		text := wire.Message(err)
+		_ = m.enc.Encode(message{ErrorText: text,
+			Message: jsonstream.Message{Error: &jsonstream.Error{Message: text}}}) // the client may be gone
+	}
+	m.s.Close(true)
+	return nil
+}
+
+func (a *API) imageCreate(c *call) error {
+	if c.str("fromImage") == "" {
+		return a.imageImport(c)
+	}
+	ref, err := PullReference(c.str("fromImage"), c.str("tag"))
+	if err != nil {
+		return err
+	}
+	p, err := Platform(c.str("platform"))
+	if err != nil {
+		return err
+	}
+	m := c.messages()
+	_, err = a.images.Pull(c.ctx, ref, image.PullOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress})
+	return m.end(err)
+}
+
+// PullReference makes a full name of fromImage and tag, which may be a digest;
+// the tag is latest if there is none.
+func PullReference(name, tag string) (string, error) {
+	ref, err := reference.ParseNormalizedNamed(strings.TrimSuffix(name, ":"))
+	if err != nil {
+		return "", wire.Invalid("invalid reference format: %q: %v", name, err)
+	}
+	if tag != "" {
+		if d, derr := digest.Parse(tag); derr == nil {
+			ref, err = reference.WithDigest(reference.TrimNamed(ref), d)
+		} else {
+			ref, err = reference.WithTag(reference.TrimNamed(ref), tag)
+		}
+		if err != nil {
+			return "", wire.Invalid("invalid tag %q: %v", tag, err)
+		}
+	}
+	if reference.FamiliarName(ref) == "scratch" {
+		return "", wire.Invalid("'scratch' is a reserved name")
+	}
+	return reference.TagNameOnly(ref).String(), nil
+}
+
+func (a *API) imageImport(c *call) error {
+	src := c.str("fromSrc")
+	if src == "" {
+		return wire.Invalid("either fromImage or fromSrc must be given")
+	}
+	ref, err := c.target()
+	if err != nil {
+		return err
+	}
+	p, err := Platform(c.str("platform"))
+	if err != nil {
+		return err
+	}
+	m := c.messages()
+	body := io.Reader(c.r.Body)
+	if src != "-" {
+		resp, err := fetch(c.ctx, src)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = resp.Body.Close() }() // read to its end, or given up
+		m.send(jsonstream.Message{Status: "Downloading from " + resp.Request.URL.Redacted()})
+		body = resp.Body
+	}
+	msg := c.str("message")
+	if msg == "" {
+		msg = "Imported from " + src
+	}
+	img, err := a.images.Import(c.ctx, body, image.ImportOptions{Ref: ref, Changes: c.q["changes"], Message: msg, Platform: p})
+	if err == nil {
+		m.send(jsonstream.Message{Status: img.ID})
+	}
+	return m.end(err)
+}
+
+// fetch gets the file that an import names by its URL.
+func fetch(ctx context.Context, src string) (*http.Response, error) {
+	if !strings.Contains(src, "://") {
+		src = "http://" + src
+	}
+	u, err := url.Parse(src)
+	if err != nil || (u.Scheme != "http" && u.Scheme != "https") {
+		return nil, wire.Invalid("import from %q: give an http or https URL, or - for the request's body", src)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, wire.Invalid("import from %q: %v", src, err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("import: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		_ = resp.Body.Close() // not read
+		return nil, wire.Invalid("import from %s: the server answered %s", u.Redacted(), resp.Status)
+	}
+	return resp, nil
+}
+
+func (a *API) imagePush(c *call) error {
+	ref, err := PullReference(c.name(), c.str("tag"))
+	if err != nil {
+		return err
+	}
+	p, err := c.platformJSON("platform", 46)
+	if err != nil {
+		return err
+	}
+	m := c.messages()
+	return m.end(a.images.Push(c.ctx, ref, image.PushOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}))
+}
+
+func (a *API) imageLoad(c *call) error {
+	p, err := c.platformJSON("platform", 48)
+	if err != nil {
+		return err
+	}
+	m := c.messages()
+	o := image.LoadOptions{Platform: p}
+	if !c.flagOr("quiet", true) {
+		o.Progress = m.progress
+	}
+	list, err := a.images.Load(c.ctx, c.r.Body, o)
+	if err == nil {
+		for _, l := range list {
+			if l.Ref != "" {
+				m.send(jsonstream.Message{Stream: "Loaded image: " + l.Ref + "\n"})
+			} else {
+				m.send(jsonstream.Message{Stream: "Loaded image ID: " + l.ID + "\n"})
+			}
+		}
+	}
+	return m.end(err)
+}
+
+func (a *API) imageSave(c *call) error {
+	names := c.q["names"]
+	if n := c.name(); n != "" {
+		names = []string{n}
+	}
+	if len(names) == 0 {
+		return wire.Invalid("names is missing: say which images to save")
+	}
+	p, err := c.platformJSON("platform", 48)
+	if err != nil {
+		return err
+	}
+	s := wire.NewStream(c.w, "application/x-tar", false)
+	err = a.images.Save(c.ctx, s, names, p)
+	if err != nil && !s.Began() {
+		s.Close(false)
+		return err
+	}
+	if err != nil {
+		panic(http.ErrAbortHandler) // the client must not take a part for the whole
+	}
+	s.Close(true)
+	return nil
+}

@@ -1,0 +1,110 @@
+// Package tenon serves what Tenon's socket answers beside the Docker API, under
+// /tenon/v1: a container's run in one round trip, the host's check-up, base
+// images without a registry, and the daemon's end. docs/tenon-api.md describes
+// it; the frames of a run are package client/runproto's.
+package tenon
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"net/http"
+
+	"github.com/containerd/errdefs"
+	"tenon.dev/tenon/client/runproto"
+	"tenon.dev/tenon/internal/engine"
+	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/server/wire"
+)
+
+// Prefix is what the paths of this API begin with.
+const Prefix = "/tenon/"
+
+// Config is what an API serves. Engine and Images are required.
+type Config struct {
+	Engine engine.API
+	Images *image.Store
+	// Doctor answers GET /tenon/v1/doctor; nil: 501.
+	Doctor func(ctx context.Context) (any, error)
+	// Quit makes the daemon end; nil: shutdown is answered with 501.
+	Quit func()
+	Log  *slog.Logger
+}
+
+// API is an http.Handler. Make it with New.
+type API struct {
+	cfg Config
+	log *slog.Logger
+	mux *http.ServeMux
+}
+
+// New makes an API.
+func New(cfg Config) *API {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	a := &API{cfg: cfg, log: cfg.Log, mux: http.NewServeMux()}
+	a.handle("POST "+runproto.Path, a.run)
+	a.handle("GET /tenon/v1/doctor", a.doctor)
+	a.handle("POST /tenon/v1/images/bootstrap", a.bootstrap)
+	a.handle("POST /tenon/v1/shutdown", a.shutdown)
+	a.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		wire.WriteMessage(w, http.StatusNotFound, "page not found")
+	})
+	return a
+}
+
+func (a *API) handle(pattern string, do func(http.ResponseWriter, *http.Request) error) {
+	a.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		if err := do(w, r); err != nil {
+			if wire.Status(err) == http.StatusInternalServerError {
+				a.log.Warn("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+			}
+			wire.WriteError(w, err)
+		}
+	})
+}
+
+// ServeHTTP implements http.Handler.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.mux.ServeHTTP(w, r) }
+
+func (a *API) doctor(w http.ResponseWriter, r *http.Request) error {
+	if a.cfg.Doctor == nil {
+		return errdefs.ErrNotImplemented.WithMessage("this daemon has no doctor")
+	}
+	v, err := a.cfg.Doctor(r.Context())
+	if err != nil {
+		return err
+	}
+	return wire.WriteJSON(w, http.StatusOK, v)
+}
+
+func (a *API) bootstrap(w http.ResponseWriter, r *http.Request) error {
+	if n := r.URL.Query().Get("name"); n != "" && n != "busybox" && n != "busybox:latest" {
+		return errdefs.ErrNotImplemented.WithMessage("only busybox can be made without a registry; load or pull other images")
+	}
+	img, err := a.cfg.Images.BootstrapBusybox(r.Context())
+	if err != nil {
+		return err
+	}
+	s := wire.NewStream(w, "application/json", true)
+	enc := json.NewEncoder(s)
+	_ = enc.Encode(map[string]string{"status": "Made " + img.Ref() + " from the host's busybox-static"}) // the client may be gone
+	_ = enc.Encode(map[string]string{"status": img.Ref(), "id": img.ID})
+	s.Close(true)
+	return nil
+}
+
+func (a *API) shutdown(w http.ResponseWriter, r *http.Request) error {
+	if a.cfg.Quit == nil {
+		return errdefs.ErrNotImplemented.WithMessage("this daemon can't be ended by a request; stop its process")
+	}
+	// A client that loses patience does not stop half of it.
+	if err := a.cfg.Engine.Shutdown(context.WithoutCancel(r.Context())); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	_ = http.NewResponseController(w).Flush() // the client may be gone
+	go a.cfg.Quit()                           // it waits for this handler
+	return nil
+}
