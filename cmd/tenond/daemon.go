@@ -1,0 +1,306 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/moby/moby/api/types/events"
+	"github.com/moby/moby/api/types/system"
+
+	"tenon.dev/tenon/internal/config"
+	"tenon.dev/tenon/internal/doctor"
+	"tenon.dev/tenon/internal/engine"
+	tenonevents "tenon.dev/tenon/internal/events"
+	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/network"
+	"tenon.dev/tenon/internal/rootfs"
+	"tenon.dev/tenon/internal/sandbox/host"
+	"tenon.dev/tenon/internal/server"
+	"tenon.dev/tenon/internal/store"
+	"tenon.dev/tenon/internal/version"
+	"tenon.dev/tenon/internal/volume"
+)
+
+// daemon is everything that is open, in the order it was opened.
+type daemon struct {
+	cfg      *config.Config
+	log      *slog.Logger
+	engine   *engine.Engine
+	images   *image.Store
+	networks *network.Controller
+	closers  []func() error
+}
+
+// helper finds one of our own programs: beside this one.
+func helper(name string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(filepath.Dir(self), name)
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("%s must lie beside tenond: %w", name, err)
+	}
+	return path, nil
+}
+
+// open puts the parts together and takes over what a former daemon left.
+func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon, err error) {
+	d := &daemon{cfg: cfg, log: log}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.close())
+		}
+	}()
+	shim, err := helper("tenon-shim")
+	if err != nil {
+		return nil, err
+	}
+	dns, err := helper("tenon-dns")
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{cfg.Root, cfg.RunRoot} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return nil, fmt.Errorf("state: %w", err)
+		}
+	}
+	db, err := store.Open(filepath.Join(cfg.Root, "state.db"))
+	if err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, db.Close)
+	volatile, err := store.OpenVolatile(filepath.Join(cfg.RunRoot, "records"))
+	if err != nil {
+		return nil, err
+	}
+	hub, err := tenonevents.Open(filepath.Join(cfg.Root, "events"), log)
+	if err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, hub.Close)
+
+	if d.images, err = image.Open(ctx, d.imageConfig(hub)); err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, d.images.Close)
+	roots, err := rootfs.Open(rootfs.Config{Root: cfg.Root, Images: d.images, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, roots.Close)
+	volumes, err := volume.Open(filepath.Join(cfg.Root, "volumes"), db, log)
+	if err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, volumes.Close)
+	netCfg, err := d.networkConfig(dns, hub)
+	if err != nil {
+		return nil, err
+	}
+	if d.networks, err = network.Open(ctx, netCfg); err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, d.networks.Close)
+	kernel, err := host.New(host.Config{Shim: shim, RunRoot: cfg.RunRoot, Name: cfg.Name, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	runtimes := map[string]engine.Runtime{}
+	for name, r := range cfg.Runtimes {
+		runtimes[name] = engine.Runtime{Path: r.Path, Args: r.Args}
+	}
+	defaultRuntime := cfg.DefaultRuntime
+	if defaultRuntime == "tenon" {
+		defaultRuntime = ""
+	}
+	d.engine, err = engine.New(engine.Config{
+		Name: cfg.Name, Root: cfg.Root, RunRoot: cfg.RunRoot, Version: version.Version,
+		DB: db, Volatile: volatile, Images: d.images, Roots: roots, Networks: d.networks, Volumes: volumes,
+		Events: hub, Kernel: kernel,
+		Pids: cfg.Limits.PIDs, ShmSize: config.Bytes(cfg.Limits.ShmSize), MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve),
+		StopTimeout: cfg.Limits.StopTimeout,
+		Log:         engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
+		Runtimes:    runtimes, DefaultRuntime: defaultRuntime,
+		Describe: d.describe, Logger: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, d.engine.Close)
+	return d, d.engine.Recover(ctx)
+}
+
+func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
+	cfg := image.Config{
+		Root: filepath.Join(d.cfg.Root, "images"),
+		Registries: image.RegistryConfig{
+			Mirrors: d.cfg.Registries.Mirrors, CertsDir: d.cfg.Registries.CertsDir, UserAgent: "tenon/" + version.Version,
+		},
+		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize)},
+		InUse: func(id string) []string {
+			if d.engine == nil {
+				return []string{"starting"} // nothing is collected before it is known who uses it
+			}
+			return d.engine.ImageUsers(id)
+		},
+		OnEvent: func(e image.Event) {
+			attrs := map[string]string{}
+			if e.Ref != "" {
+				attrs["name"] = e.Ref
+			}
+			for k, v := range e.Attributes {
+				attrs[k] = v
+			}
+			hub.Publish(message(events.ImageEventType, e.Action, e.ID, attrs, e.Time))
+		},
+		Log: d.log,
+	}
+	for _, h := range d.cfg.Registries.Insecure {
+		if p, err := netip.ParsePrefix(h); err == nil {
+			cfg.Registries.InsecureCIDRs = append(cfg.Registries.InsecureCIDRs, p)
+		} else {
+			cfg.Registries.InsecureHosts = append(cfg.Registries.InsecureHosts, h)
+		}
+	}
+	return cfg
+}
+
+func (d *daemon) networkConfig(dns string, hub *tenonevents.Hub) (network.Config, error) {
+	cfg := network.Config{
+		Name: d.cfg.Name, StateDir: filepath.Join(d.cfg.Root, "networks"), RunDir: filepath.Join(d.cfg.RunRoot, "networks"),
+		PoolSize: d.cfg.Network.Ready, DNSBinary: dns, Log: d.log,
+		OnEvent: func(e network.Event) {
+			attrs := map[string]string{"name": e.NetworkName, "type": e.Driver}
+			if e.ContainerID != "" {
+				attrs["container"] = e.ContainerID
+			}
+			hub.Publish(message(events.NetworkEventType, e.Action, e.NetworkID, attrs, e.Time))
+		},
+	}
+	if cfg.PoolSize == 0 {
+		cfg.PoolSize = -1
+	}
+	pools, err := d.cfg.Pools()
+	if err != nil {
+		return cfg, err
+	}
+	for _, p := range pools {
+		if p.Base.Addr().Is4() {
+			cfg.Pools = append(cfg.Pools, network.Pool{Base: p.Base, Size: p.Size})
+		} else {
+			cfg.Pools6 = append(cfg.Pools6, network.Pool{Base: p.Base, Size: p.Size})
+		}
+	}
+	if d.cfg.Network.DefaultBridge != "" {
+		cfg.BridgeSubnet, err = netip.ParsePrefix(d.cfg.Network.DefaultBridge)
+	}
+	return cfg, err
+}
+
+func message(t events.Type, action, id string, attrs map[string]string, at time.Time) events.Message {
+	if at.IsZero() {
+		at = time.Now()
+	}
+	return events.Message{
+		Type: t, Action: events.Action(action), Actor: events.Actor{ID: id, Attributes: attrs},
+		Scope: "local", Time: at.Unix(), TimeNano: at.UnixNano(),
+	}
+}
+
+// describe adds to `info` what the engine does not know.
+func (d *daemon) describe(info *system.Info) {
+	info.ServerVersion = version.Version
+	for _, h := range d.cfg.Registries.Insecure {
+		if p, err := netip.ParsePrefix(h); err == nil && info.RegistryConfig != nil {
+			info.RegistryConfig.InsecureRegistryCIDRs = append(info.RegistryConfig.InsecureRegistryCIDRs, p)
+		}
+	}
+	for _, c := range d.doctor(context.Background(), true).Checks {
+		if c.Status != doctor.OK && c.Required {
+			info.Warnings = append(info.Warnings, "WARNING: "+c.Name+": "+c.Detail+". "+c.Remedy)
+		}
+	}
+}
+
+func (d *daemon) doctor(ctx context.Context, quick bool) doctor.Report {
+	var paths []string
+	for _, name := range []string{"tenon-shim", "tenon-dns"} {
+		if self, err := os.Executable(); err == nil {
+			paths = append(paths, filepath.Join(filepath.Dir(self), name))
+		}
+	}
+	return doctor.Run(ctx, doctor.Options{Root: d.cfg.Root, Helpers: paths, Quick: quick})
+}
+
+// close closes in reverse; containers go on.
+func (d *daemon) close() error {
+	var errs []error
+	for i := len(d.closers) - 1; i >= 0; i-- {
+		errs = append(errs, d.closers[i]())
+	}
+	d.closers = nil
+	return errors.Join(errs...)
+}
+
+// serve runs the daemon until ctx ends or a client asks it to end.
+func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	listeners, err := server.Listen(ctx, server.ListenConfig{
+		Hosts: cfg.Hosts, Group: cfg.Group, TLS: server.TLSFiles{CA: cfg.TLS.CA, Cert: cfg.TLS.Cert, Key: cfg.TLS.Key},
+	})
+	if err != nil {
+		return err
+	}
+	d, err := open(ctx, cfg, log)
+	if err != nil {
+		for _, l := range listeners {
+			_ = l.Close() // the error that led here is the one to tell
+		}
+		return err
+	}
+	ctx, quit := context.WithCancel(ctx)
+	defer quit()
+	srv := server.New(server.Config{
+		Engine: d.engine, Images: d.images, Networks: d.networks, Version: version.Version,
+		Doctor: func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
+		Quit:   quit, Log: log,
+	})
+	notify("READY=1")
+	log.Info("serving", "hosts", cfg.Hosts, "root", cfg.Root, "version", version.Version)
+	err = srv.Serve(ctx, listeners)
+	log.Info("ending; containers go on")
+	return errors.Join(err, d.close())
+}
+
+// shutdown takes down what a former daemon left.
+func shutdown(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	if _, err := os.Stat(cfg.RunRoot); errors.Is(err, os.ErrNotExist) {
+		return nil // nothing has run since the boot
+	}
+	d, err := open(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.engine.Shutdown(ctx), d.close())
+}
+
+// notify tells systemd (sd_notify(3)); without it nobody listens.
+func notify(state string) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	conn, err := net.Dial("unixgram", path)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	_, _ = conn.Write([]byte(state)) // systemd's loss, not ours
+}
