@@ -19,12 +19,7 @@ import (
 	"tenon.dev/tenon/internal/network/nft"
 )
 
-const (
-	optIfname = "com.docker.network.endpoint.ifname"
-	// firstIndex is the interface index of a container's first interface:
-	// above those that the kernel makes by itself in a new namespace.
-	firstIndex = 100
-)
+const optIfname = "com.docker.network.endpoint.ifname"
 
 // Connect makes a container's network. All of it or nothing is made. Errors:
 // InvalidArgument, NotFound (network), FailedPrecondition (no address left),
@@ -317,7 +312,7 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 		if n == nil || e.HostInterface == "" {
 			continue
 		}
-		p := Plug{Bridge: n.rec.Bridge, BridgeIndex: n.index, HostInterface: e.HostInterface, Interface: e.Interface, Index: firstIndex + i,
+		p := Plug{Bridge: n.rec.Bridge, BridgeIndex: n.index, HostInterface: e.HostInterface, Interface: e.Interface,
 			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, Isolated: !n.optBool(optICC, true)}
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]
@@ -422,7 +417,23 @@ func (c *Controller) publish(r *contRecord) error {
 		return err
 	}
 	c.flushFlows(ports)
-	return nil
+	return c.hairpin(r)
+}
+
+// hairpin lets a container reach itself by a published port where
+// br_netfilter is on: there such a frame is bridged, not routed, and a bridge
+// does not send a frame back to the port that it came from.
+func (c *Controller) hairpin(r *contRecord) error {
+	if b, err := os.ReadFile("/proc/sys/net/bridge/bridge-nf-call-iptables"); err != nil || len(b) == 0 || b[0] != '1' {
+		return nil
+	}
+	var b link.Batch
+	for _, p := range c.plugs(r.Endpoints) {
+		if p.Parent == "" {
+			b.SetPort(p.HostInterface, link.Port{Isolated: p.Isolated, Hairpin: true})
+		}
+	}
+	return c.rtnl.Do(&b)
 }
 
 // dismiss frees everything that a record names. It is the undo of Connect and

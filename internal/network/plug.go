@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"tenon.dev/tenon/internal/network/link"
@@ -21,9 +22,8 @@ type Plug struct {
 	Parent string
 	// HostInterface is the name of the end on the host (veth or tap).
 	HostInterface string
-	// Interface and Index are name and index inside.
+	// Interface is the name inside.
 	Interface string
-	Index     int
 	MAC       net.HardwareAddr
 	MTU       int
 	IPv4      netip.Prefix
@@ -96,7 +96,7 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 			host.AddMacvlan(pl.HostInterface, idx.Index, fd, pl.MAC, 4)
 			continue
 		}
-		host.AddVeth(link.Veth{Host: pl.HostInterface, Bridge: pl.BridgeIndex, NetnsFD: fd, Peer: pl.Interface, PeerIndex: pl.Index, MAC: pl.MAC, MTU: pl.MTU})
+		host.AddVeth(link.Veth{Host: pl.HostInterface, Bridge: pl.BridgeIndex, NetnsFD: fd, Peer: pl.Interface, MAC: pl.MAC, MTU: pl.MTU})
 		if pl.Isolated {
 			host.SetPort(pl.HostInterface, link.Port{Isolated: true})
 		}
@@ -104,17 +104,32 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 	if err := p.rtnl.Do(&host); err != nil {
 		return err
 	}
+	// The kernel chooses the index of an interface that is made for another namespace.
+	links, err := s.Links()
+	if err != nil {
+		return err
+	}
 	if lo {
 		in.SetUp(1)
 	}
-	for i := range plugs {
-		pl := &plugs[i]
+	for _, pl := range plugs {
+		arrived := pl.Interface
 		if pl.Parent != "" {
-			if err := renameMacvlan(s, pl); err != nil {
+			arrived = pl.HostInterface
+		}
+		i := slices.IndexFunc(links, func(l link.Info) bool { return l.Name == arrived })
+		if i < 0 {
+			return fmt.Errorf("interface %s did not arrive", arrived)
+		}
+		index := links[i].Index
+		if pl.Parent != "" {
+			var b link.Batch
+			b.Rename(index, pl.Interface)
+			if err := s.Do(&b); err != nil {
 				return err
 			}
-			in.SetUp(pl.Index)
 		}
+		in.SetUp(index)
 		if len(plugs) > 1 || !lo {
 			v := "1"
 			if pl.IPv6.IsValid() {
@@ -126,32 +141,16 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 		}
 		for _, a := range []netip.Prefix{pl.IPv4, pl.IPv6} {
 			if a.IsValid() {
-				in.AddAddr(pl.Index, a)
+				in.AddAddr(index, a)
 			}
 		}
 		for _, gw := range []netip.Addr{pl.Default4, pl.Default6} {
 			if gw.IsValid() {
-				in.AddDefault(pl.Index, gw)
+				in.AddDefault(index, gw)
 			}
 		}
 	}
 	return s.Do(&in)
-}
-
-func renameMacvlan(s *link.Socket, pl *Plug) error {
-	links, err := s.Links()
-	if err != nil {
-		return err
-	}
-	for _, l := range links {
-		if l.Name == pl.HostInterface {
-			pl.Index = l.Index
-			var b link.Batch
-			b.Rename(l.Index, pl.Interface)
-			return s.Do(&b)
-		}
-	}
-	return fmt.Errorf("interface %s did not arrive", pl.HostInterface)
 }
 
 // Attach plugs one more interface into a namespace in use.

@@ -36,15 +36,15 @@ type Veth struct {
 	Bridge int
 	// NetnsFD is the namespace of the other end.
 	NetnsFD int
-	// Peer and PeerIndex are name and index of the other end.
-	Peer      string
-	PeerIndex int
+	// Peer is the name of the other end.
+	Peer string
 	// MAC is the other end's address.
 	MAC net.HardwareAddr
 	MTU int
 }
 
-// AddVeth makes the pair, both ends up, the host's end in the bridge.
+// AddVeth makes the pair, the host's end up and in the bridge. The other end
+// has to be brought up in its namespace.
 func (b *Batch) AddVeth(v Veth) {
 	b.begin("add veth "+v.Host, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
 	b.attrString(unix.IFLA_IFNAME, v.Host)
@@ -53,7 +53,7 @@ func (b *Batch) AddVeth(v Veth) {
 	b.attrString(unix.IFLA_INFO_KIND, "veth")
 	b.open(unix.IFLA_INFO_DATA)
 	b.open(vethInfoPeer)
-	b.buf = append(b.buf, ifinfo(v.PeerIndex, unix.IFF_UP, unix.IFF_UP)...)
+	b.buf = append(b.buf, ifinfo(0, 0, 0)...)
 	b.attrString(unix.IFLA_IFNAME, v.Peer)
 	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
 	if v.MAC != nil {
