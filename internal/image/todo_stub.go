@@ -20,19 +20,6 @@ func (s *Store) Save(ctx context.Context, w io.Writer, refs []string, platform *
 	return errSkeleton
 }
 
-// Import makes an image of one layer from a root file system's tar.
-func (s *Store) Import(ctx context.Context, r io.Reader, opts ImportOptions) (*Image, error) {
-	return nil, errSkeleton
-}
-
-// Commit makes an image from a parent and a layer of changes.
-func (s *Store) Commit(ctx context.Context, opts CommitOptions) (*Image, error) {
-	return nil, errSkeleton
-}
-
-// Tag gives the image that ref resolves to the name target.
-func (s *Store) Tag(ctx context.Context, ref, target string) error { return errSkeleton }
-
 // Remove removes a name, and the image with its last name.
 func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUse func(id string) []string) ([]image.DeleteResponse, error) {
 	return nil, errSkeleton
@@ -76,6 +63,3 @@ func (s *Store) Distribution(ctx context.Context, ref string, auth *registry.Aut
 func (s *Store) CheckAuth(ctx context.Context, auth registry.AuthConfig) (string, error) {
 	return "", errSkeleton
 }
-
-// BootstrapBusybox makes busybox:latest from Debian's busybox-static (/bin/busybox).
-func (s *Store) BootstrapBusybox(ctx context.Context) (*Image, error) { return nil, errSkeleton }

@@ -1,30 +1,54 @@
 // Package rootfs makes a container's root file system from an image's layers
 // and a writable pair of directories that is named by the container.
 //
+//	<root>/containers/<id>/rootfs/upper   what the container has changed
+//	<root>/containers/<id>/rootfs/work    overlay's own
+//	<root>/containers/<id>/rootfs/merged  where the root may be mounted
+//	<root>/trash/…                        removed pairs until they are deleted
+//
 // The pair is not a snapshot: there is no database and no transaction, it is
-// found again by listing <root>/containers. Nothing here waits for the disk.
+// found again by listing. Nothing here waits for the disk. The rest of
+// <root>/containers/<id> is the caller's.
 package rootfs
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image"
 )
 
+// maxMountData is what mount(2) takes: a page, less the terminating zero.
+const maxMountData = 4095
+
 // Config configures a Store.
 type Config struct {
-	// Root is the state directory; the writable pairs lie in
-	// <Root>/containers/<id>/rootfs, removed ones in <Root>/trash until they
-	// are deleted.
+	// Root is the state directory; see the package comment for what is in it.
 	Root   string
 	Images *image.Store
 	Log    *slog.Logger
 }
 
-// Store makes and removes containers' writable layers. Safe for concurrent use.
-type Store struct{ cfg Config }
+// Store makes and removes containers' writable layers. Safe for concurrent use;
+// calls for the same container must not overlap.
+type Store struct {
+	cfg   Config
+	kick  chan struct{}
+	stop  chan struct{}
+	wg    sync.WaitGroup
+	close sync.Once
+}
 
 // Mount is one mount(8) to make, as in an OCI bundle or a Task API request.
 type Mount struct {
@@ -48,33 +72,255 @@ type Options struct {
 type Root struct {
 	Mounts []Mount
 	// Upper and Work are the overlay's directories, Lower its lower ones,
-	// topmost first.
-	Upper, Work string
-	Lower       []string
+	// topmost first. Merged is an empty directory to mount on, if one is needed.
+	Upper, Work, Merged string
+	Lower               []string
 }
 
-var errSkeleton = errors.New("not built yet")
-
 // Open opens the store and starts deleting what lies in the trash.
-func Open(cfg Config) (*Store, error) { return &Store{cfg: cfg}, nil }
+func Open(cfg Config) (*Store, error) {
+	if cfg.Root == "" {
+		return nil, fmt.Errorf("rootfs store: no root directory: %w", errdefs.ErrInvalidArgument)
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), stop: make(chan struct{})}
+	for _, d := range []string{s.containers(), s.trash()} {
+		if err := os.MkdirAll(d, 0o711); err != nil {
+			return nil, fmt.Errorf("rootfs store: %w", err)
+		}
+	}
+	s.wg.Add(1)
+	go s.sweep()
+	s.kick <- struct{}{}
+	return s, nil
+}
 
-// Close waits for deletions under way to stop.
-func (s *Store) Close() error { return nil }
+// Close stops deleting; the next Open goes on with it.
+func (s *Store) Close() error {
+	s.close.Do(func() { close(s.stop) })
+	s.wg.Wait()
+	return nil
+}
+
+func (s *Store) containers() string { return filepath.Join(s.cfg.Root, "containers") }
+func (s *Store) trash() string      { return filepath.Join(s.cfg.Root, "trash") }
+
+// dir is the container's directory; id must be a single component.
+func (s *Store) dir(id string) (string, error) {
+	if id == "" || id == "." || id == ".." || strings.ContainsAny(id, "/\x00") {
+		return "", fmt.Errorf("container ID %q: %w", id, errdefs.ErrInvalidArgument)
+	}
+	return filepath.Join(s.containers(), id, "rootfs"), nil
+}
 
 // Prepare makes (or finds again) the writable pair of a container and returns
-// the mounts of its root.
-func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts Options) (*Root, error) {
-	return nil, errSkeleton
+// the mounts of its root. The same arguments give the same mounts.
+func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts Options) (_ *Root, err error) {
+	if opts.SizeLimit != 0 {
+		return nil, fmt.Errorf("size limit of a writable layer: %w", errdefs.ErrNotImplemented)
+	}
+	dir, err := s.dir(id)
+	if err != nil {
+		return nil, err
+	}
+	lower, err := s.cfg.Images.Layers(ctx, img)
+	if err != nil {
+		return nil, err
+	}
+	r := &Root{Upper: dir + "/upper", Work: dir + "/work", Merged: dir + "/merged", Lower: lower}
+	if err := s.pair(r, dir); err != nil {
+		return nil, fmt.Errorf("container %s: writable layer: %w", id, err)
+	}
+	m, err := overlay(r, opts)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", id, err)
+	}
+	r.Mounts = []Mount{m}
+	return r, nil
+}
+
+// pair makes the directories. A half-made pair (no merged, which comes last)
+// is completed: nothing has been mounted on it.
+func (s *Store) pair(r *Root, dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			err = os.MkdirAll(dir, 0o700)
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	if _, err := os.Lstat(r.Merged); err == nil {
+		return nil
+	}
+	if err := mkdir(r.Upper, 0o755); err != nil {
+		return err
+	}
+	// The merged root has the attributes of the upper directory: give it those
+	// of the image's root.
+	if len(r.Lower) > 0 {
+		var st unix.Stat_t
+		if err := unix.Stat(r.Lower[0], &st); err != nil {
+			return &os.PathError{Op: "stat", Path: r.Lower[0], Err: err}
+		}
+		if st.Uid != 0 || st.Gid != 0 {
+			if err := os.Chown(r.Upper, int(st.Uid), int(st.Gid)); err != nil {
+				return err
+			}
+		}
+		if err := unix.Chmod(r.Upper, st.Mode&0o7777); err != nil {
+			return &os.PathError{Op: "chmod", Path: r.Upper, Err: err}
+		}
+	}
+	if err := mkdir(r.Work, 0o700); err != nil {
+		return err
+	}
+	return mkdir(r.Merged, 0o700)
+}
+
+func mkdir(path string, mode os.FileMode) error {
+	if err := os.Mkdir(path, mode); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// overlay describes the root's mount.
+func overlay(r *Root, opts Options) (Mount, error) {
+	if len(r.Lower) == 0 { // an image without layers
+		o := []string{"bind", "rw"}
+		if opts.ReadOnly {
+			o[1] = "ro"
+		}
+		return Mount{Type: "bind", Source: r.Upper, Options: o}, nil
+	}
+	o := []string{
+		"lowerdir=" + strings.Join(r.Lower, ":"),
+		"upperdir=" + r.Upper,
+		"workdir=" + r.Work,
+		"index=off",
+	}
+	if opts.Volatile {
+		o = append(o, "volatile")
+	}
+	if opts.ReadOnly {
+		o = append(o, "ro")
+	}
+	n := 0
+	for _, s := range o {
+		n += len(s) + 1
+	}
+	if n > maxMountData {
+		return Mount{}, fmt.Errorf("image has %d layers, too many for the mount options of overlay: %w", len(r.Lower), errdefs.ErrFailedPrecondition)
+	}
+	return Mount{Type: "overlay", Source: "overlay", Options: o}, nil
 }
 
 // Remove takes the container's writable layer away at once and deletes it in
-// the background. It is not an error if there is none.
-func (s *Store) Remove(id string) error { return errSkeleton }
+// the background. It is not an error if there is none. Nothing may be mounted
+// on it any more.
+func (s *Store) Remove(id string) error {
+	dir, err := s.dir(id)
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(dir, filepath.Join(s.trash(), rand.Text())); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
+	}
+	_ = os.Remove(filepath.Dir(dir)) // unless the caller has more in it
+	select {
+	case s.kick <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// sweep empties the trash.
+func (s *Store) sweep() {
+	defer s.wg.Done()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-s.kick:
+		}
+		ents, err := os.ReadDir(s.trash())
+		if err != nil {
+			s.cfg.Log.Warn("trash not read", "err", err)
+			continue
+		}
+		for _, e := range ents {
+			select {
+			case <-s.stop:
+				return
+			default:
+			}
+			if err := os.RemoveAll(filepath.Join(s.trash(), e.Name())); err != nil {
+				s.cfg.Log.Warn("writable layer not deleted", "path", e.Name(), "err", err)
+			}
+		}
+	}
+}
 
 // List returns the containers that have a writable layer.
-func (s *Store) List() ([]string, error) { return nil, errSkeleton }
+func (s *Store) List() ([]string, error) {
+	ents, err := os.ReadDir(s.containers())
+	if err != nil {
+		return nil, fmt.Errorf("list writable layers: %w", err)
+	}
+	var ids []string
+	for _, e := range ents {
+		if st, err := os.Lstat(filepath.Join(s.containers(), e.Name(), "rootfs")); err == nil && st.IsDir() {
+			ids = append(ids, e.Name())
+		}
+	}
+	return ids, nil
+}
 
-// Usage returns the bytes and inodes that the writable layer takes.
+// Usage returns the bytes and inodes that the writable layer takes on the disk.
+// errdefs.ErrNotFound if there is none.
 func (s *Store) Usage(ctx context.Context, id string) (bytes, inodes int64, err error) {
-	return 0, 0, errSkeleton
+	dir, err := s.dir(id)
+	if err != nil {
+		return 0, 0, err
+	}
+	type inode struct{ dev, ino uint64 }
+	seen := map[inode]bool{}
+	err = filepath.WalkDir(dir+"/upper", func(path string, d fs.DirEntry, err error) error {
+		if cerr := ctx.Err(); cerr != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) && path != dir+"/upper" {
+				return nil // the container goes on meanwhile
+			}
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return nil
+		}
+		if st.Nlink > 1 && !d.IsDir() {
+			k := inode{st.Dev, st.Ino}
+			if seen[k] {
+				return nil
+			}
+			seen[k] = true
+		}
+		bytes += st.Blocks * 512
+		inodes++
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, 0, fmt.Errorf("container %s has no writable layer: %w", id, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("container %s: writable layer: %w", id, err)
+	}
+	return bytes, inodes, nil
 }

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Build the registry program of distribution/v3 into DIR (default: /tmp/tenon-tools).
+# usage: registry.sh [DIR]; prints the path of the program. Does nothing if it is there.
+set -eu
+dir=${1:-/tmp/tenon-tools}
+version=v3.1.2
+if [ -x "$dir/registry" ]; then
+	echo "$dir/registry"
+	exit 0
+fi
+mkdir -p "$dir"
+work=$(mktemp -d "$dir/registry-build.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+# A module of its own: the registry's dependencies are none of ours.
+cd "$work"
+cat >go.mod <<EOF
+module registry-build
+
+go 1.26
+EOF
+cat >tools.go <<EOF
+//go:build tools
+
+package tools
+
+import _ "github.com/distribution/distribution/v3/cmd/registry"
+EOF
+GOFLAGS=-mod=mod GOWORK=off go get "github.com/distribution/distribution/v3/cmd/registry@$version" >&2
+CGO_ENABLED=0 GOFLAGS=-mod=mod GOWORK=off go build -trimpath -ldflags='-s -w' -o "$work/registry" github.com/distribution/distribution/v3/cmd/registry >&2
+mv "$work/registry" "$dir/registry"
+echo "$dir/registry"
