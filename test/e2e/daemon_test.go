@@ -81,6 +81,13 @@ func takePrefix() (n int, release func(), err error) {
 // ends; the test fails if anything is left behind.
 func NewDaemon(t testing.TB, args ...string) *Daemon {
 	t.Helper()
+	return newDaemonAt(t, "", args...)
+}
+
+// newDaemonAt is NewDaemon with a state root of the caller's; empty: a temporary
+// one.
+func newDaemonAt(t testing.TB, root string, args ...string) *Daemon {
+	t.Helper()
 	n, release, err := takePrefix()
 	if err != nil {
 		t.Fatal(err)
@@ -96,6 +103,9 @@ func NewDaemon(t testing.TB, args ...string) *Daemon {
 	d := &Daemon{
 		Name: fmt.Sprintf("te%d", n), Root: filepath.Join(dir, "root"), RunRoot: run, bin: Bin(t),
 		Socket: filepath.Join(run, "docker.sock"),
+	}
+	if root != "" {
+		d.Root = root
 	}
 	d.Args = append([]string{
 		"--config", "/dev/null", "--root", d.Root, "--run-root", d.RunRoot, "--host", "unix://" + d.Socket, "--name", d.Name, "--debug",
