@@ -215,7 +215,9 @@ func netLayer(dir, sid string) (v1.Layer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ldd iperf3: %w", err)
 	}
-	files := map[string]string{"/usr/bin/iperf3": "/bin/iperf3"}
+	// pthread_cancel loads libgcc by name, so ldd does not show it.
+	const libgcc = "/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"
+	files := map[string]string{"/usr/bin/iperf3": "/bin/iperf3", libgcc: libgcc}
 	for _, field := range strings.Fields(string(out)) {
 		if strings.HasPrefix(field, "/") {
 			files[field] = field

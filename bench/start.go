@@ -76,9 +76,9 @@ func benchExec(b *Bench) error {
 			continue
 		}
 		root := "/run/" + r
-		c := &Case{Name: r, Env: bare, Request: fixed([]string{r, "--root", root, "exec", "sleeper", "true"})}
-		_, c.Err = bare.Sh(fmt.Sprintf("%s --root %s run --detach --bundle /data/sleeper sleeper </dev/null >/dev/null 2>&1", r, root))
-		defer bare.Do(Request{Argv: []string{r, "--root", root, "delete", "--force", "sleeper"}})
+		c := &Case{Name: r, Env: bare, Request: fixed([]string{r, "--root", root, "exec", "sleeper-" + r, "true"})}
+		_, c.Err = bare.Sh(fmt.Sprintf("%[1]s --root %[2]s run --detach --bundle /data/sleeper sleeper-%[1]s </dev/null >/tmp/out 2>&1 || { cat /tmp/out; exit 1; }", r, root))
+		defer bare.Do(Request{Argv: []string{r, "--root", root, "delete", "--force", "sleeper-" + r}})
 		cases = append(cases, c)
 	}
 	for _, en := range b.chosen() {
