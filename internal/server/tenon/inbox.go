@@ -36,8 +36,8 @@ func (b *inbox) put(p []byte) bool {
 	if b.err != nil {
 		return false
 	}
-	if b.off == len(b.buf) {
-		b.buf, b.off = b.buf[:0], 0
+	if b.off > len(b.buf)/2 { // what is left is the smaller part: move it
+		b.buf, b.off = b.buf[:copy(b.buf, b.buf[b.off:])], 0
 	}
 	b.buf = append(b.buf, p...)
 	b.cond.Broadcast()
