@@ -1,0 +1,134 @@
+// Command tenon-shim is the task server of one kernel; under the name tenon-oci
+// it is an OCI runtime command.
+//
+//	tenon-shim serve --socket PATH --run-dir DIR --cgroup-parent NAME --name PREFIX
+//	tenon-shim reap --run-dir DIR --cgroup-parent NAME
+//
+// It only wires; see package shim.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/shim"
+)
+
+func main() {
+	if len(os.Args) < 2 {
+		fmt.Fprintln(os.Stderr, "usage: tenon-shim serve|reap [flags]")
+		os.Exit(2)
+	}
+	var err error
+	switch os.Args[1] {
+	case "serve":
+		err = serve(os.Args[2:])
+	case "version", "--version":
+		fmt.Println("tenon-shim", shim.Version)
+	default:
+		err = fmt.Errorf("unknown command %q", os.Args[1])
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "tenon-shim:", err)
+		os.Exit(1)
+	}
+}
+
+// heapPercent is where garbage is collected at the latest while little is used:
+// every resident page makes each fork of a container slower.
+const heapPercent = 50
+
+func serve(args []string) error {
+	fs := flag.NewFlagSet("tenon-shim serve", flag.ContinueOnError)
+	socket := fs.String("socket", "", "unix socket to listen on")
+	runDir := fs.String("run-dir", "", "directory for bundles of external runtimes")
+	parent := fs.String("cgroup-parent", "tenon", "cgroup that containers' cgroups are made in")
+	name := fs.String("name", "tenon", "prefix of names")
+	logFile := fs.String("log", "", "file for the shim's own messages (default: standard error)")
+	debugLog := fs.Bool("debug", false, "log more")
+	readyFD := fs.Int("ready-fd", -1, "descriptor that is written to and closed when the socket is there")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if *socket == "" || *runDir == "" {
+		return errors.New("--socket and --run-dir are required")
+	}
+	if err := shim.Harden(); err != nil {
+		return err
+	}
+	debug.SetGCPercent(heapPercent)
+	var out io.Writer = os.Stderr
+	if *logFile != "" {
+		f, err := os.OpenFile(*logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+		if err != nil {
+			return err
+		}
+		out = f
+	}
+	level := slog.LevelInfo
+	if *debugLog {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level}))
+
+	// The shim ends by Shutdown alone: a signal to the daemon's group is not for it.
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return os.NewSyscallError("prctl PR_SET_CHILD_SUBREAPER", err)
+	}
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0); err != nil {
+		log.Debug("may be chosen by the OOM killer", "err", err)
+	}
+	if err := os.MkdirAll(*runDir, 0o700); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(*socket), 0o700); err != nil {
+		return err
+	}
+	l, err := listen(*socket)
+	if err != nil {
+		return err
+	}
+	s, err := shim.New(shim.Config{RunDir: *runDir, CgroupParent: *parent, Name: *name, Self: "/proc/self/exe", Log: log})
+	if err != nil {
+		return err
+	}
+	if *readyFD >= 0 {
+		f := os.NewFile(uintptr(*readyFD), "ready")
+		_, err := f.Write([]byte{'\n'})
+		f.Close()
+		if err != nil {
+			log.Warn("nobody waits for readiness", "err", err)
+		}
+	}
+	log.Info("serving", "socket", *socket, "pid", os.Getpid())
+	err = s.Serve(context.Background(), l)
+	log.Info("served", "err", err)
+	return err
+}
+
+// listen takes the socket's place, unless another shim answers there.
+func listen(path string) (net.Listener, error) {
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("socket %s: another shim serves it", path)
+	}
+	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
+		return nil, err
+	}
+	old := unix.Umask(0o177)
+	defer unix.Umask(old)
+	return net.Listen("unix", path)
+}

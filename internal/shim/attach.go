@@ -1,0 +1,118 @@
+package shim
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/channel"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// serveStream is the channel.Handler of the shim.
+func (s *Shim) serveStream(ctx context.Context, conn channel.Conn, h *taskv1.StreamHeader) {
+	switch k := h.Kind.(type) {
+	case *taskv1.StreamHeader_Attach:
+		s.serveAttach(conn, k.Attach)
+	case *taskv1.StreamHeader_Files:
+		s.serveFiles(ctx, conn, k.Files)
+	default:
+		refuse(conn, fmt.Errorf("stream of an unknown kind: %w", errdefs.ErrNotImplemented))
+	}
+}
+
+// refuse answers with an error and closes.
+func refuse(conn net.Conn, err error) {
+	_ = channel.WriteMessage(conn, task.ReplyOf(err)) // the client may be gone: the same to us
+	conn.Close()
+}
+
+func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
+	p, err := s.process(a.Id, a.ExecId)
+	if err != nil {
+		refuse(conn, err)
+		return
+	}
+	io := p.io
+	if io == nil {
+		refuse(conn, fmt.Errorf("%s: has no streams to attach to: %w", p.name(), errdefs.ErrFailedPrecondition))
+		return
+	}
+	// Output is kept from now on, and follows the reply.
+	c := newClient(conn, a.Stdout, a.Stderr)
+	io.hub.add(c)
+	if err := channel.WriteMessage(conn, &taskv1.StreamReply{}); err != nil {
+		io.hub.remove(c)
+		c.hungUp()
+		return
+	}
+	c.flush()
+	raw := c.raw
+	if raw == nil {
+		s.attachGeneric(p, c, a.Stdin)
+		return
+	}
+	// The client's bytes, or only its end.
+	stdin := a.Stdin
+	for {
+		b, n, err := readPooled(raw, 0)
+		if n > 0 && stdin {
+			if f := io.stdinFile(); f == nil {
+				stdin = false
+			} else if _, err := f.Write((*b)[:n]); err != nil {
+				stdin = false // the process has closed it: discard
+			}
+		}
+		if b != nil {
+			pumpBuffers.Put(b)
+		}
+		if err != nil || n == 0 {
+			break
+		}
+	}
+	s.detach(p, c, a.Stdin)
+}
+
+// attachGeneric is serveAttach's reading for transports without descriptors.
+func (s *Shim) attachGeneric(p *process, c *client, stdin bool) {
+	b := make([]byte, 4096)
+	for {
+		n, err := c.conn.Read(b)
+		if n > 0 && stdin {
+			if f := p.io.stdinFile(); f != nil {
+				_, _ = f.Write(b[:n]) // closed by the process: discard
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	s.detach(p, c, stdin)
+}
+
+// detach handles the end of a client's side.
+func (s *Shim) detach(p *process, c *client, stdin bool) {
+	if stdin {
+		p.stdinEnded()
+	}
+	if isHungUp(c.conn) {
+		p.io.hub.remove(c)
+		c.hungUp()
+		return
+	}
+	// Half closed: output goes on until the client hangs up or the process ends.
+	c.readEnded()
+	if f, ok := c.conn.(rawFile); ok {
+		token, err := s.poll.once(f, unix.EPOLLHUP, func() {
+			p.io.hub.remove(c)
+			c.hungUp()
+		})
+		if err == nil { // else it is closed already
+			c.onDrop(func() { s.poll.forget(token) })
+		}
+	}
+}

@@ -1,0 +1,354 @@
+package shim
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"hash/maphash"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/grpc/codes"
+
+	"tenon.dev/tenon/internal/cgroup"
+	"tenon.dev/tenon/internal/launch"
+	"tenon.dev/tenon/internal/launch/fork"
+	"tenon.dev/tenon/internal/logs"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// container is a task: an init process, execs, and what they share.
+type container struct {
+	shim       *Shim
+	id         string
+	owner      string
+	bundle     string
+	autoDelete bool
+	log        *logs.Writer
+	group      *cgroup.Group
+	external   *external // nil: the plan
+	spec       kept
+	init       *process
+
+	mu     sync.Mutex
+	execs  map[string]*process
+	paused bool
+	ooms   uint64 // reported so far
+	stop   func() // ends the watch for OOM kills
+}
+
+// kept is what outlives Create of a spec: a container's memory is counted.
+type kept struct {
+	seccomp     *specs.LinuxSeccomp
+	personality *specs.LinuxPersonality
+	hooks       *specs.Hooks
+	annotations map[string]string
+	uidMaps     []specs.LinuxIDMapping
+	gidMaps     []specs.LinuxIDMapping
+	ownPids     bool // has a pid namespace of its own, whose init's end is everyone's
+}
+
+func keep(s *specs.Spec) kept {
+	k := kept{hooks: s.Hooks, annotations: s.Annotations}
+	if l := s.Linux; l != nil {
+		k.seccomp = l.Seccomp
+		k.personality = l.Personality
+		k.uidMaps, k.gidMaps = l.UIDMappings, l.GIDMappings
+		for _, n := range l.Namespaces {
+			if n.Type == specs.PIDNamespace && n.Path == "" {
+				k.ownPids = true
+			}
+		}
+	}
+	return k
+}
+
+// filters lets containers with equal seccomp profiles share one in memory.
+type filters struct {
+	mu   sync.Mutex
+	seed maphash.Seed
+	list map[uint64]*specs.LinuxSeccomp
+}
+
+// maxFilters bounds the table; beyond it, profiles are not shared.
+const maxFilters = 256
+
+func (f *filters) one(s *specs.LinuxSeccomp) *specs.LinuxSeccomp {
+	if s == nil {
+		return nil
+	}
+	b, err := json.Marshal(s)
+	if err != nil {
+		return s
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.list == nil {
+		f.seed, f.list = maphash.MakeSeed(), map[uint64]*specs.LinuxSeccomp{}
+	}
+	h := maphash.Bytes(f.seed, b)
+	if old := f.list[h]; old != nil {
+		if ob, err := json.Marshal(old); err == nil && string(ob) == string(b) {
+			return old
+		}
+		return s
+	}
+	if len(f.list) < maxFilters {
+		f.list[h] = s
+	}
+	return s
+}
+
+// createRequest is Create with everything parsed.
+type createRequest struct {
+	id, bundle       string
+	terminal         bool
+	spec             *specs.Spec
+	rootfs           []launch.Mount
+	opts             *taskv1.CreateOptions
+	stdin, out, errs string // FIFOs, if not empty
+}
+
+// newContainer makes a container whose init is ready to start. On an error
+// nothing is left of it.
+func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
+	c := &container{
+		shim: s, id: r.id, owner: r.opts.Owner, bundle: r.bundle, autoDelete: r.opts.AutoDelete,
+		execs: map[string]*process{},
+	}
+	if r.opts.Runtime != "" {
+		c.external = &external{path: r.opts.Runtime, args: r.opts.RuntimeArgs}
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("task %s: %w", r.id, err)
+			_ = c.log.Close()
+		}
+	}()
+	if l := r.opts.Log; l != nil && l.Driver != "" && l.Driver != logs.None {
+		c.log, err = logs.Open(logs.Config{
+			Driver: l.Driver, Path: l.Path, MaxSize: int64(min(l.MaxSize, 1<<62)), MaxFiles: int(min(l.MaxFiles, 1<<20)),
+			Compress: l.Compress, Attrs: l.Attrs,
+		}, c.logFailed)
+		if err != nil {
+			return nil, fmt.Errorf("log: %w", err)
+		}
+	}
+	path := s.cgroupPath(r.id, r.spec)
+	var res *specs.LinuxResources
+	if r.spec.Linux != nil {
+		res = r.spec.Linux.Resources
+		r.spec.Linux.CgroupsPath = path
+	}
+	if c.group, err = cgroup.Create(path, res); err != nil {
+		return nil, fmt.Errorf("cgroup: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			s.removeGroup(c.group)
+		}
+	}()
+	p := newProcess(c, "")
+	p.terminal = r.terminal
+	p.once = r.opts.StdinOnce
+	stdin := r.opts.Stdin || r.stdin != ""
+	if p.io, err = newStdio(r.terminal, stdin, c.log); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			p.io.close()
+		}
+	}()
+	if err := p.io.openFIFOs(r.stdin, r.out, r.errs); err != nil {
+		return nil, err
+	}
+	if p.child, err = c.create(p, r); err != nil {
+		return nil, err
+	}
+	c.init = p
+	c.spec = keep(r.spec)
+	p.io.run()
+	if err := p.watch(); err != nil {
+		_ = p.child.signal(syscall.SIGKILL) // it is ours and at the barrier
+		_, _ = p.child.wait()
+		p.child.close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// create makes the init's child.
+func (c *container) create(p *process, r createRequest) (child, error) {
+	if c.external != nil {
+		return c.external.create(c, p, r)
+	}
+	plan, err := launch.Compile(r.spec, launch.Options{Bundle: r.bundle, Rootfs: r.rootfs, Cgroup: c.group, Phases: phases(r.spec.Hooks)})
+	if err != nil {
+		if task.ErrorCode(err) == codes.Unknown {
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		return nil, err
+	}
+	stdio := fork.Stdio{In: p.io.in, Out: p.io.out, Err: p.io.err}
+	if r.spec.Hooks != nil {
+		stdio.AtPhase = c.hookPhase(r.spec)
+	}
+	fp, err := fork.Start(plan, stdio)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range fp.Warnings {
+		c.shim.log.Warn("container runs with less than asked for", "container", c.id, "warning", w)
+	}
+	if fp.Console != nil {
+		err = p.io.setConsole(fp.Console)
+	}
+	if err == nil && r.terminal && (r.opts.ConsoleWidth > 0 || r.opts.ConsoleHeight > 0) {
+		err = p.io.resize(r.opts.ConsoleWidth, r.opts.ConsoleHeight)
+	}
+	if err != nil {
+		_ = fp.Signal(syscall.SIGKILL) // it stands at the barrier
+		_, _ = fp.Wait()
+		_ = fp.Close()
+		return nil, err
+	}
+	return planned{fp}, nil
+}
+
+// logFailed reports output that could not be kept.
+func (c *container) logFailed(err error) {
+	c.shim.log.Error("output could not be kept", "container", c.id, "err", err)
+	c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_LOG_ERROR, Id: c.id, Message: err.Error()})
+}
+
+// process returns the init or an exec.
+func (c *container) process(execID string) (*process, error) {
+	if execID == "" {
+		return c.init, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.execs[execID]
+	if p == nil {
+		return nil, fmt.Errorf("exec %s of task %s: %w", execID, c.id, errdefs.ErrNotFound)
+	}
+	return p, nil
+}
+
+func (c *container) isPaused() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.paused
+}
+
+// initExited runs before the init's output is drained.
+func (c *container) initExited() {
+	c.unsettle()
+	if !c.spec.ownPids {
+		// Nobody else ends what the init left behind.
+		if err := c.group.Kill(syscall.SIGKILL); err != nil {
+			c.shim.log.Warn("processes left behind were not killed", "container", c.id, "err", err)
+		}
+	}
+}
+
+// oomKilled asks the cgroup whether the kernel killed for memory. It reads one
+// small file; the exit waits for it.
+func (c *container) oomKilled() bool {
+	n, err := oomKills(c.group)
+	if err != nil || n == 0 {
+		return false
+	}
+	c.oomSeen(n)
+	return true
+}
+
+// oomSeen publishes an event for new kills.
+func (c *container) oomSeen(n uint64) {
+	c.mu.Lock()
+	news := n > c.ooms
+	c.ooms = max(n, c.ooms)
+	c.mu.Unlock()
+	if news {
+		c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_OOM, Id: c.id, OomKilled: true})
+	}
+}
+
+// settleAfter is when a container counts as one that stays: what a short one
+// needs not have is done then.
+const settleAfter = 300 * time.Millisecond
+
+// settle has memory saved and OOM kills watched, if the container stays.
+func (c *container) settle() {
+	ctx, cancel := context.WithCancel(context.Background())
+	t := time.AfterFunc(settleAfter, func() {
+		shared := c.shim.filters.one(c.spec.seccomp)
+		c.mu.Lock()
+		c.spec.seccomp = shared
+		c.mu.Unlock()
+		counts, err := c.group.OOM(ctx)
+		if err != nil {
+			c.shim.log.Debug("OOM kills are only seen at the exit", "container", c.id, "err", err)
+			return
+		}
+		for n := range counts {
+			if n > 0 {
+				c.oomSeen(n)
+			}
+		}
+	})
+	c.mu.Lock()
+	c.stop = func() { t.Stop(); cancel() }
+	c.mu.Unlock()
+	c.init.mu.Lock()
+	gone := c.init.status == taskv1.Status_STATUS_STOPPED
+	c.init.mu.Unlock()
+	if gone { // it was faster
+		c.unsettle()
+	}
+}
+
+func (c *container) unsettle() {
+	c.mu.Lock()
+	stop := c.stop
+	c.stop = nil
+	c.mu.Unlock()
+	if stop != nil {
+		stop()
+	}
+}
+
+// oomKills reads the counter of kills.
+func oomKills(g *cgroup.Group) (uint64, error) {
+	paths := g.Paths()
+	name := "memory.events"
+	dir, ok := paths[""]
+	if m, v1 := paths["memory"]; v1 {
+		dir, ok, name = m, true, "memory.oom_control"
+	}
+	if !ok {
+		return 0, errdefs.ErrNotFound
+	}
+	f, err := os.Open(filepath.Join(dir, name))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	for sc.Scan() {
+		if v, ok := strings.CutPrefix(sc.Text(), "oom_kill "); ok {
+			return strconv.ParseUint(v, 10, 64)
+		}
+	}
+	return 0, sc.Err()
+}

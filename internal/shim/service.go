@@ -1,0 +1,387 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"tenon.dev/tenon/internal/launch"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// taskService is containerd's Task API.
+type taskService struct{ s *Shim }
+
+var _ taskv3.TTRPCTaskService = (*taskService)(nil)
+
+var empty = &emptypb.Empty{}
+
+// maxID bounds an ID: it becomes a file and cgroup name.
+const maxID = 128
+
+func checkID(id string) error {
+	if id == "" || len(id) > maxID || id == "." || id == ".." {
+		return fmt.Errorf("ID %.32q: %w", id, errdefs.ErrInvalidArgument)
+	}
+	for _, r := range []byte(id) {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '_', r == '.':
+		default:
+			return fmt.Errorf("ID %.32q: %w", id, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+func (t *taskService) Create(ctx context.Context, r *taskv3.CreateTaskRequest) (*taskv3.CreateTaskResponse, error) {
+	s := t.s
+	req, err := parseCreate(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.reserve(ctx, r.ID); err != nil {
+		return nil, err
+	}
+	c, err := s.newContainer(req)
+	s.free(r.ID, c)
+	if err != nil {
+		return nil, err
+	}
+	return &taskv3.CreateTaskResponse{Pid: uint32(c.init.child.pid())}, nil
+}
+
+// parseCreate judges a request before anything is done.
+func parseCreate(r *taskv3.CreateTaskRequest) (req createRequest, err error) {
+	if err := checkID(r.ID); err != nil {
+		return req, err
+	}
+	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
+		return req, fmt.Errorf("task %s: start from a checkpoint: %w", r.ID, errdefs.ErrNotImplemented)
+	}
+	req = createRequest{
+		id: r.ID, bundle: r.Bundle, terminal: r.Terminal,
+		stdin: r.Stdin, out: r.Stdout, errs: r.Stderr, opts: new(taskv1.CreateOptions),
+	}
+	// Options of another type (containerd's for runc) say nothing to us.
+	if o := r.Options; o != nil && o.TypeUrl == task.CreateOptionsURL {
+		if err := proto.Unmarshal(o.Value, req.opts); err != nil {
+			return req, fmt.Errorf("task %s: options: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	raw := req.opts.Spec
+	if len(raw) == 0 {
+		if raw, err = os.ReadFile(filepath.Join(r.Bundle, "config.json")); err != nil {
+			return req, fmt.Errorf("task %s: spec: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	req.spec = new(specs.Spec)
+	if err := json.Unmarshal(raw, req.spec); err != nil {
+		return req, fmt.Errorf("task %s: spec: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+	}
+	req.opts.Spec = nil
+	if req.spec.Process == nil {
+		return req, fmt.Errorf("task %s: spec has no process: %w", r.ID, errdefs.ErrInvalidArgument)
+	}
+	req.terminal = req.terminal || req.spec.Process.Terminal
+	req.spec.Process.Terminal = req.terminal
+	for _, m := range r.Rootfs {
+		req.rootfs = append(req.rootfs, launch.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
+	}
+	return req, nil
+}
+
+func (t *taskService) Start(_ context.Context, r *taskv3.StartRequest) (*taskv3.StartResponse, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.process(r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	pid, err := p.start()
+	if err != nil {
+		return nil, err
+	}
+	if r.ExecID == "" {
+		c.settle()
+		c.poststart()
+	}
+	return &taskv3.StartResponse{Pid: uint32(pid)}, nil
+}
+
+func (t *taskService) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*taskv3.DeleteResponse, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.process(r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.end(ctx); err != nil {
+		return nil, err
+	}
+	if r.ExecID != "" {
+		c.mu.Lock()
+		delete(c.execs, r.ExecID)
+		c.mu.Unlock()
+	} else {
+		if !t.s.take(c) {
+			return nil, fmt.Errorf("task %s: %w", r.ID, errdefs.ErrNotFound)
+		}
+		t.s.remove(c)
+	}
+	q := p.snapshot()
+	return &taskv3.DeleteResponse{Pid: q.Pid, ExitStatus: q.ExitStatus, ExitedAt: timestamp(p.exitedAt)}, nil
+}
+
+func (t *taskService) Exec(_ context.Context, r *taskv3.ExecProcessRequest) (*emptypb.Empty, error) {
+	if err := checkID(r.ExecID); err != nil {
+		return nil, err
+	}
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	o := new(taskv1.ExecOptions)
+	switch {
+	case r.Spec == nil:
+		return nil, fmt.Errorf("exec %s: no process: %w", r.ExecID, errdefs.ErrInvalidArgument)
+	case r.Spec.TypeUrl == task.ExecOptionsURL:
+		if err := proto.Unmarshal(r.Spec.Value, o); err != nil {
+			return nil, fmt.Errorf("exec %s: %w: %w", r.ExecID, err, errdefs.ErrInvalidArgument)
+		}
+	default: // containerd's: the OCI process itself
+		o.Process, o.Stdin = r.Spec.Value, r.Stdin != ""
+	}
+	process := new(specs.Process)
+	if err := json.Unmarshal(o.Process, process); err != nil {
+		return nil, fmt.Errorf("exec %s: process: %w: %w", r.ExecID, err, errdefs.ErrInvalidArgument)
+	}
+	process.Terminal = r.Terminal || process.Terminal
+	return empty, c.exec(r, o, process)
+}
+
+func (t *taskService) State(_ context.Context, r *taskv3.StateRequest) (*taskv3.StateResponse, error) {
+	p, err := t.s.process(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	q := p.snapshot()
+	return &taskv3.StateResponse{
+		ID: r.ID, ExecID: r.ExecID, Bundle: p.c.bundle, Pid: q.Pid, Status: v3Status(q.Status),
+		Terminal: q.Terminal, ExitStatus: q.ExitStatus, ExitedAt: timestamp(p.exitTime()),
+	}, nil
+}
+
+func v3Status(s taskv1.Status) tasktypes.Status {
+	switch s {
+	case taskv1.Status_STATUS_CREATED:
+		return tasktypes.Status_CREATED
+	case taskv1.Status_STATUS_RUNNING:
+		return tasktypes.Status_RUNNING
+	case taskv1.Status_STATUS_PAUSED:
+		return tasktypes.Status_PAUSED
+	case taskv1.Status_STATUS_STOPPED:
+		return tasktypes.Status_STOPPED
+	}
+	return tasktypes.Status_UNKNOWN
+}
+
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func (t *taskService) Pids(_ context.Context, r *taskv3.PidsRequest) (*taskv3.PidsResponse, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	pids, err := c.group.Pids()
+	if err != nil {
+		return nil, fmt.Errorf("task %s: %w", r.ID, err)
+	}
+	resp := &taskv3.PidsResponse{}
+	for _, pid := range pids {
+		resp.Processes = append(resp.Processes, &tasktypes.ProcessInfo{Pid: uint32(pid)})
+	}
+	return resp, nil
+}
+
+func (t *taskService) Pause(ctx context.Context, r *taskv3.PauseRequest) (*emptypb.Empty, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	return empty, c.pause(ctx)
+}
+
+func (t *taskService) Resume(ctx context.Context, r *taskv3.ResumeRequest) (*emptypb.Empty, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	return empty, c.resume(ctx)
+}
+
+func (t *taskService) Kill(ctx context.Context, r *taskv3.KillRequest) (*emptypb.Empty, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.process(r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	if r.Signal > 64 {
+		return nil, fmt.Errorf("signal %d: %w", r.Signal, errdefs.ErrInvalidArgument)
+	}
+	sig := syscall.Signal(r.Signal)
+	if r.All && r.ExecID == "" {
+		err = c.killAll(sig)
+	} else {
+		err = p.kill(sig)
+	}
+	if err == nil && sig == syscall.SIGKILL && c.isPaused() {
+		err = c.resume(ctx) // a frozen process cannot die
+		if errdefs.IsFailedPrecondition(err) {
+			err = nil
+		}
+	}
+	return empty, err
+}
+
+func (t *taskService) ResizePty(_ context.Context, r *taskv3.ResizePtyRequest) (*emptypb.Empty, error) {
+	p, err := t.s.process(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	return empty, p.resize(r.Width, r.Height)
+}
+
+func (t *taskService) CloseIO(_ context.Context, r *taskv3.CloseIORequest) (*emptypb.Empty, error) {
+	p, err := t.s.process(r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	if r.Stdin && p.io != nil {
+		p.io.closeStdin()
+	}
+	return empty, nil
+}
+
+func (t *taskService) Update(_ context.Context, r *taskv3.UpdateTaskRequest) (*emptypb.Empty, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	if r.Resources == nil {
+		return empty, nil
+	}
+	var res specs.LinuxResources
+	if err := json.Unmarshal(r.Resources.Value, &res); err != nil {
+		return nil, fmt.Errorf("task %s: resources: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+	}
+	if err := c.group.Update(&res); err != nil {
+		return nil, fmt.Errorf("task %s: update: %w", r.ID, err)
+	}
+	return empty, nil
+}
+
+func (t *taskService) Wait(ctx context.Context, r *taskv3.WaitRequest) (*taskv3.WaitResponse, error) {
+	q, err := t.s.await(ctx, r.ID, r.ExecID)
+	if err != nil {
+		return nil, err
+	}
+	return &taskv3.WaitResponse{ExitStatus: q.ExitStatus, ExitedAt: timestamppb.New(time.Unix(0, q.ExitedAt))}, nil
+}
+
+// await waits for a process's exit, and forgets an auto_delete task after it.
+func (s *Shim) await(ctx context.Context, id, execID string) (*taskv1.Process, error) {
+	p, err := s.process(id, execID)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	q := p.snapshot()
+	if execID == "" && p.c.autoDelete && s.take(p.c) {
+		s.work.Add(1)
+		go func() {
+			defer s.work.Done()
+			s.remove(p.c)
+		}()
+	}
+	return q, nil
+}
+
+func (t *taskService) Stats(_ context.Context, r *taskv3.StatsRequest) (*taskv3.StatsResponse, error) {
+	c, err := t.s.task(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	m, err := c.metrics()
+	if err != nil {
+		return nil, err
+	}
+	b, err := proto.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	return &taskv3.StatsResponse{Stats: &anypb.Any{TypeUrl: "tenon.dev/tenon.task.v1.Metrics", Value: b}}, nil
+}
+
+func (t *taskService) Checkpoint(_ context.Context, r *taskv3.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	return nil, fmt.Errorf("task %s: checkpoint: %w", r.ID, errdefs.ErrNotImplemented)
+}
+
+func (t *taskService) Connect(_ context.Context, r *taskv3.ConnectRequest) (*taskv3.ConnectResponse, error) {
+	resp := &taskv3.ConnectResponse{ShimPid: uint32(os.Getpid()), Version: Version}
+	if r.ID != "" {
+		p, err := t.s.process(r.ID, "")
+		if err != nil {
+			return nil, err
+		}
+		resp.TaskPid = uint32(p.child.pid())
+	}
+	return resp, nil
+}
+
+func (t *taskService) Shutdown(ctx context.Context, r *taskv3.ShutdownRequest) (*emptypb.Empty, error) {
+	s := t.s
+	list := s.list()
+	if len(list) > 0 && !r.Now {
+		return nil, fmt.Errorf("shim has %d tasks: %w", len(list), errdefs.ErrFailedPrecondition)
+	}
+	var errs []error
+	for _, c := range list {
+		errs = append(errs, s.destroy(ctx, c))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	s.downOne.Do(func() { close(s.down) })
+	return empty, nil
+}
