@@ -59,6 +59,9 @@ type Config struct {
 // headerTimeout bounds how long a client may take to send a request's header.
 const headerTimeout = 30 * time.Second
 
+// graceTime is how long handlers may take to end when the daemon does.
+const graceTime = 10 * time.Second
+
 // Server serves the APIs. Make it with New.
 type Server struct {
 	cfg  Config
@@ -105,17 +108,19 @@ func New(cfg Config) *Server {
 
 // Serve accepts connections on all listeners until ctx ends or Shutdown is
 // called, and then returns nil; it returns the error of the first listener
-// that fails otherwise. It closes the listeners.
+// that fails otherwise. It closes the listeners, and when it returns after ctx's
+// end, handlers have returned too (or have had ten seconds to).
 func (s *Server) Serve(ctx context.Context, listeners []net.Listener) error {
 	if len(listeners) == 0 {
 		return errors.New("serve: no listeners")
 	}
+	down := make(chan struct{})
 	unhook := context.AfterFunc(ctx, func() {
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer close(down)
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), graceTime)
 		defer cancel()
 		_ = s.Shutdown(grace) // what is left is cut off when the process ends
 	})
-	defer unhook()
 	errs := make(chan error, len(listeners))
 	for _, l := range listeners {
 		go func() { errs <- s.http.Serve(l) }()
@@ -126,6 +131,9 @@ func (s *Server) Serve(ctx context.Context, listeners []net.Listener) error {
 			first = err
 			_ = s.http.Close()
 		}
+	}
+	if !unhook() {
+		<-down // handlers may still use what the caller closes next
 	}
 	return first
 }

@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"io"
 	"net/http"
 
 	"github.com/containerd/errdefs"
@@ -17,3 +18,13 @@ func errNotBuilt(note string) error {
 }
 
 func (a *API) pluginList(c *call) error { return c.json(http.StatusOK, []any{}) }
+
+// maxContext is how much of a build's context is read only to be thrown away.
+const maxContext = 256 << 20
+
+// build refuses, after it has read the context: a client that is still sending
+// when the connection closes reports that instead of the answer.
+func (a *API) build(c *call) error {
+	_, _ = io.CopyN(io.Discard, c.r.Body, maxContext) // the answer is the same
+	return errNotBuilt(noteBuild)
+}

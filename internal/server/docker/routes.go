@@ -102,7 +102,7 @@ var routes = []route{
 	done("POST", "/commit", (*API).commit, ""),
 	done("GET", "/distribution/{name}/json", (*API).distribution, ""),
 
-	notBuilt("POST", "/build", noteBuild),
+	{"POST", "/build", NotBuilt, noteBuild, (*API).build},
 	notBuilt("POST", "/build/prune", noteBuild),
 	notBuilt("POST", "/build/cancel", noteBuild),
 	notBuilt("POST", "/session", noteBuild),
@@ -136,8 +136,8 @@ var routes = []route{
 	notBuilt("POST", "/plugins/{name}/set", notePlugin),
 
 	noSwarm("GET", "/swarm"),
-	route{"POST", "/swarm/init", NotBuilt, noteSwarm, func(*API, *call) error { return errNotBuilt(noteSwarm) }},
-	route{"POST", "/swarm/join", NotBuilt, noteSwarm, func(*API, *call) error { return errNotBuilt(noteSwarm) }},
+	{"POST", "/swarm/init", NotBuilt, noteSwarm, func(*API, *call) error { return errNotBuilt(noteSwarm) }},
+	{"POST", "/swarm/join", NotBuilt, noteSwarm, func(*API, *call) error { return errNotBuilt(noteSwarm) }},
 	noSwarm("POST", "/swarm/leave"),
 	noSwarm("POST", "/swarm/update"),
 	noSwarm("GET", "/swarm/unlockkey"),
