@@ -52,8 +52,23 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	s.Close()
-	os.Exit(m.Run())
+	dir, err := os.MkdirTemp("", "tenon-dns")
+	if err != nil {
+		panic(err)
+	}
+	dnsBinary = dir + "/tenon-dns"
+	build := exec.Command("go", "build", "-o", dnsBinary, "tenon.dev/tenon/cmd/tenon-dns")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		panic(fmt.Sprintf("build tenon-dns: %v %s", err, out))
+	}
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
 }
+
+// dnsBinary is tenon-dns as built for the tests.
+var dnsBinary string
 
 type testNet struct {
 	*Controller
@@ -63,7 +78,7 @@ type testNet struct {
 
 func testConfig(t *testing.T) Config {
 	dir := t.TempDir()
-	return Config{Name: "t" + randomHex(4), StateDir: dir + "/state", RunDir: dir + "/run", PoolSize: 2,
+	return Config{Name: "t" + randomHex(4), StateDir: dir + "/state", RunDir: dir + "/run", PoolSize: 2, DNSBinary: dnsBinary,
 		Pools: []Pool{{netip.MustParsePrefix("10.199.0.0/16"), 24}},
 		Log:   slog.New(slog.NewTextHandler(testWriter{t}, nil))}
 }

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -350,15 +349,4 @@ func (c *Controller) flushFlows(ports []nft.Port) {
 			c.log.Warn("old UDP flows could not be removed", "port", p.HostPort, "err", err)
 		}
 	}
-}
-
-// ConnectNetwork attaches a running container to one more network.
-func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req EndpointRequest) (Endpoint, error) {
-	return Endpoint{}, errdefs.ErrNotImplemented
-}
-
-// DisconnectNetwork takes a running container off a network. With force it is
-// no error if the container is not there.
-func (c *Controller) DisconnectNetwork(ctx context.Context, containerID, network string, force bool) error {
-	return errdefs.ErrNotImplemented
 }

@@ -254,3 +254,10 @@ func (b *Batch) Rename(index int, name string) {
 	b.begin("rename interface to "+name, unix.RTM_NEWLINK, 0, ifinfo(index, 0, 0))
 	b.attrString(unix.IFLA_IFNAME, name)
 }
+
+// SetDownName takes the named interface down; one that is gone is no error.
+func (b *Batch) SetDownName(name string) {
+	b.begin("take down "+name, unix.RTM_NEWLINK, 0, ifinfo(0, 0, unix.IFF_UP))
+	b.attrString(unix.IFLA_IFNAME, name)
+	b.allow(unix.ENODEV)
+}
