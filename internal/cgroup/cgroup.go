@@ -7,6 +7,7 @@
 package cgroup
 
 import (
+	"sync"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -14,14 +15,17 @@ import (
 
 // Group is a control group: a path in one or more hierarchies.
 type Group struct {
-	path string // below the mount points, without leading slash
-	dirs []dir
+	path string // as given to Create
+
+	mu   sync.RWMutex
+	dirs []dir // replaced, never changed in place
 }
 
 // dir is the group in one hierarchy.
 type dir struct {
 	controllers string // "memory", "cpu,cpuacct"; "" on v2
 	path        string // absolute
+	mount       string // where the hierarchy is mounted
 	v2          bool
 }
 
