@@ -1,0 +1,369 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/moby/moby/api/types/jsonstream"
+	"github.com/spf13/cobra"
+
+	"tenon.dev/tenon/client"
+)
+
+func (a *app) pullCmd() *cobra.Command {
+	var allTags, quiet bool
+	var platform string
+	cmd := &cobra.Command{
+		Use: "pull [OPTIONS] NAME[:TAG|@DIGEST]", Short: "Download an image from a registry",
+		Example: "tenon pull debian:12\ntenon pull --platform linux/arm64 registry.example.com/team/web@sha256:…",
+		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&allTags, "all-tags", "a", false, "Download all tagged images in the repository")
+	f.Bool("disable-content-trust", true, "Skip image verification")
+	f.StringVar(&platform, "platform", "", "Set platform if server is multi-platform capable")
+	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress verbose output")
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		ref := args[0]
+		repo, tag := splitTag(ref)
+		switch {
+		case allTags && (tag != "" || strings.Contains(ref, "@")):
+			return errors.New("tag can't be used with --all-tags/-a")
+		case !allTags && tag == "" && !strings.Contains(ref, "@"):
+			if !quiet {
+				fmt.Fprintln(a.out, "Using default tag: latest")
+			}
+		}
+		if allTags {
+			return a.pullFrom(ctx, c, url.Values{"fromImage": {repo}}, repo, platform, a.out, quiet)
+		}
+		if err := a.pullImage(ctx, c, ref, platform, a.out, quiet); err != nil {
+			return err
+		}
+		fmt.Fprintln(a.out, canonicalName(ref))
+		return nil
+	})
+	return cmd
+}
+
+// pullImage pulls one image and shows the progress on w.
+func (a *app) pullImage(ctx context.Context, c *client.Client, ref, platform string, w io.Writer, quiet bool) error {
+	repo, tag := ref, ""
+	if name, digest, ok := strings.Cut(ref, "@"); ok {
+		repo, _ = splitTag(name)
+		tag = digest
+	} else if repo, tag = splitTag(ref); tag == "" {
+		tag = "latest"
+	}
+	return a.pullFrom(ctx, c, url.Values{"fromImage": {repo}, "tag": {tag}}, repo, platform, w, quiet)
+}
+
+func (a *app) pullFrom(ctx context.Context, c *client.Client, q url.Values, repo, platform string, w io.Writer, quiet bool) error {
+	auth, err := a.authHeader(repo)
+	if err != nil {
+		return err
+	}
+	if platform != "" {
+		q.Set("platform", strings.ToLower(platform))
+	}
+	resp, err := c.Do(ctx, client.Request{Method: http.MethodPost, Path: "/images/create", Query: q, Header: auth})
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	return newProgress(w, quiet).copy(resp.Body, nil)
+}
+
+func (a *app) pushCmd() *cobra.Command {
+	var allTags, quiet bool
+	var platform string
+	cmd := &cobra.Command{
+		Use: "push [OPTIONS] NAME[:TAG]", Short: "Upload an image to a registry",
+		Example: "tenon push registry.example.com/team/web:2\ntenon push -a registry.example.com/team/web",
+		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&allTags, "all-tags", "a", false, "Push all tags of an image to the repository")
+	f.Bool("disable-content-trust", true, "Skip image signing")
+	f.StringVar(&platform, "platform", "", `Push a platform-specific manifest as a single-platform image (e.g., "linux/amd64")`)
+	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress verbose output")
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		ref := args[0]
+		repo, tag := splitTag(ref)
+		q := url.Values{}
+		switch {
+		case strings.Contains(ref, "@"):
+			return errors.New("cannot push a digest reference")
+		case allTags && tag != "":
+			return errors.New("tag can't be used with --all-tags/-a")
+		case allTags:
+		case tag == "":
+			tag = "latest"
+			if !quiet {
+				fmt.Fprintln(a.out, "Using default tag: latest")
+			}
+			fallthrough
+		default:
+			q.Set("tag", tag)
+		}
+		if platform != "" {
+			p, err := platformJSON(platform)
+			if err != nil {
+				return err
+			}
+			q.Set("platform", p)
+		}
+		auth, err := a.authHeader(repo)
+		if err != nil {
+			return err
+		}
+		resp, err := c.Do(ctx, client.Request{Method: http.MethodPost, Path: "/images/" + escapeImage(repo) + "/push", Query: q, Header: auth})
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if err := newProgress(a.out, quiet).copy(resp.Body, nil); err != nil {
+			return err
+		}
+		if quiet {
+			fmt.Fprintln(a.out, canonicalName(ref))
+		}
+		return nil
+	})
+	return cmd
+}
+
+func (a *app) saveCmd() *cobra.Command {
+	var output string
+	var platforms []string
+	cmd := &cobra.Command{
+		Use: "save [OPTIONS] IMAGE [IMAGE...]", Short: "Save one or more images to a tar archive (streamed to STDOUT by default)",
+		Example: "tenon save -o web.tar web:2\ntenon save web:2 | ssh other tenon load",
+		Args:    minArgs(1), ValidArgsFunction: a.completeAll(a.imageNames),
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "", "Write to a file, instead of STDOUT")
+	cmd.Flags().StringSliceVar(&platforms, "platform", nil, `Save only the given platform variant (e.g., "linux/amd64")`)
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		q := url.Values{"names": args}
+		for _, p := range platforms {
+			j, err := platformJSON(p)
+			if err != nil {
+				return err
+			}
+			q.Add("platform", j)
+		}
+		return a.download(ctx, c, "/images/get", q, output)
+	})
+	return cmd
+}
+
+func (a *app) exportCmd() *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use: "export [OPTIONS] CONTAINER", Short: "Export a container's filesystem as a tar archive",
+		Example: "tenon export -o root.tar web\ntenon export web | tar t",
+		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.containerNames(all)),
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "", "Write to a file, instead of STDOUT")
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		return a.download(ctx, c, containerPath(args[0], "/export"), nil, output)
+	})
+	return cmd
+}
+
+// download streams an answer to standard output, or into a file that appears
+// only when it is complete.
+func (a *app) download(ctx context.Context, c *client.Client, path string, q url.Values, output string) error {
+	if _, is := terminal(a.out); output == "" && is {
+		return errors.New("cowardly refusing to save to a terminal. Use the -o flag or redirect")
+	}
+	resp, err := c.Do(ctx, client.Request{Method: http.MethodGet, Path: path, Query: q})
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if output == "" {
+		_, err := io.Copy(a.out, resp.Body)
+		return err
+	}
+	if fi, err := os.Stat(output); err == nil && !fi.Mode().IsRegular() {
+		// /dev/null, a pipe: there is nothing to replace.
+		f, err := os.OpenFile(output, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(f, resp.Body)
+		return errors.Join(err, f.Close())
+	}
+	f, err := os.CreateTemp(filepath.Dir(output), "."+filepath.Base(output)+"-")
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, resp.Body)
+	err = errors.Join(err, f.Chmod(0o600), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), output)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}
+
+func (a *app) loadCmd() *cobra.Command {
+	var input string
+	var platforms []string
+	var quiet bool
+	cmd := &cobra.Command{
+		Use: "load [OPTIONS]", Short: "Load an image from a tar archive or STDIN",
+		Long:    "Load images from a docker archive or an OCI layout, as a tar file, also compressed.",
+		Example: "tenon load -i web.tar\ntenon load < web.tar.gz",
+		Args:    exactArgs(0),
+	}
+	f := cmd.Flags()
+	f.StringVarP(&input, "input", "i", "", "Read from tar archive file, instead of STDIN")
+	f.StringSliceVar(&platforms, "platform", nil, `Load only the given platform variant (e.g., "linux/amd64")`)
+	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress the load output")
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, _ []string) error {
+		in := a.in
+		if input != "" {
+			file, err := os.Open(input)
+			if err != nil {
+				return err
+			}
+			defer file.Close()
+			in = file
+		} else if _, is := terminal(a.in); is {
+			return errors.New("requested load from stdin, but stdin is empty")
+		}
+		_, tty := terminal(a.out)
+		q := url.Values{"quiet": {"1"}}
+		if tty && !quiet {
+			q.Set("quiet", "0")
+		}
+		for _, p := range platforms {
+			j, err := platformJSON(p)
+			if err != nil {
+				return err
+			}
+			q.Add("platform", j)
+		}
+		resp, err := c.Do(ctx, client.Request{
+			Method: http.MethodPost, Path: "/images/load", Query: q, Body: in,
+			Header: http.Header{"Content-Type": {"application/x-tar"}},
+		})
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
+			p := newProgress(a.out, false)
+			if quiet {
+				return a.loadedOnly(resp.Body)
+			}
+			return p.copy(resp.Body, nil)
+		}
+		_, err = io.Copy(a.out, resp.Body)
+		return err
+	})
+	return cmd
+}
+
+// loadedOnly prints of a load's messages only the images' names.
+func (a *app) loadedOnly(r io.Reader) error {
+	var b bytes.Buffer
+	err := newProgress(&b, false).copy(r, nil)
+	for line := range strings.Lines(b.String()) {
+		if strings.HasPrefix(line, "Loaded image") {
+			fmt.Fprint(a.out, line)
+		}
+	}
+	return err
+}
+
+func (a *app) importCmd() *cobra.Command {
+	var changes list
+	var message, platform string
+	cmd := &cobra.Command{
+		Use: "import [OPTIONS] file|URL|- [REPOSITORY[:TAG]]", Short: "Import the contents from a tarball to create a filesystem image",
+		Example: "tenon import root.tar base:1\ntar c -C rootfs . | tenon import -c 'CMD [\"sh\"]' - base:1",
+		Args:    rangeArgs(1, 2),
+	}
+	f := cmd.Flags()
+	f.VarP(&changes, "change", "c", "Apply Dockerfile instruction to the created image")
+	f.StringVarP(&message, "message", "m", "", "Set commit message for imported image")
+	f.StringVar(&platform, "platform", "", "Set platform if server is multi-platform capable")
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		q := url.Values{"message": {message}, "changes": changes}
+		if len(args) == 2 {
+			repo, tag := splitTag(args[1])
+			q.Set("repo", repo)
+			q.Set("tag", tag)
+		}
+		if platform != "" {
+			q.Set("platform", strings.ToLower(platform))
+		}
+		var body any
+		switch {
+		case strings.HasPrefix(args[0], "http://"), strings.HasPrefix(args[0], "https://"):
+			q.Set("fromSrc", args[0])
+		case args[0] == "-":
+			q.Set("fromSrc", "-")
+			body = a.in
+		default:
+			file, err := os.Open(args[0])
+			if err != nil {
+				return err
+			}
+			defer file.Close()
+			q.Set("fromSrc", "-")
+			body = io.Reader(file)
+		}
+		resp, err := c.Do(ctx, client.Request{Method: http.MethodPost, Path: "/images/create", Query: q, Body: body, Header: http.Header{"Content-Type": {"application/x-tar"}}})
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		return newProgress(a.out, false).copy(resp.Body, nil)
+	})
+	return cmd
+}
+
+func (a *app) buildCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "build [OPTIONS] PATH | URL | -", Short: "Build an image from a Dockerfile (comes later)",
+		Long:               "Building images comes with a later version of the engine.",
+		Example:            "tenon build -t web:2 .",
+		DisableFlagParsing: true,
+		RunE: a.do(func(ctx context.Context, c *client.Client, _ []string) error {
+			// The server says what it can; one that builds has its own clients.
+			var m jsonstream.Message
+			var empty json.RawMessage
+			err := c.Call(ctx, client.Request{Method: http.MethodPost, Path: "/build", Body: bytes.NewReader(empty), Header: http.Header{"Content-Type": {"application/x-tar"}}}, &m)
+			var e *client.Error
+			if errors.As(err, &e) && e.Status == http.StatusNotImplemented {
+				return err
+			}
+			return errors.New("tenon build comes later: this command cannot build images yet")
+		}),
+	}
+	return cmd
+}
+
+func (a *app) searchCmd() *cobra.Command {
+	return &cobra.Command{
+		Use: "search TERM", Short: "Search a registry for images (comes later)", Hidden: true, DisableFlagParsing: true,
+		RunE: func(*cobra.Command, []string) error {
+			return errors.New("tenon search comes later: use the registry's own search")
+		},
+	}
+}
