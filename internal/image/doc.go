@@ -5,16 +5,16 @@
 // # On disk
 //
 //	<root>/images.db            bbolt: names, targets and layers; what it does not name does not exist
-//	<root>/content/blobs/…      blobs by digest (containerd's local content store)
+//	<root>/content/blobs/…      blobs by digest, laid out as in containerd's content store
 //	<root>/content/ingest-t/…   blobs being written
 //	<root>/layers/<id>/         an unpacked layer, the id made from its chain ID
 //	<root>/layers/tmp/…         layers being unpacked
 //
-// The registry client and the content store are containerd's packages in
-// process. containerd's metadata database and overlay snapshotter are not
-// used: they cost several synchronous transactions for each blob and layer, in
-// two databases, and want a parent mounted or at least committed before its
-// child. Here a layer is unpacked into a directory of its own whatever its
+// The registry client is containerd's, in process. containerd's metadata
+// database, content writer and overlay snapshotter are not used: they cost an
+// fsync and several synchronous transactions for each blob and layer, in two
+// databases, do not let a blob be read while it is written, and want a parent
+// committed before its child. Here a layer is unpacked into a directory of its own whatever its
 // parents are (whiteouts become overlay's devices and attributes), so that all
 // layers of an image are fetched, verified, decompressed and unpacked at the
 // same time, while they are still being read; what depends on the parents

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -441,6 +442,9 @@ func (p *puller) transfer(ctx context.Context, d ocispec.Descriptor, w *ingest, 
 }
 
 func retriable(err error) bool {
+	if st := httpStatus(err); st != 0 && st < 500 && st != http.StatusTooManyRequests && st != http.StatusRequestTimeout {
+		return false
+	}
 	return !errdefs.IsNotFound(err) && !errdefs.IsUnauthorized(err) && !errdefs.IsPermissionDenied(err) &&
 		!errdefs.IsInvalidArgument(err) && !errdefs.IsResourceExhausted(err) && !isNoSpace(err)
 }

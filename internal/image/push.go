@@ -183,9 +183,8 @@ func (p *pushing) blob(ctx context.Context, d ocispec.Descriptor, show bool) err
 			}
 		}
 		err = p.once(ctx, d, show)
-		var status remoteStatus
 		if err == nil || ctx.Err() != nil || !retriable(err) || errors.Is(err, docker.ErrInvalidAuthorization) ||
-			errors.As(err, &status) && status.StatusCode() < 500 {
+			httpStatus(err) != 0 && httpStatus(err) < 500 {
 			return err
 		}
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/moby/moby/api/types/registry"
@@ -257,16 +258,17 @@ func (s *Store) certs(host string, tc *tls.Config) (own bool, err error) {
 
 // registryError says what a registry's answer means for the user.
 func registryError(verb, name string, err error) error {
-	var status remoteStatus
+	status := httpStatus(err)
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("%s %s: %w", verb, name, err)
-	case errors.Is(err, docker.ErrInvalidAuthorization), errdefs.IsUnauthorized(err), errdefs.IsPermissionDenied(err):
+	case status == http.StatusUnauthorized, status == http.StatusForbidden,
+		errors.Is(err, docker.ErrInvalidAuthorization), errdefs.IsUnauthorized(err), errdefs.IsPermissionDenied(err):
 		return fmt.Errorf("%s access denied for %s, repository does not exist or may require 'docker login': %w: %w", verb, name, err, errdefs.ErrPermissionDenied)
 	case errdefs.IsNotFound(err):
 		return fmt.Errorf("manifest for %s not found: manifest unknown: %w", name, err)
-	case errors.As(err, &status):
-		return fmt.Errorf("%s %s: %w", verb, name, err)
+	case status >= 500:
+		return fmt.Errorf("%s %s: %w: %w", verb, name, err, errdefs.ErrUnavailable)
 	}
 	var ne *net.OpError
 	var de *net.DNSError
@@ -276,8 +278,11 @@ func registryError(verb, name string, err error) error {
 	return fmt.Errorf("%s %s: %w", verb, name, err)
 }
 
-// remoteStatus is implemented by errors that carry an HTTP status.
-type remoteStatus interface {
-	error
-	StatusCode() int
+// httpStatus is the status a registry answered with, 0 if the error is another.
+func httpStatus(err error) int {
+	var s remoteerrors.ErrUnexpectedStatus
+	if errors.As(err, &s) {
+		return s.StatusCode
+	}
+	return 0
 }

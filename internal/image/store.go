@@ -15,8 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -30,7 +28,6 @@ type Store struct {
 	cfg     Config
 	log     *slog.Logger
 	db      *bolt.DB
-	content content.Store
 	boot    string
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
@@ -114,9 +111,6 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 			s.db.Close()
 		}
 	}()
-	if s.content, err = local.NewStore(filepath.Join(cfg.Root, "content")); err != nil {
-		return nil, fmt.Errorf("image store: %w", err)
-	}
 	if err := s.readDB(); err != nil {
 		return nil, err
 	}
@@ -151,9 +145,6 @@ func (s *Store) Close() error {
 	})
 	return err
 }
-
-// Content is the store's blobs as containerd's interface, for reading.
-func (s *Store) Content() content.Provider { return s.content }
 
 func (s *Store) blobDir(a digest.Algorithm) string {
 	return filepath.Join(s.cfg.Root, "content", "blobs", a.String())
