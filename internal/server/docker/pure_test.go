@@ -16,6 +16,7 @@ import (
 	imagetypes "github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/network"
 	"tenon.dev/tenon/internal/server/wire"
+	"tenon.dev/tenon/internal/version"
 )
 
 func TestSplitVersion(t *testing.T) {
@@ -49,6 +50,12 @@ func TestSplitVersion(t *testing.T) {
 		if err != nil || v != tc.v || rest != tc.rest {
 			t.Errorf("%s: got %v %q %v, want %v %q", tc.path, v, rest, err, tc.v, tc.rest)
 		}
+	}
+}
+
+func TestVersions(t *testing.T) {
+	if MinVersion.String() != version.MinAPIVersion || MaxVersion.String() != version.APIVersion {
+		t.Errorf("package version says %s to %s, this one %s to %s", version.MinAPIVersion, version.APIVersion, MinVersion, MaxVersion)
 	}
 }
 

@@ -56,17 +56,25 @@ func Status(err error) int {
 
 // Message is the sentence that a user reads. Wrapping leaves the bare name of
 // a class at an error's end ("…: failed precondition"); it says nothing to a
-// user and is cut off. ("not found" and the kernel's own words stay.)
+// user and is cut off, unless it is the kernel's own word or the only one that
+// tells what is wrong.
 func Message(err error) string {
 	msg := err.Error()
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	class := errdefs.Resolve(err)
+	cut, ok := strings.CutSuffix(msg, ": "+class.Error())
+	if !ok || cut == "" {
 		return msg
 	}
-	switch c := errdefs.Resolve(err); c {
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno.Error() == class.Error() {
+		return msg
+	}
+	switch class {
 	case errdefs.ErrFailedPrecondition, errdefs.ErrConflict, errdefs.ErrInvalidArgument,
 		errdefs.ErrNotImplemented, errdefs.ErrUnavailable, errdefs.ErrAlreadyExists, errdefs.ErrPermissionDenied:
-		if cut, ok := strings.CutSuffix(msg, ": "+c.Error()); ok && cut != "" {
+		return cut
+	case errdefs.ErrNotFound:
+		if l := strings.ToLower(cut); strings.Contains(l, "not found") || strings.Contains(l, "no such") {
 			return cut
 		}
 	}

@@ -31,6 +31,8 @@ func TestStatus(t *testing.T) {
 		msg    string
 	}{
 		{fmt.Errorf("container x: %w", errdefs.ErrNotFound), 404, "container x: not found"},
+		{fmt.Errorf("network x not found: %w", errdefs.ErrNotFound), 404, "network x not found"},
+		{fmt.Errorf("%w: %w", fmt.Errorf("dial: %w", syscall.ECONNREFUSED), errdefs.ErrUnavailable), 503, "dial: connection refused"},
 		{errdefs.ErrNotFound.WithMessage("No such container: x"), 404, "No such container: x"},
 		{fmt.Errorf("name: %w", errdefs.ErrInvalidArgument), 400, "name"},
 		{fmt.Errorf("x: %w", errdefs.ErrOutOfRange), 400, "x: out of range"},
