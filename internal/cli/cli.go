@@ -127,7 +127,7 @@ const engineCodes = "exit-125"
 
 func message(err error) string {
 	s := err.Error()
-	if strings.HasPrefix(s, "Error response") || strings.HasPrefix(s, "tenon:") {
+	if strings.HasPrefix(s, "Error") || strings.HasPrefix(s, "tenon:") {
 		return s
 	}
 	return "tenon: " + s
@@ -217,12 +217,18 @@ func (a *app) do(f verbFunc) func(*cobra.Command, []string) error {
 	}
 }
 
+// errSilent says to each that the name is not to be printed, and that this is
+// no failure.
+var errSilent = errors.New("nothing to say")
+
 // each calls f for every name, prints the names for which it succeeded, and
 // joins the errors.
 func (a *app) each(names []string, f func(name string) error) error {
 	var errs []error
 	for _, name := range names {
-		if err := f(name); err != nil {
+		if err := f(name); errors.Is(err, errSilent) {
+			continue
+		} else if err != nil {
 			errs = append(errs, err)
 			continue
 		}
@@ -249,8 +255,11 @@ func (a *app) eachParallel(names []string, f func(name string) error) error {
 	}
 	for i, name := range names {
 		<-done[i]
-		if errs[i] == nil {
+		switch {
+		case errs[i] == nil:
 			fmt.Fprintln(a.out, name)
+		case errors.Is(errs[i], errSilent):
+			errs[i] = nil
 		}
 	}
 	return errors.Join(errs...)

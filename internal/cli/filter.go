@@ -2,7 +2,7 @@ package cli
 
 import (
 	"encoding/json"
-	"fmt"
+	"errors"
 	"net/url"
 	"strings"
 )
@@ -14,7 +14,7 @@ type filters map[string]map[string]bool
 func (f filters) Set(s string) error {
 	k, v, ok := strings.Cut(s, "=")
 	if !ok {
-		return fmt.Errorf("invalid argument \"%s\": bad format of filter (expected name=value)", s)
+		return errors.New("bad format of filter (expected name=value)")
 	}
 	f.add(strings.ToLower(strings.TrimSpace(k)), strings.TrimSpace(v))
 	return nil

@@ -31,11 +31,8 @@ type headers map[string]string
 
 // Label is the header of {{.Label "name"}}.
 func (headers) Label(name string) string {
-	fields := strings.FieldsFunc(name, func(r rune) bool { return r == '.' || r == '-' || r == '_' || r == '/' })
-	if len(fields) == 0 {
-		return ""
-	}
-	return strings.ToUpper(fields[len(fields)-1])
+	parts := strings.Split(name, ".")
+	return strings.NewReplacer("-", " ", "_", " ").Replace(parts[len(parts)-1])
 }
 
 // templateFuncs are Docker's functions for --format.
@@ -45,7 +42,11 @@ func templateFuncs() template.FuncMap {
 			var b bytes.Buffer
 			enc := json.NewEncoder(&b)
 			enc.SetEscapeHTML(false)
-			if err := enc.Encode(jsonValue(v)); err != nil {
+			v, err := jsonValue(v)
+			if err != nil {
+				return "", err
+			}
+			if err := enc.Encode(v); err != nil {
 				return "", err
 			}
 			return strings.TrimSpace(b.String()), nil
@@ -172,12 +173,12 @@ func (l listing) header(w io.Writer, text string) error {
 	return err
 }
 
-// jsonValue turns a row into a map of what its methods return; other values
-// stay as they are.
-func jsonValue(v any) any {
+// jsonValue turns a row into the JSON of what its methods return, escaped as
+// Docker escapes it; other values stay as they are.
+func jsonValue(v any) (any, error) {
 	r, ok := v.(row)
 	if !ok {
-		return v
+		return v, nil
 	}
 	out := map[string]any{}
 	rv := reflect.ValueOf(r)
@@ -187,7 +188,8 @@ func jsonValue(v any) any {
 			out[m.Name] = rv.Method(i).Call(nil)[0].Interface()
 		}
 	}
-	return out
+	b, err := json.Marshal(out)
+	return json.RawMessage(b), err
 }
 
 // row marks the structs that jsonValue turns into maps.

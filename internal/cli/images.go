@@ -324,6 +324,9 @@ func (a *app) historyCmd() *cobra.Command {
 			headers: headers{"ID": "IMAGE", "CreatedSince": "CREATED", "CreatedAt": "CREATED AT", "CreatedBy": "CREATED BY",
 				"Size": "SIZE", "Comment": "COMMENT"},
 		}
+		if !human {
+			l.headers["CreatedSince"] = l.headers["CreatedAt"]
+		}
 		now := time.Now()
 		var rows []any
 		for _, s := range list {

@@ -176,37 +176,44 @@ func inspectOne(ctx context.Context, c *client.Client, name string, q url.Values
 		}
 	}
 	if len(from) > 1 {
-		err = fmt.Errorf("Error response from daemon: No such object: %s", name)
+		err = fmt.Errorf("Error: No such object: %s", name)
 	}
 	return inspected{}, err
 }
 
+// joinRaw makes a JSON array of what the server sent, byte for byte.
+func joinRaw(list []inspected) []byte {
+	var raws [][]byte
+	for _, o := range list {
+		raws = append(raws, bytes.TrimSpace(o.raw))
+	}
+	return append(append([]byte{'['}, bytes.Join(raws, []byte{','})...), ']')
+}
+
 func (a *app) printInspected(list []inspected, format string) error {
 	if format == "" {
-		raws := make([]json.RawMessage, 0, len(list))
-		for _, o := range list {
-			raws = append(raws, o.raw)
-		}
-		b, err := json.Marshal(raws)
-		if err != nil {
-			return err
-		}
 		var out bytes.Buffer
-		if err := json.Indent(&out, b, "", "    "); err != nil {
+		if err := json.Indent(&out, joinRaw(list), "", "    "); err != nil {
 			return err
 		}
 		out.WriteByte('\n')
-		_, err = a.out.Write(out.Bytes())
+		_, err := a.out.Write(out.Bytes())
 		return err
 	}
 	if format == "json" {
-		format = "{{json .}}"
+		_, err := fmt.Fprintf(a.out, "%s\n", joinRaw(list))
+		return err
 	}
 	t, err := parseTemplate(format)
 	if err != nil {
 		return err
 	}
 	for _, o := range list {
+		if format == "{{json .}}" {
+			// What the server sent, in its order.
+			fmt.Fprintf(a.out, "%s\n", bytes.TrimSpace(o.raw))
+			continue
+		}
 		var out bytes.Buffer
 		if o.typed == nil || t.Execute(&out, o.typed) != nil || strings.Contains(format, "json .}}") {
 			// Field names as in the JSON, or a whole object that must show

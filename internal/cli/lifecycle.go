@@ -218,7 +218,7 @@ func (a *app) rmCmd() *cobra.Command {
 			var e *client.Error
 			if force && errors.As(err, &e) && e.Status == http.StatusNotFound {
 				fmt.Fprintln(a.err, err) // -f: what is gone is not a failure
-				return nil
+				return errSilent
 			}
 			return err
 		})

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -72,6 +73,7 @@ func (a *app) networkLsCmd() *cobra.Command {
 			headers: headers{"ID": "NETWORK ID", "Name": "NAME", "Driver": "DRIVER", "Scope": "SCOPE", "IPv4": "IPV4", "IPv6": "IPV6",
 				"Internal": "INTERNAL", "CreatedAt": "CREATED AT", "Labels": "LABELS"},
 		}
+		slices.SortFunc(list, func(x, y network.Network) int { return strings.Compare(x.Name, y.Name) })
 		var rows []any
 		for _, s := range list {
 			rows = append(rows, networkRow{s: s, full: noTrunc})

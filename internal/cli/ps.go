@@ -12,6 +12,7 @@ import (
 
 	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"tenon.dev/tenon/client"
@@ -71,6 +72,12 @@ func (r containerRow) Size() string {
 	}
 	return s
 }
+func (r containerRow) Platform() *ocispec.Platform {
+	if r.s.ImageManifestDescriptor == nil {
+		return nil
+	}
+	return r.s.ImageManifestDescriptor.Platform
+}
 func (r containerRow) Labels() string { return labelList(r.s.Labels) }
 func (r containerRow) Label(name string) string {
 	return r.s.Labels[name]
@@ -112,7 +119,7 @@ func (r containerRow) Networks() string {
 var containerHeaders = headers{
 	"ID": "CONTAINER ID", "Names": "NAMES", "Image": "IMAGE", "Command": "COMMAND", "CreatedAt": "CREATED AT",
 	"RunningFor": "CREATED", "Ports": "PORTS", "State": "STATE", "Status": "STATUS", "Size": "SIZE", "Labels": "LABELS",
-	"Mounts": "MOUNTS", "LocalVolumes": "LOCAL VOLUMES", "Networks": "NETWORKS",
+	"Mounts": "MOUNTS", "LocalVolumes": "LOCAL VOLUMES", "Networks": "NETWORKS", "Platform": "PLATFORM",
 }
 
 const containerTable = "{{.ID}}\t{{.Image}}\t{{.Command}}\t{{.RunningFor}}\t{{.Status}}\t{{.Ports}}\t{{.Names}}"

@@ -69,7 +69,7 @@ func (a *app) containerCmd() *cobra.Command {
 // columns prints rows, the first of which are titles.
 func (a *app) columns(rows [][]string) error {
 	var b bytes.Buffer
-	tw := tabwriter.NewWriter(&b, 10, 1, 3, ' ', 0)
+	tw := tabwriter.NewWriter(&b, 20, 1, 3, ' ', 0)
 	for _, r := range rows {
 		fmt.Fprintln(tw, strings.Join(r, "\t"))
 	}

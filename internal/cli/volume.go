@@ -38,6 +38,12 @@ func (r volumeRow) Scope() string         { return r.v.Scope }
 func (r volumeRow) Mountpoint() string    { return r.v.Mountpoint }
 func (r volumeRow) Labels() string        { return labelList(r.v.Labels) }
 func (r volumeRow) Label(n string) string { return r.v.Labels[n] }
+
+// The fields of cluster volumes, which this engine does not have.
+func (r volumeRow) Availability() string { return "N/A" }
+func (r volumeRow) Group() string        { return "N/A" }
+func (r volumeRow) Status() string       { return "N/A" }
+
 func (r volumeRow) Links() string {
 	if r.v.UsageData == nil {
 		return "N/A"
@@ -53,7 +59,7 @@ func (r volumeRow) Size() string {
 
 var volumeHeaders = headers{
 	"Name": "VOLUME NAME", "Driver": "DRIVER", "Scope": "SCOPE", "Mountpoint": "MOUNTPOINT", "Labels": "LABELS",
-	"Links": "LINKS", "Size": "SIZE",
+	"Links": "LINKS", "Size": "SIZE", "Availability": "AVAILABILITY", "Group": "GROUP", "Status": "STATUS",
 }
 
 func (a *app) volumeLsCmd() *cobra.Command {
