@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 
@@ -67,22 +68,29 @@ func (a *API) execStart(c *call) error {
 	}
 	err = a.eng.ExecStart(ctx, id, false, o)
 	a.logStream("exec", id, ctx, err)
-	if err != nil && !st.sess.Began() {
-		// A command that could not be executed has an exit code (126, 127), which
-		// clients ask for only after a stream: tell them on the stream.
-		if ex, e := a.eng.ExecInspect(ctx, id); e == nil && ex.ExitCode != nil && *ex.ExitCode != 0 {
-			w := st.stderr
-			if w == nil {
-				w = st.stdout
-			}
-			if w != nil {
-				_, _ = fmt.Fprintf(w, "%s\r\n", wire.Message(err)) // the client may be gone
-			}
-			err = nil
+	if err != nil && ctx.Err() == nil && a.couldNotRun(ctx, id, st) {
+		w := st.stderr
+		if w == nil {
+			w = st.stdout
 		}
+		if w != nil {
+			_, _ = fmt.Fprintf(w, "%s\r\n", wire.Message(err)) // the client may be gone
+		}
+		err = nil
 	}
 	st.end(err)
 	return nil
+}
+
+// couldNotRun tells whether an exec's error belongs on its stream: if that has
+// begun, or if the command could not be executed. Such a command has an exit
+// code (126, 127), which clients ask for only after a stream.
+func (a *API) couldNotRun(ctx context.Context, id string, st *streams) bool {
+	if st.sess.Began() {
+		return true
+	}
+	ex, err := a.eng.ExecInspect(ctx, id)
+	return err == nil && ex.ExitCode != nil && *ex.ExitCode != 0
 }
 
 func (a *API) execResize(c *call) error {
