@@ -424,7 +424,7 @@ func (c *Controller) publish(r *contRecord) error {
 // br_netfilter is on: there such a frame is bridged, not routed, and a bridge
 // does not send a frame back to the port that it came from.
 func (c *Controller) hairpin(r *contRecord) error {
-	if b, err := os.ReadFile("/proc/sys/net/bridge/bridge-nf-call-iptables"); err != nil || len(b) == 0 || b[0] != '1' {
+	if !brNetfilter("iptables") && !brNetfilter("ip6tables") {
 		return nil
 	}
 	var b link.Batch

@@ -257,6 +257,7 @@ func (c *Controller) raise(n *netw) error {
 	v6 := "1"
 	if n.rec.EnableIPv6 {
 		v6 = "0"
+		c.forward6()
 	}
 	for k, v := range map[string]string{"ipv4/conf/%s/route_localnet": "1", "ipv6/conf/%s/disable_ipv6": v6, "ipv6/conf/%s/accept_ra": "0"} {
 		if err := link.Sysctl("net/"+fmt.Sprintf(k, name), v); err != nil && !os.IsNotExist(err) {
@@ -273,8 +274,16 @@ func (c *Controller) raise(n *netw) error {
 		}
 	}
 	b.SetUp(n.index)
+	if n.rec.EnableIPv6 {
+		b.AddLocal(n.index, netip.IPv6Loopback(), loopbackMetric)
+	}
 	return c.rtnl.Do(&b)
 }
+
+// loopbackMetric is the preference of ::1 on a bridge: after the true one on lo.
+// The kernel takes replies to connections from [::1], whose destination was
+// turned back to ::1, only from an interface that has a route to it.
+const loopbackMetric = 4096
 
 // lower deletes the bridge, if it is ours.
 func (c *Controller) lower(n *netw) error {

@@ -98,11 +98,9 @@ func (c *Controller) recoverState() error {
 func (c *Controller) installTable() error {
 	c.mu.Lock()
 	var nets []nft.Net
-	v6 := false
 	for _, n := range c.nets {
 		if n.isBridge() {
 			nets = append(nets, n.nft())
-			v6 = v6 || n.rec.EnableIPv6
 		}
 	}
 	var ports []nft.Port
@@ -110,15 +108,16 @@ func (c *Controller) installTable() error {
 		ports = append(ports, tablePorts(r)...)
 	}
 	c.mu.Unlock()
-	if v6 {
-		c.forward6()
-	}
+	c.table.SetLoopback6(!brNetfilter("ip6tables"))
 	return c.table.Install(nets, ports)
 }
 
 // forward6 switches IPv6 forwarding on. Interfaces that learn their routes
 // from router advertisements keep doing so.
 func (c *Controller) forward6() {
+	if b, err := os.ReadFile("/proc/sys/net/ipv6/conf/all/forwarding"); err == nil && len(b) > 0 && b[0] == '1' {
+		return
+	}
 	ifs, _ := os.ReadDir("/proc/sys/net/ipv6/conf")
 	for _, f := range ifs {
 		path := filepath.Join("net/ipv6/conf", f.Name(), "accept_ra")
@@ -313,15 +312,30 @@ func (c *Controller) watchTable() {
 				return
 			case <-tick.C:
 			}
-			if c.table.Intact() {
-				continue
-			}
-			c.log.Warn("nftables table was removed by somebody else; it is put back", "table", c.cfg.Name)
-			if err := c.table.Repair(); err != nil {
-				c.log.Error("nftables table could not be put back: published ports and isolation do not work", "err", err)
-			}
+			c.repairTable()
 		}
 	}()
+}
+
+// repairTable looks whether the table is as it should be.
+func (c *Controller) repairTable() {
+	loop6 := !brNetfilter("ip6tables")
+	changed := c.table.SetLoopback6(loop6)
+	if !changed && c.table.Intact() {
+		return
+	}
+	if !changed {
+		c.log.Warn("nftables table was removed by somebody else; it is put back", "table", c.cfg.Name)
+	}
+	if err := c.table.Repair(); err != nil {
+		c.log.Error("nftables table could not be put back: published ports and isolation do not work", "err", err)
+	}
+}
+
+// brNetfilter says whether bridged frames go through iptables' or ip6tables' hooks.
+func brNetfilter(which string) bool {
+	b, err := os.ReadFile("/proc/sys/net/bridge/bridge-nf-call-" + which)
+	return err == nil && len(b) > 0 && b[0] == '1'
 }
 
 // flushFlows forgets the kernel's flows to UDP ports that changed, so that

@@ -261,3 +261,15 @@ func (b *Batch) SetDownName(name string) {
 	b.attrString(unix.IFLA_IFNAME, name)
 	b.allow(unix.ENODEV)
 }
+
+// AddLocal makes an address local on the interface, besides others that have
+// it. It is no error if that is so already.
+func (b *Batch) AddLocal(index int, a netip.Addr, metric uint32) {
+	hdr := routeMsg(family(a), unix.RT_SCOPE_HOST)
+	hdr[1], hdr[4], hdr[7] = uint8(a.BitLen()), unix.RT_TABLE_LOCAL, unix.RTN_LOCAL
+	b.begin("add local address "+a.String(), unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, hdr)
+	b.attr(unix.RTA_DST, ipBytes(a))
+	b.attr32(unix.RTA_OIF, uint32(index))
+	b.attr32(unix.RTA_PRIORITY, metric)
+	b.allow(unix.EEXIST)
+}

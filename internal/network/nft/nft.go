@@ -49,6 +49,7 @@ type Table struct {
 	bypass bool
 
 	mu    sync.Mutex
+	loop6 bool
 	conn  *nftables.Conn
 	sets  map[string]*nftables.Set
 	t     *nftables.Table
@@ -71,6 +72,18 @@ func Open(name string, bypass bool) (*Table, error) {
 		return nil, fmt.Errorf("open nftables socket: %w", err)
 	}
 	return &Table{name: name, bypass: bypass, conn: conn, nets: map[string]Net{}, ports: map[portKey]netip.AddrPort{}}, nil
+}
+
+// SetLoopback6 says whether ports published on all addresses or on [::1] are
+// reached by [::1]; it takes effect with the next Install or Repair. It
+// returns whether that is a change. Where br_netfilter is on for IPv6, the
+// kernel drops the replies (their destination is ::1 before the packet has
+// left the bridge), so a refused connection is the better answer.
+func (t *Table) SetLoopback6(on bool) (changed bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	changed, t.loop6 = t.loop6 != on, on
+	return changed
 }
 
 // Close frees the handle; the table stays.

@@ -28,7 +28,8 @@ import (
 //	    dnat ip to ip daddr . meta l4proto . th dport map @addr4
 //	    fib daddr type local dnat ip to meta l4proto . th dport map @any4
 //	  }
-//	  chain out { type nat hook output priority dstnat  # the same but for loopback
+//	  chain out { type nat hook output priority dstnat  # the same with loopback
+//	    ip6 daddr ::1 return                          # only where br_netfilter is on
 //	  }
 //	  chain post { type nat hook postrouting priority srcnat
 //	    oifname @bridges ct status dnat ip saddr @net4 masquerade  # hairpin
@@ -111,6 +112,9 @@ func (t *Table) rules() {
 		t.rule(guard, t.iif(setBridges), f.is(), f.loop(f.dst), verdict(expr.VerdictDrop))
 		t.rule(pre, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
 		t.rule(pre, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictReturn))
+		if f == v6 && !t.loop6 {
+			t.rule(out, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
+		}
 		for _, c := range []*nftables.Chain{pre, out} {
 			t.rule(c, f.is(), t.dnatAddr(f))
 			t.rule(c, f.is(), fibLocal(), t.dnatAny(f))
