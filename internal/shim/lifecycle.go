@@ -7,9 +7,9 @@ import (
 	"syscall"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
 
 	"tenon.dev/tenon/internal/launch"
 	"tenon.dev/tenon/internal/launch/fork"
@@ -106,7 +106,7 @@ func (p *process) resize(width, height uint32) error {
 
 // exec prepares a further process; its start makes the child.
 func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, process *specs.Process) (err error) {
-	p := newProcess(c, r.ExecID)
+	p := newProcess(c, r.ExecId)
 	p.terminal = process.Terminal
 	p.once = true
 	p.width, p.height = o.ConsoleWidth, o.ConsoleHeight
@@ -135,10 +135,10 @@ func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, pr
 	c.mu.Lock()
 	if c.execs == nil {
 		err = fmt.Errorf("task %s: %w", c.id, errdefs.ErrNotFound)
-	} else if c.execs[r.ExecID] != nil {
+	} else if c.execs[r.ExecId] != nil {
 		err = fmt.Errorf("%s: %w", p.name(), errdefs.ErrAlreadyExists)
 	} else {
-		c.execs[r.ExecID] = p
+		c.execs[r.ExecId] = p
 	}
 	c.mu.Unlock()
 	if err != nil {

@@ -10,14 +10,13 @@ import (
 	"syscall"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
-	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
 
 	"tenon.dev/tenon/internal/launch"
 	"tenon.dev/tenon/internal/task"
@@ -27,7 +26,7 @@ import (
 // taskService is containerd's Task API.
 type taskService struct{ s *Shim }
 
-var _ taskv3.TTRPCTaskService = (*taskService)(nil)
+var _ taskv3.TaskService = (*taskService)(nil)
 
 var empty = &emptypb.Empty{}
 
@@ -54,11 +53,11 @@ func (t *taskService) Create(ctx context.Context, r *taskv3.CreateTaskRequest) (
 	if err != nil {
 		return nil, err
 	}
-	if err := s.reserve(ctx, r.ID); err != nil {
+	if err := s.reserve(ctx, r.Id); err != nil {
 		return nil, err
 	}
 	c, err := s.newContainer(req)
-	s.free(r.ID, c)
+	s.free(r.Id, c)
 	if err != nil {
 		return nil, err
 	}
@@ -67,35 +66,35 @@ func (t *taskService) Create(ctx context.Context, r *taskv3.CreateTaskRequest) (
 
 // parseCreate judges a request before anything is done.
 func parseCreate(r *taskv3.CreateTaskRequest) (req createRequest, err error) {
-	if err := checkID(r.ID); err != nil {
+	if err := checkID(r.Id); err != nil {
 		return req, err
 	}
 	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
-		return req, fmt.Errorf("task %s: start from a checkpoint: %w", r.ID, errdefs.ErrNotImplemented)
+		return req, fmt.Errorf("task %s: start from a checkpoint: %w", r.Id, errdefs.ErrNotImplemented)
 	}
 	req = createRequest{
-		id: r.ID, bundle: r.Bundle, terminal: r.Terminal,
+		id: r.Id, bundle: r.Bundle, terminal: r.Terminal,
 		stdin: r.Stdin, out: r.Stdout, errs: r.Stderr, opts: new(taskv1.CreateOptions),
 	}
 	// Options of another type (containerd's for runc) say nothing to us.
 	if o := r.Options; o != nil && o.TypeUrl == task.CreateOptionsURL {
 		if err := proto.Unmarshal(o.Value, req.opts); err != nil {
-			return req, fmt.Errorf("task %s: options: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+			return req, fmt.Errorf("task %s: options: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	raw := req.opts.Spec
 	if len(raw) == 0 {
 		if raw, err = os.ReadFile(filepath.Join(r.Bundle, "config.json")); err != nil {
-			return req, fmt.Errorf("task %s: spec: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+			return req, fmt.Errorf("task %s: spec: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 		}
 	}
 	req.spec = new(specs.Spec)
 	if err := json.Unmarshal(raw, req.spec); err != nil {
-		return req, fmt.Errorf("task %s: spec: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+		return req, fmt.Errorf("task %s: spec: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 	}
 	req.opts.Spec = nil
 	if req.spec.Process == nil {
-		return req, fmt.Errorf("task %s: spec has no process: %w", r.ID, errdefs.ErrInvalidArgument)
+		return req, fmt.Errorf("task %s: spec has no process: %w", r.Id, errdefs.ErrInvalidArgument)
 	}
 	req.terminal = req.terminal || req.spec.Process.Terminal
 	req.spec.Process.Terminal = req.terminal
@@ -106,11 +105,11 @@ func parseCreate(r *taskv3.CreateTaskRequest) (req createRequest, err error) {
 }
 
 func (t *taskService) Start(_ context.Context, r *taskv3.StartRequest) (*taskv3.StartResponse, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
-	p, err := c.process(r.ExecID)
+	p, err := c.process(r.ExecId)
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +117,7 @@ func (t *taskService) Start(_ context.Context, r *taskv3.StartRequest) (*taskv3.
 	if err != nil {
 		return nil, err
 	}
-	if r.ExecID == "" {
+	if r.ExecId == "" {
 		c.settle()
 		c.poststart()
 	}
@@ -126,24 +125,24 @@ func (t *taskService) Start(_ context.Context, r *taskv3.StartRequest) (*taskv3.
 }
 
 func (t *taskService) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*taskv3.DeleteResponse, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
-	p, err := c.process(r.ExecID)
+	p, err := c.process(r.ExecId)
 	if err != nil {
 		return nil, err
 	}
 	if err := p.end(ctx); err != nil {
 		return nil, err
 	}
-	if r.ExecID != "" {
+	if r.ExecId != "" {
 		c.mu.Lock()
-		delete(c.execs, r.ExecID)
+		delete(c.execs, r.ExecId)
 		c.mu.Unlock()
 	} else {
 		if !t.s.take(c) {
-			return nil, fmt.Errorf("task %s: %w", r.ID, errdefs.ErrNotFound)
+			return nil, fmt.Errorf("task %s: %w", r.Id, errdefs.ErrNotFound)
 		}
 		t.s.remove(c)
 	}
@@ -152,56 +151,56 @@ func (t *taskService) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*tas
 }
 
 func (t *taskService) Exec(_ context.Context, r *taskv3.ExecProcessRequest) (*emptypb.Empty, error) {
-	if err := checkID(r.ExecID); err != nil {
+	if err := checkID(r.ExecId); err != nil {
 		return nil, err
 	}
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
 	o := new(taskv1.ExecOptions)
 	switch {
 	case r.Spec == nil:
-		return nil, fmt.Errorf("exec %s: no process: %w", r.ExecID, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("exec %s: no process: %w", r.ExecId, errdefs.ErrInvalidArgument)
 	case r.Spec.TypeUrl == task.ExecOptionsURL:
 		if err := proto.Unmarshal(r.Spec.Value, o); err != nil {
-			return nil, fmt.Errorf("exec %s: %w: %w", r.ExecID, err, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("exec %s: %w: %w", r.ExecId, err, errdefs.ErrInvalidArgument)
 		}
 	default: // containerd's: the OCI process itself
 		o.Process, o.Stdin = r.Spec.Value, r.Stdin != ""
 	}
 	process := new(specs.Process)
 	if err := json.Unmarshal(o.Process, process); err != nil {
-		return nil, fmt.Errorf("exec %s: process: %w: %w", r.ExecID, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("exec %s: process: %w: %w", r.ExecId, err, errdefs.ErrInvalidArgument)
 	}
 	process.Terminal = r.Terminal || process.Terminal
 	return empty, c.exec(r, o, process)
 }
 
 func (t *taskService) State(_ context.Context, r *taskv3.StateRequest) (*taskv3.StateResponse, error) {
-	p, err := t.s.process(r.ID, r.ExecID)
+	p, err := t.s.process(r.Id, r.ExecId)
 	if err != nil {
 		return nil, err
 	}
 	q := p.snapshot()
 	return &taskv3.StateResponse{
-		ID: r.ID, ExecID: r.ExecID, Bundle: p.c.bundle, Pid: q.Pid, Status: v3Status(q.Status),
+		Id: r.Id, ExecId: r.ExecId, Bundle: p.c.bundle, Pid: q.Pid, Status: v3Status(q.Status),
 		Terminal: q.Terminal, ExitStatus: q.ExitStatus, ExitedAt: timestamp(p.exitTime()),
 	}, nil
 }
 
-func v3Status(s taskv1.Status) tasktypes.Status {
+func v3Status(s taskv1.Status) taskv3.Status {
 	switch s {
 	case taskv1.Status_STATUS_CREATED:
-		return tasktypes.Status_CREATED
+		return taskv3.Status_CREATED
 	case taskv1.Status_STATUS_RUNNING:
-		return tasktypes.Status_RUNNING
+		return taskv3.Status_RUNNING
 	case taskv1.Status_STATUS_PAUSED:
-		return tasktypes.Status_PAUSED
+		return taskv3.Status_PAUSED
 	case taskv1.Status_STATUS_STOPPED:
-		return tasktypes.Status_STOPPED
+		return taskv3.Status_STOPPED
 	}
-	return tasktypes.Status_UNKNOWN
+	return taskv3.Status_UNKNOWN
 }
 
 func timestamp(t time.Time) *timestamppb.Timestamp {
@@ -212,23 +211,23 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 }
 
 func (t *taskService) Pids(_ context.Context, r *taskv3.PidsRequest) (*taskv3.PidsResponse, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
 	pids, err := c.group.Pids()
 	if err != nil {
-		return nil, fmt.Errorf("task %s: %w", r.ID, err)
+		return nil, fmt.Errorf("task %s: %w", r.Id, err)
 	}
 	resp := &taskv3.PidsResponse{}
 	for _, pid := range pids {
-		resp.Processes = append(resp.Processes, &tasktypes.ProcessInfo{Pid: uint32(pid)})
+		resp.Processes = append(resp.Processes, &taskv3.ProcessInfo{Pid: uint32(pid)})
 	}
 	return resp, nil
 }
 
 func (t *taskService) Pause(ctx context.Context, r *taskv3.PauseRequest) (*emptypb.Empty, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +235,7 @@ func (t *taskService) Pause(ctx context.Context, r *taskv3.PauseRequest) (*empty
 }
 
 func (t *taskService) Resume(ctx context.Context, r *taskv3.ResumeRequest) (*emptypb.Empty, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
@@ -244,11 +243,11 @@ func (t *taskService) Resume(ctx context.Context, r *taskv3.ResumeRequest) (*emp
 }
 
 func (t *taskService) Kill(ctx context.Context, r *taskv3.KillRequest) (*emptypb.Empty, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
-	p, err := c.process(r.ExecID)
+	p, err := c.process(r.ExecId)
 	if err != nil {
 		return nil, err
 	}
@@ -256,7 +255,7 @@ func (t *taskService) Kill(ctx context.Context, r *taskv3.KillRequest) (*emptypb
 		return nil, fmt.Errorf("signal %d: %w", r.Signal, errdefs.ErrInvalidArgument)
 	}
 	sig := syscall.Signal(r.Signal)
-	if r.All && r.ExecID == "" {
+	if r.All && r.ExecId == "" {
 		err = c.killAll(sig)
 	} else {
 		err = p.kill(sig)
@@ -271,7 +270,7 @@ func (t *taskService) Kill(ctx context.Context, r *taskv3.KillRequest) (*emptypb
 }
 
 func (t *taskService) ResizePty(_ context.Context, r *taskv3.ResizePtyRequest) (*emptypb.Empty, error) {
-	p, err := t.s.process(r.ID, r.ExecID)
+	p, err := t.s.process(r.Id, r.ExecId)
 	if err != nil {
 		return nil, err
 	}
@@ -279,7 +278,7 @@ func (t *taskService) ResizePty(_ context.Context, r *taskv3.ResizePtyRequest) (
 }
 
 func (t *taskService) CloseIO(_ context.Context, r *taskv3.CloseIORequest) (*emptypb.Empty, error) {
-	p, err := t.s.process(r.ID, r.ExecID)
+	p, err := t.s.process(r.Id, r.ExecId)
 	if err != nil {
 		return nil, err
 	}
@@ -290,7 +289,7 @@ func (t *taskService) CloseIO(_ context.Context, r *taskv3.CloseIORequest) (*emp
 }
 
 func (t *taskService) Update(_ context.Context, r *taskv3.UpdateTaskRequest) (*emptypb.Empty, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
@@ -299,16 +298,16 @@ func (t *taskService) Update(_ context.Context, r *taskv3.UpdateTaskRequest) (*e
 	}
 	var res specs.LinuxResources
 	if err := json.Unmarshal(r.Resources.Value, &res); err != nil {
-		return nil, fmt.Errorf("task %s: resources: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("task %s: resources: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 	}
 	if err := c.group.Update(&res); err != nil {
-		return nil, fmt.Errorf("task %s: update: %w", r.ID, err)
+		return nil, fmt.Errorf("task %s: update: %w", r.Id, err)
 	}
 	return empty, nil
 }
 
 func (t *taskService) Wait(ctx context.Context, r *taskv3.WaitRequest) (*taskv3.WaitResponse, error) {
-	q, err := t.s.await(ctx, r.ID, r.ExecID)
+	q, err := t.s.await(ctx, r.Id, r.ExecId)
 	if err != nil {
 		return nil, err
 	}
@@ -338,7 +337,7 @@ func (s *Shim) await(ctx context.Context, id, execID string) (*taskv1.Process, e
 }
 
 func (t *taskService) Stats(_ context.Context, r *taskv3.StatsRequest) (*taskv3.StatsResponse, error) {
-	c, err := t.s.task(r.ID)
+	c, err := t.s.task(r.Id)
 	if err != nil {
 		return nil, err
 	}
@@ -354,13 +353,13 @@ func (t *taskService) Stats(_ context.Context, r *taskv3.StatsRequest) (*taskv3.
 }
 
 func (t *taskService) Checkpoint(_ context.Context, r *taskv3.CheckpointTaskRequest) (*emptypb.Empty, error) {
-	return nil, fmt.Errorf("task %s: checkpoint: %w", r.ID, errdefs.ErrNotImplemented)
+	return nil, fmt.Errorf("task %s: checkpoint: %w", r.Id, errdefs.ErrNotImplemented)
 }
 
 func (t *taskService) Connect(_ context.Context, r *taskv3.ConnectRequest) (*taskv3.ConnectResponse, error) {
 	resp := &taskv3.ConnectResponse{ShimPid: uint32(os.Getpid()), Version: Version}
-	if r.ID != "" {
-		p, err := t.s.process(r.ID, "")
+	if r.Id != "" {
+		p, err := t.s.process(r.Id, "")
 		if err != nil {
 			return nil, err
 		}

@@ -30,10 +30,10 @@ import (
 	"sync"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
 
 	"tenon.dev/tenon/internal/cgroup"
 	"tenon.dev/tenon/internal/channel"
@@ -91,7 +91,7 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 	if err != nil {
 		return err
 	}
-	taskv3.RegisterTTRPCTaskService(srv, &taskService{s})
+	taskv3.RegisterTaskService(srv, &taskService{s})
 	taskv1.RegisterKernelService(srv, &kernelService{s})
 	mux := channel.Listen(l, s.serveStream)
 	served := make(chan error, 1)

@@ -6,11 +6,10 @@ import (
 	"fmt"
 	"syscall"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/containerd/api/types"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
 
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
@@ -65,11 +64,11 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (pid int, err erro
 		return 0, err
 	}
 	req := &taskv3.CreateTaskRequest{
-		ID: r.ID, Bundle: r.Bundle, Terminal: r.Terminal, Options: o,
+		Id: r.ID, Bundle: r.Bundle, Terminal: r.Terminal, Options: o,
 		Stdin: r.StdinPath, Stdout: r.StdoutPath, Stderr: r.StderrPath,
 	}
 	for _, m := range r.Rootfs {
-		req.Rootfs = append(req.Rootfs, &types.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
+		req.Rootfs = append(req.Rootfs, &taskv3.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
 	}
 	resp, err := c.Task.Create(ctx, req)
 	if err != nil {
@@ -82,7 +81,7 @@ func (c *Client) Create(ctx context.Context, r CreateRequest) (pid int, err erro
 // its pid. If the program cannot be executed, the error says why (class
 // NotFound: no such file; PermissionDenied: not executable).
 func (c *Client) Start(ctx context.Context, id, execID string) (pid int, err error) {
-	resp, err := c.Task.Start(ctx, &taskv3.StartRequest{ID: id, ExecID: execID})
+	resp, err := c.Task.Start(ctx, &taskv3.StartRequest{Id: id, ExecId: execID})
 	if err != nil {
 		return 0, err
 	}
@@ -92,7 +91,7 @@ func (c *Client) Start(ctx context.Context, id, execID string) (pid int, err err
 // Kill sends a signal to a process, or with all to every process of the
 // container.
 func (c *Client) Kill(ctx context.Context, id, execID string, sig syscall.Signal, all bool) error {
-	_, err := c.Task.Kill(ctx, &taskv3.KillRequest{ID: id, ExecID: execID, Signal: uint32(sig), All: all})
+	_, err := c.Task.Kill(ctx, &taskv3.KillRequest{Id: id, ExecId: execID, Signal: uint32(sig), All: all})
 	return err
 }
 
@@ -117,7 +116,7 @@ func ExitOf(p *taskv1.Process) Exit {
 // Delete forgets a stopped process; the init's takes mounts, cgroups and
 // leftover processes with it.
 func (c *Client) Delete(ctx context.Context, id, execID string) (Exit, error) {
-	r, err := c.Task.Delete(ctx, &taskv3.DeleteRequest{ID: id, ExecID: execID})
+	r, err := c.Task.Delete(ctx, &taskv3.DeleteRequest{Id: id, ExecId: execID})
 	if err != nil {
 		return Exit{}, err
 	}
@@ -145,31 +144,31 @@ func (c *Client) Exec(ctx context.Context, r ExecRequest) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.Task.Exec(ctx, &taskv3.ExecProcessRequest{ID: r.ID, ExecID: r.ExecID, Terminal: r.Terminal, Spec: o})
+	_, err = c.Task.Exec(ctx, &taskv3.ExecProcessRequest{Id: r.ID, ExecId: r.ExecID, Terminal: r.Terminal, Spec: o})
 	return err
 }
 
 // Resize sets the size of a process's terminal.
 func (c *Client) Resize(ctx context.Context, id, execID string, width, height uint32) error {
-	_, err := c.Task.ResizePty(ctx, &taskv3.ResizePtyRequest{ID: id, ExecID: execID, Width: width, Height: height})
+	_, err := c.Task.ResizePty(ctx, &taskv3.ResizePtyRequest{Id: id, ExecId: execID, Width: width, Height: height})
 	return err
 }
 
 // CloseIO ends a process's stdin.
 func (c *Client) CloseIO(ctx context.Context, id, execID string) error {
-	_, err := c.Task.CloseIO(ctx, &taskv3.CloseIORequest{ID: id, ExecID: execID, Stdin: true})
+	_, err := c.Task.CloseIO(ctx, &taskv3.CloseIORequest{Id: id, ExecId: execID, Stdin: true})
 	return err
 }
 
 // Pause freezes all processes of a container.
 func (c *Client) Pause(ctx context.Context, id string) error {
-	_, err := c.Task.Pause(ctx, &taskv3.PauseRequest{ID: id})
+	_, err := c.Task.Pause(ctx, &taskv3.PauseRequest{Id: id})
 	return err
 }
 
 // Resume thaws them.
 func (c *Client) Resume(ctx context.Context, id string) error {
-	_, err := c.Task.Resume(ctx, &taskv3.ResumeRequest{ID: id})
+	_, err := c.Task.Resume(ctx, &taskv3.ResumeRequest{Id: id})
 	return err
 }
 
@@ -179,7 +178,7 @@ func (c *Client) Update(ctx context.Context, id string, r *specs.LinuxResources)
 	if err != nil {
 		return err
 	}
-	_, err = c.Task.Update(ctx, &taskv3.UpdateTaskRequest{ID: id, Resources: &anypb.Any{TypeUrl: LinuxResourcesURL, Value: b}})
+	_, err = c.Task.Update(ctx, &taskv3.UpdateTaskRequest{Id: id, Resources: &anypb.Any{TypeUrl: LinuxResourcesURL, Value: b}})
 	return err
 }
 

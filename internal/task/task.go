@@ -14,9 +14,9 @@ import (
 	"fmt"
 	"time"
 
-	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
 
 	"tenon.dev/tenon/internal/channel"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
@@ -26,7 +26,7 @@ import (
 type Client struct {
 	// Task is containerd's Task API. The methods of Client say the same in
 	// plainer words.
-	Task taskv3.TTRPCTaskService
+	Task taskv3.TaskService
 	// Kernel is what containerd's Task API has no words for.
 	Kernel taskv1.KernelClient
 
@@ -51,7 +51,7 @@ func New(ctx context.Context, d channel.Dialer) (*Client, error) {
 	c.rpc = ttrpc.NewClient(conn,
 		ttrpc.WithOnClose(func() { close(c.closed) }),
 		ttrpc.WithUnaryClientInterceptor(clientInterceptor))
-	c.Task = taskv3.NewTTRPCTaskClient(c.rpc)
+	c.Task = taskv3.NewTaskClient(c.rpc)
 	c.Kernel = kernelClient{taskv1.NewKernelClient(c.rpc)}
 	return c, nil
 }

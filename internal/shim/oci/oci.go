@@ -34,16 +34,16 @@ var Version = "dev"
 
 // app is one invocation: the global flags and where output goes.
 type app struct {
-	name       string
-	root       string
-	log        string
-	logFormat  string
-	debug      bool
-	systemd    bool // cgroup paths are slice:prefix:name
-	stdin      io.Reader
-	stdout     io.Writer
-	stderr     io.Writer
-	childError error // set when the error has been printed already
+	name      string
+	root      string
+	log       string
+	logFormat string
+	debug     bool
+	systemd   bool // cgroup paths are slice:prefix:name
+	stdin     io.Reader
+	stdout    io.Writer
+	stderr    io.Writer
+	waits     bool // run without --detach
 }
 
 // command is one subcommand.

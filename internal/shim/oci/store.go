@@ -41,6 +41,10 @@ type record struct {
 	PidStart uint64 `json:"pidStart"`
 	// Started is set when the gate was lifted.
 	Started bool `json:"started"`
+	// Steps are the names of the plan's steps after the barrier, the first of
+	// which has the number FirstStep: what a failed start is told with.
+	Steps     []string `json:"steps,omitempty"`
+	FirstStep int      `json:"firstStep,omitempty"`
 }
 
 // container is a container's directory.

@@ -1790,6 +1790,8 @@ type Files struct {
 	NoOverwriteDirNonDir bool                   `protobuf:"varint,5,opt,name=no_overwrite_dir_non_dir,json=noOverwriteDirNonDir,proto3" json:"no_overwrite_dir_non_dir,omitempty"`
 	CopyUidGid           bool                   `protobuf:"varint,6,opt,name=copy_uid_gid,json=copyUidGid,proto3" json:"copy_uid_gid,omitempty"`
 	Skip                 []string               `protobuf:"bytes,7,rep,name=skip,proto3" json:"skip,omitempty"` // paths that are engine-made mounts, for CHANGES, DIFF, EXPORT
+	Uid                  uint32                 `protobuf:"varint,8,opt,name=uid,proto3" json:"uid,omitempty"`  // owner of what is written, with copy_uid_gid; a
+	Gid                  uint32                 `protobuf:"varint,9,opt,name=gid,proto3" json:"gid,omitempty"`  // running task's own user is used if both are 0
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1871,6 +1873,20 @@ func (x *Files) GetSkip() []string {
 		return x.Skip
 	}
 	return nil
+}
+
+func (x *Files) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Files) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
 }
 
 type Root struct {
@@ -2536,7 +2552,7 @@ const file_task_proto_rawDesc = "" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x14\n" +
 	"\x05stdin\x18\x03 \x01(\bR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x04 \x01(\bR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x05 \x01(\bR\x06stderr\"\xcf\x02\n" +
+	"\x06stderr\x18\x05 \x01(\bR\x06stderr\"\xf3\x02\n" +
 	"\x05Files\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12<\n" +
 	"\toperation\x18\x02 \x01(\x0e2\x1e.tenon.task.v1.Files.OperationR\toperation\x12\x12\n" +
@@ -2545,7 +2561,9 @@ const file_task_proto_rawDesc = "" +
 	"\x18no_overwrite_dir_non_dir\x18\x05 \x01(\bR\x14noOverwriteDirNonDir\x12 \n" +
 	"\fcopy_uid_gid\x18\x06 \x01(\bR\n" +
 	"copyUidGid\x12\x12\n" +
-	"\x04skip\x18\a \x03(\tR\x04skip\"M\n" +
+	"\x04skip\x18\a \x03(\tR\x04skip\x12\x10\n" +
+	"\x03uid\x18\b \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\t \x01(\rR\x03gid\"M\n" +
 	"\tOperation\x12\b\n" +
 	"\x04STAT\x10\x00\x12\b\n" +
 	"\x04READ\x10\x01\x12\t\n" +
