@@ -259,7 +259,7 @@ func expandSlice(slice string) (string, error) {
 }
 
 func (m *making) makeCgroup() (err error) {
-	m.group, err = cgroup.Create(m.Cgroup, m.spec.Linux.Resources)
+	m.group, err = cgroup.Create(m.Cgroup, withDefaultDevices(m.spec.Linux.Resources))
 	return err
 }
 

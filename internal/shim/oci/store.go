@@ -18,10 +18,10 @@ import (
 	"tenon.dev/tenon/internal/cgroup"
 )
 
-const (
-	stateVersion = 1
-	specVersion  = specs.Version
-)
+const stateVersion = 1
+
+// specVersion is the newest version of the specification that is understood.
+var specVersion = specs.Version
 
 // record is state.json.
 type record struct {

@@ -75,7 +75,7 @@ func runUpdate(a *app, f *flagSet) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	return 0, g.Update(res)
+	return 0, g.Update(withDefaultDevices(res))
 }
 
 func updateResources(stdin io.Reader) (*specs.LinuxResources, error) {
