@@ -27,6 +27,7 @@ type Stream struct {
 	timer  *time.Timer
 	last   time.Time
 	live   bool
+	armed  bool // the timer will flush
 	began  bool
 	closed bool
 	err    error
@@ -53,9 +54,19 @@ func (s *Stream) beginLocked() {
 func (s *Stream) StartWithin(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.timer == nil && !s.closed {
-		s.timer = time.AfterFunc(d, s.tick)
+	if !s.began && !s.closed {
+		s.armLocked(d)
 	}
+}
+
+// armLocked makes tick run in d.
+func (s *Stream) armLocked(d time.Duration) {
+	s.armed = true
+	if s.timer == nil {
+		s.timer = time.AfterFunc(d, s.tick)
+		return
+	}
+	s.timer.Reset(d)
 }
 
 func (s *Stream) tick() {
@@ -72,6 +83,7 @@ func (s *Stream) flushLocked() {
 	if s.err != nil {
 		return
 	}
+	s.armed = false
 	if s.err = s.buf.Flush(); s.err == nil {
 		s.err = s.rc.Flush()
 	}
@@ -91,13 +103,11 @@ func (s *Stream) Write(p []byte) (int, error) {
 		s.err = err
 		return n, err
 	}
-	if s.live && s.buf.Buffered() > 0 {
+	if s.live {
 		if time.Since(s.last) > flushDelay {
 			s.flushLocked()
-		} else if s.timer == nil {
-			s.timer = time.AfterFunc(flushDelay, s.tick)
-		} else if n == s.buf.Buffered() { // the first since the last flush
-			s.timer.Reset(flushDelay)
+		} else if !s.armed {
+			s.armLocked(flushDelay)
 		}
 	}
 	return n, s.err
