@@ -148,7 +148,7 @@ func (b *builder) identity(p *specs.Process, caps capSets, early bool) {
 	b.call(unix.SYS_PRCTL, num(unix.PR_CAP_AMBIENT), num(unix.PR_CAP_AMBIENT_CLEAR_ALL), num(0), num(0), num(0))
 	for n := range lastCap + 1 {
 		if caps.ambient&(1<<n) != 0 {
-			b.call(unix.SYS_PRCTL, num(unix.PR_CAP_AMBIENT), num(unix.PR_CAP_AMBIENT_RAISE), num(n), num(0), num(0))
+			b.call(unix.SYS_PRCTL, num(unix.PR_CAP_AMBIENT), num(unix.PR_CAP_AMBIENT_RAISE), num(n), num(0), num(0)).warn(unix.EPERM)
 		}
 	}
 }
