@@ -103,7 +103,7 @@ var routes = []route{
 	done("GET", "/distribution/{name}/json", (*API).distribution, ""),
 
 	{"POST", "/build", NotBuilt, noteBuild, (*API).build},
-	notBuilt("POST", "/build/prune", noteBuild),
+	done("POST", "/build/prune", (*API).buildPrune, "there is no build cache: nothing to prune"),
 	notBuilt("POST", "/build/cancel", noteBuild),
 	notBuilt("POST", "/session", noteBuild),
 	notBuilt("POST", "/grpc", noteBuild),
