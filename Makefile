@@ -1,6 +1,6 @@
 # Tenon. Everything a newcomer needs is one word; see README.md.
 BIN     := bin
-PROGS   := tenon tenond tenon-shim tenon-dns
+PROGS   := tenon tenond tenon-shim tenon-dns tenon-oci
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X tenon.dev/tenon/internal/version.Version=$(VERSION)
 export CGO_ENABLED := 0
@@ -14,7 +14,6 @@ help: ## this list
 build: ## the programs, into bin/
 	@mkdir -p $(BIN)
 	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGS))
-	@ln -sf tenon-shim $(BIN)/tenon-oci
 
 run: ## install what is missing, build, start the daemon, run real containers
 	@scripts/run
@@ -40,5 +39,4 @@ bench: build ## compare with peers, installing them first
 install: build ## into PREFIX (default /usr/local), with the systemd unit
 	install -d $(DESTDIR)$(or $(PREFIX),/usr/local)/bin $(DESTDIR)/etc/tenon $(DESTDIR)/lib/systemd/system
 	install -m 755 $(addprefix $(BIN)/,$(PROGS)) $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/
-	ln -sf tenon-shim $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/tenon-oci
 	sed 's#@PREFIX@#$(or $(PREFIX),/usr/local)#' packaging/tenond.service > $(DESTDIR)/lib/systemd/system/tenond.service
