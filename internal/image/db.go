@@ -218,6 +218,9 @@ func (s *Store) update(f func(*batch) error) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(b.recs) > 0 {
+		clear(s.hot)
+	}
 	for d, r := range b.recs {
 		if old := s.recs[d]; old != nil {
 			for _, n := range old.Names {

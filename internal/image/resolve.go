@@ -149,23 +149,36 @@ func isHex(s string) bool {
 // or none for the platform (the message names those there are);
 // errdefs.ErrInvalidArgument for an ambiguous prefix or a malformed name.
 func (s *Store) Resolve(ctx context.Context, ref string, platform *ocispec.Platform) (*Image, error) {
-	key := imageKey{}
+	hot := hotKey{ref: ref}
 	if platform != nil {
-		key.platform = platformKey(*platform)
+		hot.platform = platformKey(*platform)
 	}
 	s.mu.RLock()
+	if img := s.hot[hot]; img != nil {
+		s.mu.RUnlock()
+		return img, nil
+	}
 	target, _, err := s.lookupLocked(ref)
 	if err != nil {
 		s.mu.RUnlock()
 		return nil, err
 	}
-	key.target = target
-	img, rec := s.images[key], s.recs[target]
+	img, rec := s.images[imageKey{target, hot.platform}], s.recs[target]
 	s.mu.RUnlock()
-	if img != nil {
-		return img, nil
+	if img == nil {
+		if img, err = s.build(rec, platform); err != nil {
+			return nil, err
+		}
 	}
-	return s.build(rec, platform)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.recs[target] == rec { // not changed meanwhile
+		if len(s.hot) >= maxHot {
+			clear(s.hot)
+		}
+		s.hot[hot] = img
+	}
+	return img, nil
 }
 
 func platformKey(p ocispec.Platform) string {

@@ -21,6 +21,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/image/layer"
 )
 
 // Store is the image store.
@@ -52,6 +54,7 @@ type Store struct {
 	names  map[string]digest.Digest       // canonical name to target
 	layers map[digest.Digest]*layerRecord // by chain ID
 	images map[imageKey]*Image            // what Resolve has answered
+	hot    map[hotKey]*Image              // the same by reference as written; dropped at each change
 	lowers map[digest.Digest][]string     // what Layers has answered, by chain ID
 	held   map[string]int                 // holds by image ID
 }
@@ -60,6 +63,11 @@ type imageKey struct {
 	target   digest.Digest
 	platform string
 }
+
+type hotKey struct{ ref, platform string }
+
+// maxHot bounds the references remembered as written.
+const maxHot = 1024
 
 const (
 	defaultLayerBytes    = 64 << 30
@@ -96,13 +104,14 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
 		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
 		lowers: map[digest.Digest][]string{}, held: map[string]int{},
-		clients: map[string]*http.Client{},
+		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{},
 	}
 	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
 		}
 	}
+	layer.SpreadChildren(s.layerTmp())
 	if err := s.openDB(); err != nil {
 		return nil, err
 	}
