@@ -53,6 +53,7 @@ func TestLiveInOrderAndSlowReadersDoNotBlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
 	live := h.Subscribe(ctx, time.Time{}, time.Time{}, nil)
 	_ = h.Subscribe(ctx, time.Time{}, time.Time{}, nil) // never read
 	for i := range 3 * queueSize {

@@ -207,3 +207,13 @@ func tmpfsMode(m os.FileMode) uint32 {
 	}
 	return bits
 }
+
+// CheckTmpfs splits and checks the options of --tmpfs.
+func CheckTmpfs(opts string) ([]string, error) {
+	if opts == "" {
+		return nil, nil
+	}
+	list := strings.Split(opts, ",")
+	_, err := tmpfsOptions(Mount{Options: list})
+	return list, err
+}

@@ -193,3 +193,9 @@ func Encode(s *specs.Spec) ([]byte, error) {
 	}
 	return append(out, b[i:]...), nil
 }
+
+// NoNewPrivileges says whether h asks for it.
+func NoNewPrivileges(h *container.HostConfig) bool {
+	s, err := parseSecurity(h)
+	return err == nil && s.noNewPrivileges
+}

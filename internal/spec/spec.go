@@ -121,7 +121,7 @@ func process(in Input, sec security) (*specs.Process, error) {
 		NoNewPrivileges: sec.noNewPrivileges,
 		ApparmorProfile: sec.apparmor,
 		OOMScoreAdj:     &oom,
-		Rlimits:         rlimits(h.Ulimits),
+		Rlimits:         Rlimits(h.Ulimits),
 	}
 	if p.Cwd == "" {
 		p.Cwd = "/"
@@ -232,7 +232,8 @@ func sysctls(in Input) map[string]string {
 	return out
 }
 
-func rlimits(us []*container.Ulimit) []specs.POSIXRlimit {
+// Rlimits translates --ulimit.
+func Rlimits(us []*container.Ulimit) []specs.POSIXRlimit {
 	var out []specs.POSIXRlimit
 	for _, u := range us {
 		out = append(out, specs.POSIXRlimit{Type: "RLIMIT_" + strings.ToUpper(u.Name), Soft: uint64(u.Soft), Hard: uint64(u.Hard)})

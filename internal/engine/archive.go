@@ -1,0 +1,349 @@
+package engine
+
+import (
+	"context"
+	"io"
+	"path"
+
+	"github.com/containerd/errdefs"
+	mobycontainer "github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// files says where the shim finds a container's files: in the running task, or
+// in the root that it mounts for the purpose.
+func (e *Engine) files(ctx context.Context, c *ctr) (*task.Client, task.Files, error) {
+	f := task.Files{ID: c.id}
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return nil, f, err
+	}
+	r := c.record()
+	if r.Facts.Removing || r.Facts.Dead {
+		return nil, f, conflict("container %s is being removed", c.id)
+	}
+	for _, m := range r.Mounts {
+		f.Skip = append(f.Skip, m.Destination)
+	}
+	for dest := range r.HostConfig.Tmpfs {
+		f.Skip = append(f.Skip, path.Clean(dest))
+	}
+	root, err := e.rootOf(ctx, r)
+	if err != nil {
+		return nil, f, err
+	}
+	var mounts []spec.Mount
+	if !r.Running() {
+		if mounts, err = e.specMounts(r); err != nil {
+			return nil, f, err
+		}
+	}
+	f.Root = e.rootMessage(r, root, mounts)
+	return client, f, nil
+}
+
+// engineFiles are the mount points that every start makes in the root; they
+// are no change of the container's.
+var engineFiles = []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev", "/proc", "/sys", "/sbin/docker-init", "/.dockerenv"}
+
+func pathError(c *ctr, p string, err error) error {
+	if errdefs.IsNotFound(err) {
+		return notFound("Could not find the file %s in container %s", p, c.id)
+	}
+	return err
+}
+
+// StatPath looks at a path in a container's root. NotFound if it is not there.
+func (e *Engine) StatPath(ctx context.Context, ref, p string) (*mobycontainer.PathStat, error) {
+	c, err := e.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	client, f, err := e.files(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	st, err := client.StatFile(ctx, f, p)
+	if err != nil {
+		return nil, pathError(c, p, err)
+	}
+	return pathStat(st), nil
+}
+
+func pathStat(st task.FileStat) *mobycontainer.PathStat {
+	return &mobycontainer.PathStat{Name: st.Name, Size: st.Size, Mode: st.Mode, Mtime: st.ModTime, LinkTarget: st.LinkTarget}
+}
+
+// ReadArchive returns a tar of a path. The caller closes it.
+func (e *Engine) ReadArchive(ctx context.Context, ref, p string) (io.ReadCloser, *mobycontainer.PathStat, error) {
+	c, err := e.find(ref)
+	if err != nil {
+		return nil, nil, err
+	}
+	client, f, err := e.files(ctx, c)
+	if err != nil {
+		return nil, nil, err
+	}
+	r, st, err := client.ReadFiles(ctx, f, p)
+	if err != nil {
+		return nil, nil, pathError(c, p, err)
+	}
+	e.emit(c, events.ActionArchivePath, nil)
+	return r, pathStat(st), nil
+}
+
+// WriteArchive unpacks a tar into a directory of a container.
+func (e *Engine) WriteArchive(ctx context.Context, ref, p string, tar io.Reader, noOverwriteDirNonDir, copyUIDGID bool) error {
+	c, err := e.find(ref)
+	if err != nil {
+		return err
+	}
+	client, f, err := e.files(ctx, c)
+	if err != nil {
+		return err
+	}
+	r := c.record()
+	for _, m := range r.Mounts {
+		if !m.RW && (p == m.Destination || len(p) > len(m.Destination) && p[:len(m.Destination)+1] == m.Destination+"/") {
+			return errdefs.ErrPermissionDenied.WithMessage("mounted volume is marked read-only")
+		}
+	}
+	if r.HostConfig.ReadonlyRootfs {
+		return errdefs.ErrPermissionDenied.WithMessage("container rootfs is marked read-only")
+	}
+	if err := client.WriteFiles(ctx, f, p, tar, noOverwriteDirNonDir, copyUIDGID); err != nil {
+		return pathError(c, p, err)
+	}
+	e.emit(c, events.ActionExtractToDir, nil)
+	return nil
+}
+
+// Changes lists what differs from the image.
+func (e *Engine) Changes(ctx context.Context, ref string) ([]mobycontainer.FilesystemChange, error) {
+	c, err := e.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	client, f, err := e.files(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	f.Skip = append(f.Skip, engineFiles...)
+	kinds := map[taskv1.Change_Kind]mobycontainer.ChangeType{
+		taskv1.Change_MODIFIED: mobycontainer.ChangeModify, taskv1.Change_ADDED: mobycontainer.ChangeAdd, taskv1.Change_DELETED: mobycontainer.ChangeDelete,
+	}
+	out := []mobycontainer.FilesystemChange{}
+	err = client.Changes(ctx, f, func(ch *taskv1.Change) error {
+		out = append(out, mobycontainer.FilesystemChange{Kind: kinds[ch.Kind], Path: ch.Path})
+		return nil
+	})
+	return out, err
+}
+
+// Export returns a tar of a container's whole root. The caller closes it.
+func (e *Engine) Export(ctx context.Context, ref string) (io.ReadCloser, error) {
+	c, err := e.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	client, f, err := e.files(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	r, err := client.Export(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	e.emit(c, events.ActionExport, nil)
+	return r, nil
+}
+
+// Top is `ps` in a container.
+func (e *Engine) Top(ctx context.Context, ref string, psArgs []string) (mobycontainer.TopResponse, error) {
+	var out mobycontainer.TopResponse
+	c, err := e.running(ref)
+	if err != nil {
+		return out, err
+	}
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return out, err
+	}
+	out.Titles, out.Processes, err = client.Processes(ctx, c.id, psArgs)
+	if err == nil {
+		e.emit(c, events.ActionTop, nil)
+	}
+	return out, err
+}
+
+// running finds a container that runs.
+func (e *Engine) running(ref string) (*ctr, error) {
+	c, err := e.find(ref)
+	if err != nil {
+		return nil, err
+	}
+	r := c.record()
+	if r.Facts.Restarting {
+		return nil, conflict("container %s is restarting, wait until the container is running", c.id)
+	}
+	if !r.Running() {
+		return nil, conflict("container %s is not running", c.id)
+	}
+	return c, nil
+}
+
+// Update changes limits and the restart policy; a running container feels the
+// limits at once.
+func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateConfig) ([]string, error) {
+	c, err := e.lockOp(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer c.op.unlock()
+	r := c.record()
+	if r.Facts.Removing || r.Facts.Dead {
+		return nil, conflict("Cannot update container %s: container is marked for removal and cannot be \"update\"", c.id)
+	}
+	h, err := mergeUpdate(r.HostConfig, u)
+	if err != nil {
+		return nil, err
+	}
+	change := u.Resources
+	change.MemorySwap = h.MemorySwap
+	if change.Memory == 0 && u.MemorySwap != 0 {
+		change.Memory = h.Memory // a swap limit is set together with memory's
+	}
+	if u.Memory == 0 && u.MemorySwap == 0 {
+		change.MemorySwap = 0
+	}
+	numbered, err := e.numberDevices(&change)
+	if err != nil {
+		return nil, err
+	}
+	undoHost := r.HostConfig
+	if err := e.change(c, func(r *container.Record) { r.HostConfig = h }); err != nil {
+		return nil, err
+	}
+	if r.Running() {
+		client, err := e.shim.get(ctx)
+		if err == nil {
+			err = client.Update(ctx, c.id, spec.Resources(numbered, spec.Defaults{}))
+		}
+		if err != nil {
+			if e2 := e.change(c, func(r *container.Record) { r.HostConfig = undoHost }); e2 != nil {
+				e.log.Error("update is recorded though it was refused", "container", c.id, "err", e2)
+			}
+			return nil, invalid("Cannot update container %s: %v", c.id, err)
+		}
+	}
+	e.emit(c, events.ActionUpdate, nil)
+	return []string{}, nil
+}
+
+// mergeUpdate lays what is set over a host configuration and checks the result.
+func mergeUpdate(old *mobycontainer.HostConfig, u mobycontainer.UpdateConfig) (*mobycontainer.HostConfig, error) {
+	h := *old
+	set := func(to *int64, v int64) {
+		if v != 0 {
+			*to = v
+		}
+	}
+	if u.NanoCPUs > 0 && (h.CPUPeriod > 0 || h.CPUQuota > 0) && u.CPUPeriod == 0 {
+		return nil, invalid("Conflicting options: Nano CPUs cannot be updated as CPU Period has already been set")
+	}
+	if u.CPUPeriod > 0 && h.NanoCPUs > 0 || u.CPUQuota > 0 && h.NanoCPUs > 0 {
+		return nil, invalid("Conflicting options: CPU Period cannot be updated as NanoCPUs has already been set")
+	}
+	set(&h.CPUShares, u.CPUShares)
+	set(&h.NanoCPUs, u.NanoCPUs)
+	set(&h.CPUPeriod, u.CPUPeriod)
+	set(&h.CPUQuota, u.CPUQuota)
+	set(&h.CPURealtimePeriod, u.CPURealtimePeriod)
+	set(&h.CPURealtimeRuntime, u.CPURealtimeRuntime)
+	set(&h.MemoryReservation, u.MemoryReservation)
+	if u.Memory != 0 {
+		if h.MemorySwap > 0 && u.Memory > h.MemorySwap && u.MemorySwap == 0 {
+			return nil, invalid("Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same time")
+		}
+		h.Memory = u.Memory
+	}
+	set(&h.MemorySwap, u.MemorySwap)
+	if u.CpusetCpus != "" {
+		h.CpusetCpus = u.CpusetCpus
+	}
+	if u.CpusetMems != "" {
+		h.CpusetMems = u.CpusetMems
+	}
+	if u.BlkioWeight != 0 {
+		h.BlkioWeight = u.BlkioWeight
+	}
+	if u.PidsLimit != nil {
+		h.PidsLimit = u.PidsLimit
+	}
+	if u.RestartPolicy.Name != "" {
+		if h.AutoRemove && !u.RestartPolicy.IsNone() {
+			return nil, invalid("Restart policy cannot be updated because AutoRemove is enabled for the container")
+		}
+		if err := mobycontainer.ValidateRestartPolicy(u.RestartPolicy); err != nil {
+			return nil, invalid("%v", err)
+		}
+		h.RestartPolicy = u.RestartPolicy
+	}
+	if err := spec.ValidateResources(&h.Resources); err != nil {
+		return nil, err
+	}
+	return &h, nil
+}
+
+// Rename gives a container another name, in the DNS too.
+func (e *Engine) Rename(ctx context.Context, ref, name string) error {
+	if name == "" {
+		return invalid("Neither old nor new names may be empty")
+	}
+	if name[0] == '/' {
+		name = name[1:]
+	}
+	if err := container.CheckName(name); err != nil {
+		return err
+	}
+	c, err := e.lockOp(ctx, ref)
+	if err != nil {
+		return err
+	}
+	defer c.op.unlock()
+	old := c.record().Name
+	if old == name {
+		return invalid("Renaming a container with the same name as its current name")
+	}
+	take := func(n string) error {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		return e.registry.Add(c.id, n)
+	}
+	if err := take(name); err != nil {
+		return err
+	}
+	back := func(err error) error {
+		if e2 := take(old); e2 != nil {
+			e.log.Error("rename is half undone", "container", c.id, "err", e2)
+		}
+		return err
+	}
+	if err := e.cfg.Networks.Rename(ctx, c.id, name); err != nil && !errdefs.IsNotFound(err) {
+		return back(err)
+	}
+	if err := e.change(c, func(r *container.Record) { r.Name = name }); err != nil {
+		_ = e.cfg.Networks.Rename(ctx, c.id, old) // the error that led here is the one to tell
+		return back(err)
+	}
+	if ns, err := e.cfg.Networks.Namespace(c.id); err == nil {
+		c.setNetwork(ns)
+	}
+	e.emit(c, events.ActionRename, map[string]string{"oldName": "/" + old})
+	return nil
+}

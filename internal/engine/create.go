@@ -1,0 +1,226 @@
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/events"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/spec"
+)
+
+// Create makes a container. Nothing is made if it fails. Errors: NotFound (the
+// image), InvalidArgument, AlreadyExists (the name).
+func (e *Engine) Create(ctx context.Context, o CreateOptions) (CreateResult, error) {
+	_, res, err := e.create(ctx, o)
+	return res, err
+}
+
+func (e *Engine) create(ctx context.Context, o CreateOptions) (_ *ctr, res CreateResult, err error) {
+	if e.isClosing() {
+		return nil, res, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
+	}
+	if o.Request.Config == nil {
+		return nil, res, invalid("Config cannot be empty in order to create a container")
+	}
+	if o.Name != "" {
+		if err := container.CheckName(o.Name); err != nil {
+			return nil, res, err
+		}
+	}
+	img, err := e.cfg.Images.Resolve(ctx, o.Request.Config.Image, o.Platform)
+	if errdefs.IsNotFound(err) {
+		return nil, res, notFound("No such image: %s", withTag(o.Request.Config.Image))
+	}
+	if err != nil {
+		return nil, res, err
+	}
+	r, warnings, err := e.newRecord(ctx, o, img)
+	if err != nil {
+		return nil, res, err
+	}
+	c := newCtr(r)
+	if err := c.op.lock(ctx); err != nil { // nobody touches it before it is whole
+		return nil, res, err
+	}
+	defer c.op.unlock()
+	var u undo
+	defer func() { err = u.onError(ctx, err) }()
+	if err := e.register(c); err != nil {
+		return nil, res, err
+	}
+	u.add("registration", func(context.Context) error { e.unregister(c); return nil })
+	if err := e.resolveVolumes(ctx, r, &u); err != nil {
+		return nil, res, err
+	}
+	if err := failpoint("create-volumes"); err != nil {
+		return nil, res, err
+	}
+	if err := e.saver.saveNow(r); err != nil {
+		return nil, res, err
+	}
+	u.add("record", func(context.Context) error { return e.saver.remove(r) })
+	if err := failpoint("create-record"); err != nil {
+		return nil, res, err
+	}
+	if err := e.populateVolumes(ctx, c, img, &u); err != nil {
+		return nil, res, err
+	}
+	if err := failpoint("create-end"); err != nil {
+		return nil, res, err
+	}
+	e.emit(c, events.ActionCreate, nil)
+	return c, CreateResult{ID: r.ID, Warnings: warnings}, nil
+}
+
+// newRecord merges and checks a request; it has no side effects.
+func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Image) (*container.Record, []string, error) {
+	id, err := e.newID()
+	if err != nil {
+		return nil, nil, err
+	}
+	h, warnings, err := e.hostDefaults(o.Request.HostConfig)
+	if err != nil {
+		return nil, nil, err
+	}
+	cfg := mergeImage(o.Request.Config, &img.Config.Config)
+	if err := spec.Validate(cfg, h); err != nil {
+		return nil, nil, err
+	}
+	r := &container.Record{
+		V: container.Version, Seq: 1, ID: id, Name: o.Name, Created: time.Now().UTC(),
+		Config: cfg, HostConfig: h, Isolation: e.cfg.Kernel.Isolation(),
+		Image: container.Image{ID: img.ID, Ref: o.Request.Config.Image, Manifest: &img.Manifest, Platform: img.Platform},
+	}
+	if err := e.checkRelations(r); err != nil {
+		return nil, nil, err
+	}
+	if r.Networks, err = e.planNetworks(ctx, r, o.Request.NetworkingConfig); err != nil {
+		return nil, nil, err
+	}
+	if _, err := bindings(r); err != nil {
+		return nil, nil, err
+	}
+	if cfg.Hostname == "" && !h.UTSMode.IsHost() && !h.NetworkMode.IsContainer() {
+		cfg.Hostname = id[:12]
+	}
+	if h.NetworkMode.IsHost() && cfg.Hostname == "" || cfg.Hostname == "" && h.UTSMode.IsHost() {
+		cfg.Hostname, _ = os.Hostname() // a container without a name of its own is no error
+	}
+	if _, err := e.logSettings(r); err != nil {
+		return nil, nil, err
+	}
+	if _, err := e.runtimeOf(h); err != nil {
+		return nil, nil, err
+	}
+	if _, err := e.planDevices(h); err != nil {
+		return nil, nil, err
+	}
+	if r.Mounts, err = e.planMounts(r); err != nil {
+		return nil, nil, err
+	}
+	return r, warnings, nil
+}
+
+func (e *Engine) newID() (string, error) {
+	b := make([]byte, 32)
+	for {
+		if _, err := rand.Read(b); err != nil {
+			return "", fmt.Errorf("container id: %w", err)
+		}
+		id := hex.EncodeToString(b)
+		// A short id of digits alone could be taken for a number.
+		digits := true
+		for _, r := range id[:12] {
+			digits = digits && r >= '0' && r <= '9'
+		}
+		if !digits {
+			return id, nil
+		}
+	}
+}
+
+// register takes the name, or finds one, and shows the container to others.
+func (e *Engine) register(c *ctr) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r := c.record()
+	if r.Name == "" {
+		named := r.Clone()
+		named.Name = container.RandomName(e.registry.Taken)
+		c.rec.Store(named)
+		*r = *named // not published yet: the caller's copy is the same record
+	}
+	if err := e.registry.Add(r.ID, r.Name); err != nil {
+		return err
+	}
+	e.ctrs[r.ID] = c
+	return nil
+}
+
+func (e *Engine) unregister(c *ctr) {
+	e.mu.Lock()
+	e.registry.Remove(c.id)
+	delete(e.ctrs, c.id)
+	e.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gone = true
+	notifyLocked(&c.exitSubs, WaitResult{})
+	notifyLocked(&c.goneSubs, WaitResult{ExitCode: c.record().Facts.ExitCode, Error: c.record().Facts.Error})
+}
+
+func (e *Engine) isClosing() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.closing || e.ctx.Err() != nil
+}
+
+// Run creates and starts in one call.
+func (e *Engine) Run(ctx context.Context, o RunOptions) (CreateResult, WaitResult, error) {
+	c, res, err := e.create(ctx, o.CreateOptions)
+	if err != nil {
+		return res, WaitResult{}, err
+	}
+	if o.Created != nil {
+		o.Created(res)
+	}
+	var att *pendingAttach
+	var exit chan WaitResult
+	c.mu.Lock()
+	if o.Attach != nil {
+		att = newPendingAttach(*o.Attach)
+		c.waiting = append(c.waiting, att)
+		exit = c.subscribe(&c.exitSubs)
+	}
+	c.mu.Unlock()
+	if err := e.start(ctx, c, startOptions{byUser: true}); err != nil {
+		if att != nil {
+			c.unsubscribe(&c.exitSubs, exit)
+		}
+		return res, WaitResult{}, err
+	}
+	if o.Attach == nil {
+		return res, WaitResult{}, nil
+	}
+	if o.Attach.Ready != nil {
+		o.Attach.Ready()
+	}
+	if err := att.wait(ctx); err != nil {
+		return res, WaitResult{}, err
+	}
+	select {
+	case w := <-exit:
+		return res, w, nil
+	case <-ctx.Done():
+		c.unsubscribe(&c.exitSubs, exit)
+		return res, WaitResult{}, context.Cause(ctx)
+	}
+}

@@ -1,0 +1,186 @@
+package engine
+
+import (
+	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/docker/go-units"
+	mobycontainer "github.com/moby/moby/api/types/container"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/spec"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// logSettings says how the shim keeps a container's output; nil: not at all.
+func (e *Engine) logSettings(r *container.Record) (*taskv1.Log, error) {
+	lc := r.HostConfig.LogConfig
+	l := &taskv1.Log{Driver: lc.Type, MaxSize: uint64(e.cfg.Log.MaxSize), MaxFiles: uint32(e.cfg.Log.MaxFiles), Compress: lc.Type == "local"}
+	switch lc.Type {
+	case "none":
+		return nil, nil
+	case "local", "json-file":
+	default:
+		return nil, invalid("logger: no log driver named '%s' is registered; this release has local, json-file and none", lc.Type)
+	}
+	l.Path = e.logPath(r)
+	attrs := map[string]string{}
+	for k, v := range lc.Config {
+		switch k {
+		case "max-size":
+			if v == "-1" {
+				l.MaxSize = 0
+				continue
+			}
+			n, err := units.RAMInBytes(v)
+			if err != nil || n <= 0 {
+				return nil, invalid("invalid value for 'max-size': %s", v)
+			}
+			l.MaxSize = uint64(n)
+		case "max-file":
+			n, err := strconv.ParseUint(v, 10, 16)
+			if err != nil || n < 1 {
+				return nil, invalid("invalid value for 'max-file': %s", v)
+			}
+			l.MaxFiles = uint32(n)
+		case "compress":
+			b, err := strconv.ParseBool(v)
+			if err != nil {
+				return nil, invalid("invalid value for 'compress': %s", v)
+			}
+			l.Compress = b
+		case "mode":
+			if v != "blocking" && v != "non-blocking" {
+				return nil, invalid("logger: logging mode not supported: %s", v)
+			}
+		case "max-buffer-size": // of the non-blocking mode, which never blocks here either
+		case "labels":
+			for _, name := range strings.Split(v, ",") {
+				if value, ok := r.Config.Labels[name]; ok {
+					attrs[name] = value
+				}
+			}
+		case "env":
+			for _, name := range strings.Split(v, ",") {
+				for _, kv := range r.Config.Env {
+					if n, value, ok := strings.Cut(kv, "="); ok && n == name {
+						attrs[name] = value
+					}
+				}
+			}
+		case "tag":
+			attrs["tag"] = v
+		default:
+			return nil, invalid("unknown log opt '%s' for %s log driver", k, lc.Type)
+		}
+	}
+	if len(attrs) > 0 {
+		l.Attrs = attrs
+	}
+	return l, nil
+}
+
+func (e *Engine) logPath(r *container.Record) string {
+	if r.HostConfig.LogConfig.Type == "json-file" {
+		return filepath.Join(e.stateDir(r.ID), "log", r.ID+"-json.log")
+	}
+	return filepath.Join(e.stateDir(r.ID), "log", "container.log")
+}
+
+// runtimeOf finds the OCI runtime command; the zero Runtime is Tenon's own.
+func (e *Engine) runtimeOf(h *mobycontainer.HostConfig) (Runtime, error) {
+	if h.Runtime == "" || h.Runtime == "tenon" {
+		return Runtime{}, nil
+	}
+	if r, ok := e.cfg.Runtimes[h.Runtime]; ok {
+		return r, nil
+	}
+	known := slices.Sorted(maps.Keys(e.cfg.Runtimes))
+	return Runtime{}, invalid("unknown or invalid runtime name: %s (known: %s)", h.Runtime, strings.Join(append([]string{"tenon"}, known...), ", "))
+}
+
+// planDevices looks up --device and the block devices of I/O limits.
+func (e *Engine) planDevices(h *mobycontainer.HostConfig) ([]spec.Device, error) {
+	var out []spec.Device
+	for _, d := range h.Devices {
+		access := d.CgroupPermissions
+		if access == "" {
+			access = "rwm"
+		}
+		if h.Privileged && d.PathOnHost == d.PathInContainer {
+			continue // among all the others
+		}
+		ds, err := e.cfg.Kernel.Devices(d.PathOnHost, d.PathInContainer, access)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, ds...)
+	}
+	_, err := e.numberDevices(&h.Resources)
+	return out, err
+}
+
+// numberDevices returns a copy of r in which device paths are numbers, as
+// package spec wants them.
+func (e *Engine) numberDevices(r *mobycontainer.Resources) (*mobycontainer.Resources, error) {
+	c := *r
+	resolve := func(path string) (string, error) {
+		major, minor, err := e.cfg.Kernel.BlockDevice(path)
+		return spec.DevPath(major, minor), err
+	}
+	var err error
+	c.BlkioWeightDevice = nil
+	for _, d := range r.BlkioWeightDevice {
+		x := *d
+		if x.Path, err = resolve(d.Path); err != nil {
+			return nil, err
+		}
+		c.BlkioWeightDevice = append(c.BlkioWeightDevice, &x)
+	}
+	for _, list := range []*[]*throttle{&c.BlkioDeviceReadBps, &c.BlkioDeviceWriteBps, &c.BlkioDeviceReadIOps, &c.BlkioDeviceWriteIOps} {
+		old := *list
+		*list = nil
+		for _, d := range old {
+			x := *d
+			if x.Path, err = resolve(d.Path); err != nil {
+				return nil, err
+			}
+			*list = append(*list, &x)
+		}
+	}
+	return &c, nil
+}
+
+// checkRelations refuses a request that refers to containers that are not
+// there.
+func (e *Engine) checkRelations(r *container.Record) error {
+	for _, l := range r.HostConfig.Links {
+		target, alias := splitLink(l)
+		if alias == "" {
+			return invalid("bad format for links: %s", l)
+		}
+		if _, err := e.find(target); err != nil {
+			return invalid("could not get container for %s: No such container: %s", target, target)
+		}
+	}
+	return nil
+}
+
+// peer returns the running container that a container: mode names.
+func (e *Engine) peer(id, what string) (*container.Record, error) {
+	c, err := e.find(id)
+	if err != nil {
+		return nil, conflict("cannot join %s of a container that is gone: %s", what, id)
+	}
+	r := c.record()
+	if !r.Running() {
+		return nil, conflict("cannot join %s of a non running container: %s", what, id)
+	}
+	if r.Facts.Restarting {
+		return nil, conflict("container %s is restarting, wait until the container is running", id)
+	}
+	return r, nil
+}

@@ -1,0 +1,570 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/blkiodev"
+	"github.com/moby/moby/api/types/events"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/layered"
+	"tenon.dev/tenon/internal/network"
+	"tenon.dev/tenon/internal/rootfs"
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/store"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+type throttle = blkiodev.ThrottleDevice
+
+// startTime bounds a start; a client that hangs up does not end it.
+const startTime = 2 * time.Minute
+
+type startOptions struct {
+	byUser bool // resets the restart count and the back-off
+}
+
+// Start starts a container. Errors: NotFound, ErrNotModified (it runs),
+// FailedPrecondition (paused, being removed), and what the start itself says.
+func (e *Engine) Start(ctx context.Context, ref string) error {
+	c, err := e.find(ref)
+	if err != nil {
+		return err
+	}
+	return e.start(ctx, c, startOptions{byUser: true})
+}
+
+func (e *Engine) start(ctx context.Context, c *ctr, o startOptions) error {
+	if err := c.op.lock(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTime)
+	defer cancel()
+	err := e.startLocked(ctx, c, o)
+	c.op.unlock()
+	if err != nil && c.record().HostConfig.AutoRemove && !errors.Is(err, ErrNotModified) && !c.record().Running() {
+		if rmErr := e.remove(ctx, c, RemoveOptions{Volumes: true, Force: true}); rmErr != nil && !errdefs.IsNotFound(rmErr) {
+			err = errors.Join(err, rmErr)
+		}
+	}
+	return err
+}
+
+// startable says whether the container is in a state to be started.
+func (e *Engine) startable(c *ctr, o startOptions) error {
+	if c.isGone() {
+		return notFound("No such container: %s", c.id)
+	}
+	if e.isClosing() {
+		return errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
+	}
+	r := c.record()
+	switch {
+	case r.Facts.Dead || r.Facts.Removing:
+		return conflict("container is marked for removal and cannot be started")
+	case r.Running() && r.Facts.Paused:
+		return conflict("cannot start a paused container, try unpause instead")
+	case r.Running():
+		return ErrNotModified
+	case !o.byUser && !r.Facts.Restarting:
+		return ErrNotModified // stopped while the restart was waiting
+	}
+	return nil
+}
+
+// startLocked is the start with the container's op lock held.
+func (e *Engine) startLocked(ctx context.Context, c *ctr, o startOptions) (err error) {
+	if err := e.startable(c, o); err != nil {
+		return err
+	}
+	if o.byUser {
+		c.cancelRetry()
+	}
+	c.mu.Lock()
+	old := c.run
+	c.mu.Unlock()
+	if old != nil {
+		select {
+		case <-old.done: // nothing of the last run is left
+		case <-ctx.Done():
+			return fmt.Errorf("container %s: what is left of its last run: %w", c.id, context.Cause(ctx))
+		}
+	}
+	rn := newRun(c.record().Facts.Run + 1)
+	c.mu.Lock()
+	c.run, c.noRetry = rn, false
+	if o.byUser {
+		c.backoff = backoff{}
+	}
+	c.mu.Unlock()
+	err = e.change(c, func(r *container.Record) {
+		f := &r.Facts
+		f.Run, f.Pending, f.Error, f.OOM, f.Stopped = rn.n, "start", "", false, false
+		if o.byUser {
+			f.RestartCount, f.Restarting = 0, false
+		}
+	})
+	if err == nil {
+		err = failpoint("start-intent")
+	}
+	if err == nil {
+		err = e.launch(ctx, c, rn)
+	}
+	if err != nil {
+		e.startFailed(c, rn, err)
+		return err
+	}
+	close(rn.settled)
+	return nil
+}
+
+// startFailed records why, and lets those go who waited for streams.
+func (e *Engine) startFailed(c *ctr, rn *run, err error) {
+	recErr := e.change(c, func(r *container.Record) {
+		r.Facts.Pending, r.Facts.Restarting = "", false
+		r.Facts.Error, r.Facts.ExitCode = err.Error(), startExitCode(err)
+	})
+	if recErr != nil {
+		e.log.Error("failed start is not recorded", "container", c.id, "err", recErr)
+	}
+	c.mu.Lock()
+	waiting := c.waiting
+	c.waiting = nil
+	c.mu.Unlock()
+	for _, w := range waiting {
+		w.fail(nil)
+	}
+	rn.once.Do(func() { close(rn.exited); close(rn.done) })
+	close(rn.settled)
+}
+
+// startExitCode is what inspect shows after a start that failed, and what
+// Docker's CLI ends with by the message.
+func startExitCode(err error) int {
+	text := err.Error()
+	switch {
+	case strings.Contains(text, "executable file not found"), strings.Contains(text, "no such file or directory"):
+		return 127
+	case strings.Contains(text, "permission denied"), strings.Contains(text, "is a directory"), strings.Contains(text, "exec format error"):
+		return 126
+	}
+	return 128
+}
+
+// launch prepares everything and runs the first process. All or nothing.
+func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
+	var u undo
+	defer func() { err = u.onError(ctx, err) }()
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return err
+	}
+	p, err := e.prepare(ctx, c, &u)
+	if err != nil {
+		return err
+	}
+	req, err := e.taskRequest(c, rn, p)
+	if err != nil {
+		return err
+	}
+	if err := failpoint("start-prepared"); err != nil {
+		return err
+	}
+	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, c.id) })
+	if _, err := client.Create(ctx, req); err != nil {
+		return startError(err)
+	}
+	if err := failpoint("start-created"); err != nil {
+		return err
+	}
+	if err := e.connectWaiting(ctx, c, client); err != nil {
+		return err
+	}
+	// The time is taken before: the program may end before the answer is here,
+	// and must not seem to have ended before it began.
+	began := time.Now().UTC()
+	pid, err := client.Start(ctx, c.id, "")
+	if err != nil {
+		return startError(err)
+	}
+	if err := failpoint("start-started"); err != nil {
+		return err
+	}
+	err = e.change(c, func(r *container.Record) {
+		f := &r.Facts
+		f.Started, f.Pid, f.Pending, f.Paused, f.Restarting, f.ExitCode = began, pid, "", false, false, 0
+		f.BootID = e.cfg.Kernel.Facts().BootID
+		f.Health = initialHealth(r.Config)
+	})
+	if err != nil {
+		return err
+	}
+	e.emit(c, events.ActionStart, nil)
+	e.startHealth(c)
+	return nil
+}
+
+// startError is Docker's sentence for a start that the runtime refused.
+func startError(err error) error {
+	text := "failed to create task for container: " + err.Error()
+	switch {
+	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
+		return errdefs.ErrInvalidArgument.WithMessage(text)
+	}
+	return fmt.Errorf("failed to create task for container: %w", err)
+}
+
+// deleteTask ends and deletes a task, whatever its state; none is no error.
+func deleteTask(ctx context.Context, client *task.Client, id string) error {
+	_, err := client.Delete(ctx, id, "")
+	if err == nil || errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err := client.Kill(ctx, id, "", 9, true); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("kill what was started: %w", err)
+	}
+	if _, err := client.Wait(ctx, id, ""); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("wait for what was started: %w", err)
+	}
+	if _, err := client.Delete(ctx, id, ""); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("delete what was started: %w", err)
+	}
+	return nil
+}
+
+// prepared is what a start needs beside the record.
+type prepared struct {
+	root   *rootfs.Root
+	ns     *network.Namespace
+	kernel sandbox.Prepared
+	mounts []spec.Mount
+	files  []spec.Mount
+	shm    string
+}
+
+// prepare makes root, network and files, at the same time where it can.
+func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (*prepared, error) {
+	r := c.record()
+	p := &prepared{}
+	q, err := e.networkRequest(r)
+	if err != nil {
+		return nil, err
+	}
+	if q.Mode == network.ModeContainer {
+		if _, err := e.peer(q.Container, "network"); err != nil {
+			return nil, err
+		}
+	}
+	u.add("network", func(ctx context.Context) error {
+		c.setNetwork(nil)
+		return e.cfg.Networks.Disconnect(ctx, c.id)
+	})
+	u.add("kernel", func(ctx context.Context) error { return e.cfg.Kernel.Release(ctx, c.id) })
+	netDone := make(chan error, 1)
+	go func() {
+		var err error
+		p.ns, err = e.cfg.Networks.Connect(ctx, q)
+		netDone <- err
+	}()
+	rootErr := e.prepareRoot(ctx, c, p)
+	if err := <-netDone; err != nil {
+		return nil, err
+	}
+	c.setNetwork(p.ns)
+	if rootErr != nil {
+		return nil, rootErr
+	}
+	if err := failpoint("start-network"); err != nil {
+		return nil, err
+	}
+	if p.files, err = e.writeFiles(r, p.ns); err != nil {
+		return nil, err
+	}
+	if p.mounts, err = e.specMounts(r); err != nil {
+		return nil, err
+	}
+	if err := e.prepareShm(ctx, r, p); err != nil {
+		return nil, err
+	}
+	p.kernel, err = e.cfg.Kernel.Prepare(ctx, sandbox.Handover{ID: c.id, Root: taskMounts(p.root), NetNS: p.ns.Path})
+	return p, err
+}
+
+func (e *Engine) prepareRoot(ctx context.Context, c *ctr, p *prepared) (err error) {
+	p.root, err = e.rootOf(ctx, c.record())
+	return err
+}
+
+// rootOf makes, or finds again, a container's root file system.
+func (e *Engine) rootOf(ctx context.Context, r *container.Record) (*rootfs.Root, error) {
+	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
+	if err != nil {
+		return nil, fmt.Errorf("container %s: its image: %w", r.ID, err)
+	}
+	return e.cfg.Roots.Prepare(ctx, r.ID, img, rootfs.Options{ReadOnly: r.HostConfig.ReadonlyRootfs, Volatile: r.HostConfig.AutoRemove})
+}
+
+func taskMounts(root *rootfs.Root) []task.Mount {
+	var out []task.Mount
+	for _, m := range root.Mounts {
+		out = append(out, task.Mount{Type: m.Type, Source: m.Source, Options: m.Options})
+	}
+	return out
+}
+
+func (e *Engine) prepareShm(ctx context.Context, r *container.Record, p *prepared) error {
+	mode := r.HostConfig.IpcMode
+	var err error
+	switch {
+	case mode.IsShareable():
+		p.shm, err = e.cfg.Kernel.SharedMemory(ctx, r.ID, r.HostConfig.ShmSize)
+	case mode.IsContainer():
+		peer, perr := e.peer(mode.Container(), "IPC")
+		if perr != nil {
+			return perr
+		}
+		if !peer.HostConfig.IpcMode.IsShareable() {
+			return conflict("cannot join IPC of a non-shareable container: %s (start it with --ipc=shareable)", peer.ID)
+		}
+		p.shm, err = e.cfg.Kernel.SharedMemory(ctx, peer.ID, peer.HostConfig.ShmSize)
+	case mode.IsHost():
+		p.shm = "/dev/shm"
+	}
+	return err
+}
+
+// writeFiles makes hosts, hostname and resolv.conf on the run root.
+func (e *Engine) writeFiles(r *container.Record, ns *network.Namespace) ([]spec.Mount, error) {
+	dir := e.runDir(r.ID)
+	if r.HostConfig.NetworkMode.IsContainer() {
+		dir = e.runDir(r.HostConfig.NetworkMode.ConnectedContainer())
+	} else if err := writeNetworkFiles(dir, r, ns); err != nil {
+		return nil, err
+	}
+	var out []spec.Mount
+	for _, f := range []struct{ name, dest string }{{"resolv.conf", "/etc/resolv.conf"}, {"hostname", "/etc/hostname"}, {"hosts", "/etc/hosts"}} {
+		out = append(out, spec.Mount{Type: "bind", Source: filepath.Join(dir, f.name), Destination: f.dest, Engine: true})
+	}
+	return out, nil
+}
+
+func writeNetworkFiles(dir string, r *container.Record, ns *network.Namespace) error {
+	hostname := r.Config.Hostname
+	if r.Config.Domainname != "" {
+		hostname += "." + r.Config.Domainname
+	}
+	for name, text := range map[string]string{
+		"hostname":    hostname + "\n",
+		"hosts":       strings.Join(ns.Hosts, "\n") + "\n",
+		"resolv.conf": resolvConf(ns.Resolver),
+	} {
+		if err := store.WriteFile(filepath.Join(dir, name), []byte(text), 0o644, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func resolvConf(r network.Resolver) string {
+	var b strings.Builder
+	b.WriteString("# Generated by Tenon.\n")
+	for _, n := range r.Nameservers {
+		fmt.Fprintf(&b, "nameserver %s\n", n)
+	}
+	if len(r.Search) > 0 {
+		fmt.Fprintf(&b, "search %s\n", strings.Join(r.Search, " "))
+	}
+	if len(r.Options) > 0 {
+		fmt.Fprintf(&b, "options %s\n", strings.Join(r.Options, " "))
+	}
+	return b.String()
+}
+
+// taskRequest turns everything into what the shim is asked for.
+func (e *Engine) taskRequest(c *ctr, rn *run, p *prepared) (task.CreateRequest, error) {
+	r := c.record()
+	req := task.CreateRequest{
+		ID: c.id, Rootfs: p.kernel.Rootfs, Terminal: r.Config.Tty, Stdin: r.Config.OpenStdin, StdinOnce: r.Config.StdinOnce,
+		ConsoleHeight: uint32(r.HostConfig.ConsoleSize[0]), ConsoleWidth: uint32(r.HostConfig.ConsoleSize[1]),
+		Owner: ownerOf(r.ID, rn.n),
+	}
+	var err error
+	if req.Log, err = e.logSettings(r); err != nil {
+		return req, err
+	}
+	if req.Log != nil {
+		if err := os.MkdirAll(filepath.Dir(req.Log.Path), 0o700); err != nil {
+			return req, fmt.Errorf("container log: %w", err)
+		}
+	}
+	rt, err := e.runtimeOf(r.HostConfig)
+	if err != nil {
+		return req, err
+	}
+	req.Runtime, req.RuntimeArgs = rt.Path, rt.Args
+	in, err := e.specInput(r, p)
+	if err != nil {
+		return req, err
+	}
+	s, err := spec.Build(in)
+	if err != nil {
+		return req, err
+	}
+	req.Spec, err = spec.Encode(s)
+	return req, err
+}
+
+func ownerOf(_ string, n uint64) string { return fmt.Sprintf("run %d", n) }
+
+func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error) {
+	h := *r.HostConfig
+	res, err := e.numberDevices(&h.Resources)
+	if err != nil {
+		return spec.Input{}, err
+	}
+	h.Resources = *res
+	facts := e.cfg.Kernel.Facts()
+	in := spec.Input{
+		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.def, LinkEnv: e.linkEnv(r),
+		Mounts: append(p.files, p.mounts...), NetNS: p.kernel.NetNS, ShmSource: p.shm,
+		CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2,
+	}
+	if !h.UTSMode.IsHost() {
+		in.Hostname = r.Config.Hostname
+	}
+	in.Mounts = withoutShadowed(in.Mounts, p.mounts)
+	if h.NetworkMode.IsContainer() {
+		if peer, err := e.peer(h.NetworkMode.ConnectedContainer(), "network"); err == nil {
+			in.Hostname = peer.Config.Hostname
+		}
+	}
+	if in.User, err = e.resolveUser(p.root, r.Config.User, h.GroupAdd); err != nil {
+		return in, err
+	}
+	if in.Devices, err = e.planDevices(&h); err != nil {
+		return in, err
+	}
+	if h.Privileged {
+		if in.AllDevices, err = e.cfg.Kernel.AllDevices(); err != nil {
+			return in, err
+		}
+	}
+	if h.Init != nil && *h.Init {
+		if in.Init, err = e.cfg.Kernel.Init(); err != nil {
+			return in, err
+		}
+	}
+	if h.PidMode.IsContainer() {
+		peer, err := e.peer(h.PidMode.Container(), "PID namespace")
+		if err != nil {
+			return in, err
+		}
+		in.PidNS = e.cfg.Kernel.NamespacePath(peer.Facts.Pid, specs.PIDNamespace)
+	}
+	if h.IpcMode.IsContainer() {
+		peer, err := e.peer(h.IpcMode.Container(), "IPC")
+		if err != nil {
+			return in, err
+		}
+		in.IpcNS = e.cfg.Kernel.NamespacePath(peer.Facts.Pid, specs.IPCNamespace)
+	}
+	return in, nil
+}
+
+// withoutShadowed drops the engine's own files where the user mounts there.
+func withoutShadowed(all, user []spec.Mount) []spec.Mount {
+	taken := map[string]bool{}
+	for _, m := range user {
+		taken[m.Destination] = true
+	}
+	var out []spec.Mount
+	for _, m := range all {
+		if !m.Engine || !taken[m.Destination] {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+func (e *Engine) cgroupPath(r *container.Record) string {
+	parent := r.HostConfig.CgroupParent
+	if parent == "" {
+		parent = e.cfg.Name
+	}
+	return "/" + strings.Trim(parent, "/") + "/" + r.ID
+}
+
+// resolveUser looks in the container's own /etc/passwd and /etc/group, without
+// its being mounted.
+func (e *Engine) resolveUser(root *rootfs.Root, text string, groupAdd []string) (spec.User, error) {
+	stack := layered.Stack(append([]string{root.Upper}, root.Lower...))
+	passwd, err := readAccounts(stack, "/etc/passwd")
+	if err != nil {
+		return spec.User{}, err
+	}
+	group, err := readAccounts(stack, "/etc/group")
+	if err != nil {
+		return spec.User{}, err
+	}
+	return spec.ResolveUser(text, groupAdd, passwd, group)
+}
+
+func readAccounts(s layered.Stack, name string) ([]byte, error) {
+	f, err := s.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, nil // a directory, or links without end: an image without accounts
+	}
+	defer f.Close()
+	b, err := spec.ReadAccounts(io.Reader(f))
+	if err != nil {
+		return nil, invalid("the image's %s: %v", name, err)
+	}
+	return b, nil
+}
+
+func (c *ctr) setNetwork(ns *network.Namespace) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.network = ns
+}
+
+func (c *ctr) namespace() *network.Namespace {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.network
+}
+
+// rootMessage says how the shim mounts the root of a container that does not
+// run.
+func (e *Engine) rootMessage(r *container.Record, root *rootfs.Root, mounts []spec.Mount) *taskv1.Root {
+	m := &taskv1.Root{Upper: root.Upper}
+	for _, x := range root.Mounts {
+		m.Mounts = append(m.Mounts, &taskv1.Mount{Type: x.Type, Source: x.Source, Options: x.Options})
+	}
+	for _, x := range mounts {
+		if x.Type != "bind" {
+			continue // a tmpfs of a container that does not run has nothing in it
+		}
+		o := x.Options
+		if x.ReadOnly {
+			o = append(o[:len(o):len(o)], "ro")
+		}
+		m.Volumes = append(m.Volumes, &taskv1.Mount{Type: x.Type, Source: x.Source, Target: x.Destination, Options: o})
+	}
+	return m
+}

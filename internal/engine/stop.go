@@ -1,0 +1,301 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/events"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/spec"
+)
+
+func utoa(n uint) string { return strconv.FormatUint(uint64(n), 10) }
+
+// current waits until no start is under way and returns the run.
+func (c *ctr) current(ctx context.Context) (*run, error) {
+	c.mu.Lock()
+	rn := c.run
+	c.mu.Unlock()
+	if rn == nil {
+		return nil, nil
+	}
+	select {
+	case <-rn.settled:
+		return rn, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Stop ends a container: its stop signal, and after the timeout SIGKILL.
+// ErrNotModified if it does not run.
+func (e *Engine) Stop(ctx context.Context, ref string, o StopOptions) error {
+	c, err := e.find(ref)
+	if err != nil {
+		return err
+	}
+	// A client that hangs up does not leave a half-stopped container.
+	return e.stop(context.WithoutCancel(ctx), c, o)
+}
+
+func (e *Engine) stop(ctx context.Context, c *ctr, o StopOptions) error {
+	r := c.record()
+	sig, err := spec.Signal(firstOf(o.Signal, r.Config.StopSignal))
+	if err != nil {
+		return err
+	}
+	rn, err := c.current(ctx)
+	if err != nil {
+		return err
+	}
+	if r = c.record(); !r.Running() {
+		return e.stopWaitingRestart(c)
+	}
+	if err := e.markStopped(c); err != nil {
+		return err
+	}
+	if err := failpoint("stop-marked"); err != nil {
+		return err
+	}
+	timeout := e.stopTimeout(r, o)
+	if err := e.signal(ctx, c, sig); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	if !waitFor(ctx, rn.exited, timeout) {
+		if err := e.signal(ctx, c, syscall.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		if !waitFor(ctx, rn.exited, killTime) {
+			return fmt.Errorf("container %s did not end within %v of SIGKILL: a process may hang in the kernel", c.id, killTime)
+		}
+	}
+	e.emit(c, events.ActionStop, nil)
+	return nil
+}
+
+// killTime is how long a process may take to die of SIGKILL.
+const killTime = 30 * time.Second
+
+func firstOf(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+func (e *Engine) stopTimeout(r *container.Record, o StopOptions) time.Duration {
+	secs := e.cfg.StopTimeout
+	if r.Config.StopTimeout != nil {
+		secs = *r.Config.StopTimeout
+	}
+	if o.Timeout != nil {
+		secs = *o.Timeout
+	}
+	if secs < 0 {
+		return -1
+	}
+	return time.Duration(secs) * time.Second
+}
+
+// waitFor says whether ch was closed in time; a negative time waits for ever.
+func waitFor(ctx context.Context, ch <-chan struct{}, d time.Duration) bool {
+	if d < 0 {
+		select {
+		case <-ch:
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ch:
+		return true
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}
+
+// stopWaitingRestart ends a restart that waits.
+func (e *Engine) stopWaitingRestart(c *ctr) error {
+	if !c.record().Facts.Restarting {
+		return ErrNotModified
+	}
+	c.cancelRetry()
+	return e.change(c, func(r *container.Record) { r.Facts.Restarting, r.Facts.Stopped = false, true })
+}
+
+// markStopped records that a user wants the end: no policy restarts after it.
+func (e *Engine) markStopped(c *ctr) error {
+	c.mu.Lock()
+	c.noRetry = true
+	c.mu.Unlock()
+	if c.record().HostConfig.RestartPolicy.IsNone() {
+		c.publish(func(r *container.Record) { r.Facts.Stopped = true }) // nothing depends on it
+		return nil
+	}
+	return e.change(c, func(r *container.Record) { r.Facts.Stopped = true })
+}
+
+// signal sends a signal to the first process, waking a paused container for
+// the end.
+func (e *Engine) signal(ctx context.Context, c *ctr, sig syscall.Signal) error {
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return err
+	}
+	all := sig == syscall.SIGKILL && c.record().HostConfig.PidMode.IsHost()
+	if err := client.Kill(ctx, c.id, "", sig, all); err != nil {
+		return err
+	}
+	if c.record().Facts.Paused {
+		if err := client.Resume(ctx, c.id); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		c.publish(func(r *container.Record) { r.Facts.Paused = false })
+	}
+	return nil
+}
+
+// Kill sends a signal. FailedPrecondition if the container does not run.
+func (e *Engine) Kill(ctx context.Context, ref, signal string) error {
+	c, err := e.find(ref)
+	if err != nil {
+		return err
+	}
+	if signal == "" {
+		signal = "KILL"
+	}
+	sig, err := spec.Signal(signal)
+	if err != nil {
+		return err
+	}
+	if _, err := c.current(ctx); err != nil {
+		return err
+	}
+	r := c.record()
+	if !r.Running() {
+		return conflict("cannot kill container: %s: container %s is not running", ref, c.id)
+	}
+	ending := true
+	if stop := r.Config.StopSignal; stop != "" && sig != syscall.SIGKILL {
+		want, err := spec.Signal(stop)
+		ending = err == nil && want == sig
+	}
+	if ending {
+		if err := e.markStopped(c); err != nil {
+			return err
+		}
+	}
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return err
+	}
+	if ending && r.Facts.Paused {
+		err = e.signal(ctx, c, sig)
+	} else {
+		err = client.Kill(ctx, c.id, "", sig, sig == syscall.SIGKILL && r.HostConfig.PidMode.IsHost())
+	}
+	if errdefs.IsNotFound(err) {
+		return conflict("cannot kill container: %s: container %s is not running", ref, c.id)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot kill container: %s: %w", ref, err)
+	}
+	e.emit(c, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(sig))})
+	if sig == syscall.SIGKILL { // as Docker: the call returns when it is dead
+		c.mu.Lock()
+		rn := c.run
+		c.mu.Unlock()
+		waitFor(ctx, rn.exited, 10*time.Second)
+	}
+	return nil
+}
+
+// Restart stops a container, if it runs, and starts it.
+func (e *Engine) Restart(ctx context.Context, ref string, o StopOptions) error {
+	c, err := e.find(ref)
+	if err != nil {
+		return err
+	}
+	ctx = context.WithoutCancel(ctx)
+	c.hold(1) // --rm: the stop in between does not remove it
+	defer c.hold(-1)
+	if err := e.stop(ctx, c, o); err != nil && !errors.Is(err, ErrNotModified) {
+		return err
+	}
+	if err := e.start(ctx, c, startOptions{byUser: true}); err != nil && !errors.Is(err, ErrNotModified) {
+		return err
+	}
+	e.emit(c, events.ActionRestart, nil)
+	return nil
+}
+
+// Pause freezes all processes.
+func (e *Engine) Pause(ctx context.Context, ref string) error {
+	return e.freeze(ctx, ref, true)
+}
+
+// Unpause thaws them.
+func (e *Engine) Unpause(ctx context.Context, ref string) error {
+	return e.freeze(ctx, ref, false)
+}
+
+func (e *Engine) freeze(ctx context.Context, ref string, pause bool) error {
+	c, err := e.lockOp(ctx, ref)
+	if err != nil {
+		return err
+	}
+	defer c.op.unlock()
+	r := c.record()
+	switch {
+	case !r.Running() && !pause:
+		return conflict("container %s is not paused", c.id)
+	case r.Facts.Restarting:
+		return conflict("container %s is restarting, wait until the container is running", c.id)
+	case !r.Running():
+		return conflict("container %s is not running", c.id)
+	case pause && r.Facts.Paused:
+		return conflict("container %s is already paused", c.id)
+	case !pause && !r.Facts.Paused:
+		return conflict("container %s is not paused", c.id)
+	}
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return err
+	}
+	verb, action := client.Resume, events.ActionUnPause
+	if pause {
+		verb, action = client.Pause, events.ActionPause
+	}
+	if err := verb(ctx, c.id); err != nil {
+		return err
+	}
+	if err := e.change(c, func(r *container.Record) { r.Facts.Paused = pause }); err != nil {
+		return err
+	}
+	e.emit(c, action, nil)
+	return nil
+}
+
+// unmarkStopped takes markStopped back, so that the policy starts the container
+// with the next daemon.
+func (e *Engine) unmarkStopped(c *ctr) error {
+	if c.record().HostConfig.RestartPolicy.IsNone() {
+		return nil
+	}
+	return e.change(c, func(r *container.Record) { r.Facts.Stopped = false })
+}
