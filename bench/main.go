@@ -50,6 +50,8 @@ func main() {
 		err = serveHTTP()
 	case len(os.Args) > 2 && os.Args[1] == "push":
 		err = pushImages(os.Args[2])
+	case len(os.Args) > 2 && os.Args[1] == "inside":
+		err = inside(os.Args[2:])
 	default:
 		err = bench()
 	}
@@ -114,8 +116,47 @@ func bench() error {
 	return nil
 }
 
+// inside runs a shell script in an environment as the peers have it, with
+// Tenon's binaries of $TENON_BENCH_BIN: for trying things out.
+func inside(args []string) error {
+	cache := envOr("TENON_CACHE", "/var/cache/tenon-test")
+	data, err := os.MkdirTemp(cache, "bench-data-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(data)
+	if err := prepareData(data, cache); err != nil {
+		return err
+	}
+	bin, err := filepath.Abs(envOr("TENON_BENCH_BIN", "bin"))
+	if err != nil {
+		return err
+	}
+	e, err := StartEnv(Places{Cache: cache, Bin: bin, Data: data}, "inside", "tmpfs")
+	if err != nil {
+		return err
+	}
+	defer e.Close()
+	for _, name := range args[:len(args)-1] {
+		for _, en := range engines {
+			if en.Kind == name {
+				if err := en.Start(e); err != nil {
+					return err
+				}
+				break
+			}
+		}
+	}
+	res, err := e.Do(Request{Argv: []string{"bash", "-c", args[len(args)-1]}})
+	fmt.Print(res.Out)
+	if err == nil && res.RC != 0 {
+		err = fmt.Errorf("exit %d", res.RC)
+	}
+	return err
+}
+
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: bench/run [flags] [sub-benchmark…]\n\nSub-benchmarks (default: all):")
+	fmt.Fprintln(os.Stderr, "usage: bench/run [flags] [sub-benchmark…]\n       bench inside [docker|podman|containerd|tenon]… SCRIPT\n\nSub-benchmarks (default: all):")
 	for _, s := range benches {
 		fmt.Fprintf(os.Stderr, "  %-8s %s\n", s.name, s.about)
 	}
