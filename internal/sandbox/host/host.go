@@ -119,36 +119,56 @@ func (h *Host) start(ctx context.Context) (*task.Client, error) {
 		return nil, fmt.Errorf("shim: %w", err)
 	}
 	defer logFile.Close()
-	cmd := exec.Command(h.cfg.Shim, "serve", "--run-root", dir, "--socket", h.Socket(), "--name", h.cfg.Name)
+	if err := h.reap(ctx, logFile); err != nil {
+		h.cfg.Log.Warn("what a killed shim left is still there", "err", err)
+	}
+	ready, theirs, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("shim: %w", err)
+	}
+	defer ready.Close()
+	cmd := exec.Command(h.cfg.Shim, "serve", "--socket", h.Socket(), "--run-dir", h.runDir(), "--cgroup-parent", h.cfg.Name, "--name", h.cfg.Name, "--ready-fd", "3")
 	cmd.Stdout, cmd.Stderr = logFile, logFile
+	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	theirs.Close()
+	if err != nil {
 		return nil, fmt.Errorf("start %s: %w (install tenon-shim beside tenond): %w", h.cfg.Shim, err, errdefs.ErrUnavailable)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }() // also reaps it, if it ends while we live
-	deadline := time.Now().Add(startTime)
-	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
-		if c, err := task.Dial(ctx, h.Socket()); err == nil {
-			if _, err = c.Info(ctx); err == nil {
-				h.cfg.Log.Info("shim started", "pid", cmd.Process.Pid)
-				return c, nil
-			}
-			c.Close()
-		}
-		select {
-		case err := <-ended:
-			return nil, fmt.Errorf("shim ended while starting (%v); see %s: %w", err, logFile.Name(), errdefs.ErrUnavailable)
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		case <-time.After(pause):
-		}
-		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("shim does not answer on %s after %v; see %s: %w", h.Socket(), startTime, logFile.Name(), errdefs.ErrUnavailable)
-		}
+	go func() { _ = cmd.Wait() }() // reaps it, if it ends while the daemon lives
+	if err := ready.SetReadDeadline(time.Now().Add(startTime)); err != nil {
+		return nil, fmt.Errorf("shim: %w", err)
 	}
+	stop := context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		return nil, fmt.Errorf("shim did not start (%v); see %s: %w", err, logFile.Name(), errdefs.ErrUnavailable)
+	}
+	c, err := task.Dial(ctx, h.Socket())
+	if err != nil {
+		return nil, err
+	}
+	h.cfg.Log.Info("shim started", "pid", cmd.Process.Pid)
+	return c, nil
+}
+
+func (h *Host) runDir() string { return filepath.Join(h.cfg.RunRoot, "shim") }
+
+// reap ends and frees what containers of an earlier shim, that was killed, have
+// left: processes and control groups.
+func (h *Host) reap(ctx context.Context, logFile *os.File) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, h.cfg.Shim, "reap", "--run-dir", h.runDir(), "--cgroup-parent", h.cfg.Name)
+	cmd.Stdout, cmd.Stderr = logFile, logFile
+	cmd.Dir = "/"
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s reap: %w", h.cfg.Shim, err)
+	}
+	return nil
 }
 
 // Prepare passes on what it is given: host paths are what the host's shim needs.
