@@ -75,7 +75,14 @@ func Open(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if c.rtnl, err = link.Open(); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
-	if c.table, err = nft.Open(cfg.Name, cfg.FirewallBypass); err != nil {
+	if err := link.Sysctl("net/ipv4/ip_forward", "1"); err != nil {
+		c.log.Warn("IPv4 forwarding could not be switched on: containers reach nothing outside", "err", err)
+	}
+	loop, err := c.raiseLoop()
+	if err != nil {
+		return nil, fmt.Errorf("network: %w", err)
+	}
+	if c.table, err = nft.Open(cfg.Name, loop); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
 	if err := c.recoverState(); err != nil {
@@ -175,7 +182,7 @@ func (c *Controller) removeLinks() error {
 		b.DelLink(l.Name)
 	}
 	for _, l := range links {
-		if c.ownsBridge(l) {
+		if c.ownsBridge(l) || l.Alias == c.loopAlias() {
 			b.DelLink(l.Name)
 		}
 	}

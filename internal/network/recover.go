@@ -71,9 +71,6 @@ func (c *Controller) recoverState() error {
 		}
 		c.nets[rec.ID], c.names[rec.Name] = n, rec.ID
 	}
-	if err := link.Sysctl("net/ipv4/ip_forward", "1"); err != nil {
-		c.log.Warn("IPv4 forwarding could not be switched on: containers reach nothing outside", "err", err)
-	}
 	c.adopt()
 	if err := c.predefine(); err != nil {
 		return err

@@ -273,3 +273,31 @@ func (b *Batch) AddLocal(index int, a netip.Addr, metric uint32) {
 	b.attr32(unix.RTA_PRIORITY, metric)
 	b.allow(unix.EEXIST)
 }
+
+// AddLoop makes a veth pair whose ends both stay in the namespace: what is
+// sent into a arrives by b. Neither end asks for neighbours; both have the
+// same hardware address, so every packet is for the other end. They are down.
+func (b *Batch) AddLoop(a, z string, mac net.HardwareAddr) {
+	b.begin("add veth "+a, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, a)
+	b.attr32(unix.IFLA_MTU, 65535)
+	b.attr(unix.IFLA_ADDRESS, mac)
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_KIND, "veth")
+	b.open(unix.IFLA_INFO_DATA)
+	b.open(vethInfoPeer)
+	b.buf = append(b.buf, ifinfo(0, 0, 0)...)
+	b.attrString(unix.IFLA_IFNAME, z)
+	b.attr32(unix.IFLA_MTU, 65535)
+	b.attr(unix.IFLA_ADDRESS, mac)
+	b.close()
+	b.close()
+	b.close()
+}
+
+// SetUpNoARP brings the named interface up and has it not ask for neighbours.
+func (b *Batch) SetUpNoARP(name string) {
+	const flags = unix.IFF_UP | unix.IFF_NOARP
+	b.begin("bring up "+name, unix.RTM_NEWLINK, 0, ifinfo(0, flags, flags))
+	b.attrString(unix.IFLA_IFNAME, name)
+}

@@ -45,14 +45,15 @@ type Port struct {
 
 // Table is our table in the kernel and what should be in it.
 type Table struct {
-	name   string
-	bypass bool
+	name string
+	loop Loop
 
 	mu    sync.Mutex
 	loop6 bool
 	conn  *nftables.Conn
 	sets  map[string]*nftables.Set
 	t     *nftables.Table
+	late  [2]*nftables.Table
 	nets  map[string]Net
 	ports map[portKey]netip.AddrPort
 }
@@ -63,15 +64,24 @@ type portKey struct {
 	port  uint16
 }
 
+// Loop is a pair of interfaces by which packets for published ports come back
+// after the host's input rules let them pass.
+type Loop struct {
+	// In is the end that packets are sent into, Index its index; Out the end
+	// by which they come back.
+	In, Out string
+	Index   int
+}
+
 // Open makes a table handle in the calling thread's network namespace. Nothing
-// is changed before Install. With bypass the host's input rules are not asked
-// about published ports.
-func Open(name string, bypass bool) (*Table, error) {
+// is changed before Install. Without a loop the host's input rules are not
+// asked about published ports.
+func Open(name string, loop Loop) (*Table, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("open nftables socket: %w", err)
 	}
-	return &Table{name: name, bypass: bypass, conn: conn, nets: map[string]Net{}, ports: map[portKey]netip.AddrPort{}}, nil
+	return &Table{name: name, loop: loop, conn: conn, nets: map[string]Net{}, ports: map[portKey]netip.AddrPort{}}, nil
 }
 
 // SetLoopback6 says whether ports published on all addresses or on [::1] are

@@ -41,7 +41,7 @@ func ruleset(t *testing.T) string {
 }
 
 func TestRootTable(t *testing.T) {
-	tb, err := Open("tnt", false)
+	tb, err := Open("tnt", Loop{In: "lo", Out: "tnt9", Index: 1})
 	if err != nil {
 		t.Fatal(err)
 	}

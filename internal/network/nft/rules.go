@@ -25,8 +25,13 @@ import (
 //	  chain pre { type nat hook prerouting priority dstnat
 //	    ip daddr 127.0.0.0/8 return                   # loopback only from inside
 //	    th dport 53 ip daddr @dns4 return
+//	    iifname != @bridges iifname != LOOP goto ask  # the host's firewall first
 //	    dnat ip to ip daddr . meta l4proto . th dport map @addr4
 //	    fib daddr type local dnat ip to meta l4proto . th dport map @any4
+//	  }
+//	  chain ask {                                     # is it published?
+//	    ip daddr . meta l4proto . th dport @addr4 ct mark set ct mark | 1<<30
+//	    fib daddr type local meta l4proto . th dport @any4 ct mark set ct mark | 1<<30
 //	  }
 //	  chain out { type nat hook output priority dstnat  # the same with loopback
 //	    ip6 daddr ::1 return                          # only where br_netfilter is on
@@ -52,8 +57,25 @@ import (
 //	  }
 //	}
 //
+//	table ip NAME {                                   # and table ip6 NAME
+//	  chain late { type filter hook input priority 200
+//	    ct mark & 1<<30 != 0 dup to 169.254.0.1 device LOOP'
+//	    ct mark & 1<<30 != 0 drop
+//	  }
+//	}
+//
 // An accept here ends only our own chain: a drop in any other table's chain
 // at the same hook still wins.
+//
+// The host's own firewall decides about published ports with the words that
+// its owner uses for every other service: an input rule on the published port.
+// A packet that was turned to a container by dstnat never comes by the input
+// hook, so the first packet of a flow from outside is not turned at first but
+// goes to the input hook as if the host had the service. If it gets through
+// there, chain late sends it through a pair of interfaces back to prerouting,
+// where it is turned; conntrack then knows the flow and all further packets
+// take the short way. The dup statement does not exist in the inet family,
+// hence the two small tables.
 const (
 	setBridges  = "bridges"
 	setInternal = "internal"
@@ -67,7 +89,9 @@ const (
 
 func (t *Table) tables() []*nftables.Table {
 	t.t = &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
-	return []*nftables.Table{t.t}
+	t.late[0] = &nftables.Table{Name: t.name, Family: nftables.TableFamilyIPv4}
+	t.late[1] = &nftables.Table{Name: t.name, Family: nftables.TableFamilyIPv6}
+	return []*nftables.Table{t.t, t.late[0], t.late[1]}
 }
 
 func concat(types ...nftables.SetDatatype) nftables.SetDatatype {
@@ -108,10 +132,16 @@ func (t *Table) rules() {
 	fwd := t.chain("fwd", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
 	in := t.chain("in", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
 
+	ask := t.conn.AddChain(&nftables.Chain{Name: "ask", Table: t.t})
 	for _, f := range []fam{v4, v6} {
 		t.rule(guard, t.iif(setBridges), f.is(), f.loop(f.dst), verdict(expr.VerdictDrop))
 		t.rule(pre, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
 		t.rule(pre, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictReturn))
+		if t.loop.In != "" {
+			t.rule(pre, f.is(), t.notIif(setBridges), notIifname(t.loop.Out), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: ask.Name}})
+			t.rule(ask, f.is(), t.lookupAddr(f), setCtMark(ctMarkAsk))
+			t.rule(ask, f.is(), fibLocal(), t.lookupAny(f), setCtMark(ctMarkAsk))
+		}
 		if f == v6 && !t.loop6 {
 			t.rule(out, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
 		}
@@ -137,6 +167,41 @@ func (t *Table) rules() {
 	}
 	t.rule(in, t.iif(setInternal), l4proto(unix.IPPROTO_ICMPV6), verdict(expr.VerdictAccept))
 	t.rule(in, t.iif(setInternal), verdict(expr.VerdictDrop))
+	if t.loop.In != "" {
+		t.lateRules()
+	}
+}
+
+// lateRules are the tables of chain late.
+func (t *Table) lateRules() {
+	accept := nftables.ChainPolicyAccept
+	prio := nftables.ChainPriority(200)
+	for i, gw := range [][]byte{{169, 254, 0, 1}, {0xfe, 0x80, 15: 1}} {
+		c := t.conn.AddChain(&nftables.Chain{Name: "late", Table: t.late[i], Type: nftables.ChainTypeFilter,
+			Hooknum: nftables.ChainHookInput, Priority: &prio, Policy: &accept})
+		dup := append(ctBits(expr.CtKeyMARK, ctMarkAsk),
+			&expr.Immediate{Register: reg1, Data: gw},
+			&expr.Immediate{Register: reg2, Data: binaryutil.NativeEndian.PutUint32(uint32(t.loop.Index))},
+			&expr.Dup{RegAddr: reg1, RegDev: reg2, IsRegDevSet: true})
+		t.conn.AddRule(&nftables.Rule{Table: t.late[i], Chain: c, Exprs: dup})
+		t.conn.AddRule(&nftables.Rule{Table: t.late[i], Chain: c, Exprs: append(ctBits(expr.CtKeyMARK, ctMarkAsk), verdict(expr.VerdictDrop)...)})
+	}
+}
+
+// ctMarkAsk marks a flow that the host's firewall has yet to judge. The
+// conntrack entry that carries it is never confirmed, so no other user of
+// marks meets it.
+const ctMarkAsk = 1 << 30
+
+func setCtMark(bits uint32) []expr.Any {
+	return []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: reg1},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(^bits), Xor: binaryutil.NativeEndian.PutUint32(bits)},
+		&expr.Ct{Key: expr.CtKeyMARK, Register: reg1, SourceRegister: true}}
+}
+
+func notIifname(name string) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: ifname(name)}}
 }
 
 func (t *Table) chain(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio *nftables.ChainPriority) *nftables.Chain {
@@ -205,6 +270,7 @@ func (t *Table) name16(key expr.MetaKey, set string, invert bool) []expr.Any {
 
 func (t *Table) iif(set string) []expr.Any    { return t.name16(expr.MetaKeyIIFNAME, set, false) }
 func (t *Table) oif(set string) []expr.Any    { return t.name16(expr.MetaKeyOIFNAME, set, false) }
+func (t *Table) notIif(set string) []expr.Any { return t.name16(expr.MetaKeyIIFNAME, set, true) }
 func (t *Table) notOif(set string) []expr.Any { return t.name16(expr.MetaKeyOIFNAME, set, true) }
 
 func (t *Table) sameBridge() []expr.Any {
@@ -229,20 +295,24 @@ func (t *Table) dport53() []expr.Any {
 }
 
 // dnatAddr: dnat to ADDR . l4proto . dport map @addrN
-func (t *Table) dnatAddr(f fam) []expr.Any {
+func (t *Table) dnatAddr(f fam) []expr.Any { return append(t.lookupAddr(f), f.dnat()) }
+
+// dnatAny: dnat to l4proto . dport map @anyN
+func (t *Table) dnatAny(f fam) []expr.Any { return append(t.lookupAny(f), f.dnat()) }
+
+// lookupAddr matches what is published on its destination address.
+func (t *Table) lookupAddr(f fam) []expr.Any {
 	s := t.sets[mapAddr+f.set]
 	next := reg32 + f.size/4
 	return []expr.Any{f.load(f.dst, reg1), &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: next}, dport(next + 1),
-		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID},
-		f.dnat()}
+		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID}}
 }
 
-// dnatAny: dnat to l4proto . dport map @anyN
-func (t *Table) dnatAny(f fam) []expr.Any {
+// lookupAny matches what is published on all addresses.
+func (t *Table) lookupAny(f fam) []expr.Any {
 	s := t.sets[mapAny+f.set]
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg1}, dport(reg32 + 1),
-		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID},
-		f.dnat()}
+		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID}}
 }
 
 func (f fam) dnat() expr.Any {
