@@ -108,7 +108,13 @@ func replyError(r *taskv1.StreamReply) error {
 }
 
 func clientInterceptor(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
-	return fromStatus(invoke(ctx, req, resp))
+	if err := invoke(ctx, req, resp); err != nil {
+		return fromStatus(err)
+	}
+	if s := resp.Status; s != nil && s.Code != int32(codes.OK) { // ttrpc looks at it only after us
+		return fromCode(codes.Code(s.Code), s.Message)
+	}
+	return nil
 }
 
 // ServerInterceptor maps the errors of a shim's unary calls.
