@@ -83,3 +83,6 @@ func parseCaps(c *specs.LinuxCapabilities) (s capSets, err error) {
 	}
 	return s, nil
 }
+
+// CapNames names the capabilities of a bit mask.
+func CapNames(set uint64) string { return describeCaps(set) }

@@ -49,6 +49,9 @@ type compiler struct {
 	root slot // the container's root
 	old  slot // the host's root
 	late []func()
+	// sources are binds that were opened with the host's privileges, before
+	// the user namespace was entered.
+	sources map[*specs.Mount]slot
 
 	userns bool
 	shared bool // the root's propagation is shared: nothing may leak to the host
@@ -72,7 +75,10 @@ func Compile(spec *specs.Spec, opts Options) (_ *Plan, err error) {
 			return nil, fmt.Errorf("spec: %w", err)
 		}
 	}
-	if err := c.process(spec.Process, spec.Linux.Seccomp, spec.Linux.Personality); err != nil {
+	if err := c.memoryPolicy(c.spec.Linux.MemoryPolicy); err != nil {
+		return nil, fmt.Errorf("spec: %w", err)
+	}
+	if err := c.process(c.spec.Process, c.spec.Linux.Seccomp, c.spec.Linux.Personality); err != nil {
 		return nil, fmt.Errorf("spec: %w", err)
 	}
 	return c.finish(), nil
@@ -85,9 +91,8 @@ func (c *compiler) enter() error {
 	c.oomScoreAdj(c.spec.Process)
 	c.cgroup()
 
-	timeOffsets := c.spec.Linux.TimeOffsets
 	_, joinUser := c.join[specs.UserNamespace]
-	second := c.fresh&unix.CLONE_NEWUSER != 0 || joinUser || len(timeOffsets) > 0
+	second := c.fresh&unix.CLONE_NEWUSER != 0 || joinUser || c.fresh&unix.CLONE_NEWTIME != 0
 	c.userns = c.fresh&unix.CLONE_NEWUSER != 0 || joinUser
 
 	for _, n := range namespaceFlags {
@@ -106,17 +111,12 @@ func (c *compiler) enter() error {
 		c.call(unix.SYS_SETNS, fd.arg(), num(n.flag))
 		c.call(unix.SYS_CLOSE, fd.arg())
 	}
-	first := c.fresh &^ (unix.CLONE_NEWCGROUP | unix.CLONE_NEWTIME)
+	c.p.OwnCaps = !c.userns
+	fresh := c.fresh &^ (unix.CLONE_NEWCGROUP | unix.CLONE_NEWTIME)
 	if !second {
-		c.p.Clone = first
-		if c.fresh&unix.CLONE_NEWTIME != 0 {
-			c.step("new time namespace")
-			return c.errorf("namespace time: needs timeOffsets")
-		}
-	} else {
-		if err := c.secondClone(first, joinUser); err != nil {
-			return err
-		}
+		c.p.Clone = fresh
+	} else if err := c.secondClone(fresh, joinUser); err != nil {
+		return err
 	}
 	if c.fresh&unix.CLONE_NEWCGROUP != 0 {
 		c.step("new cgroup namespace")
@@ -139,12 +139,6 @@ func (c *compiler) enter() error {
 		c.call(unix.SYS_SETDOMAINNAME, mem([]byte(c.spec.Domainname)), num(len(c.spec.Domainname)))
 	}
 	return nil
-}
-
-func (c *compiler) errorf(format string, args ...any) error { return fmt.Errorf(format, args...) }
-
-func (c *compiler) secondClone(flags uint64, joinUser bool) error {
-	return fmt.Errorf("user namespaces: not built yet")
 }
 
 // hostProc opens the host's /proc and makes sure that it is procfs.

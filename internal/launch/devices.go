@@ -199,7 +199,7 @@ func (b *builder) terminal(root slot, p *specs.Process) slot {
 		b.call(unix.SYS_IOCTL, slave.arg(), num(unix.TIOCSWINSZ), mem(ws))
 	}
 	b.call(unix.SYS_FCHOWN, slave.arg(), num(p.User.UID), num(^uint32(0))).ignore(unix.EINVAL, unix.EPERM)
-	b.call(OpSendFD, num(0), master.arg(), num(0), num(1))
+	b.call(OpSendFD, num(0), master.arg(), num(0), num(FDConsole))
 	b.call(unix.SYS_CLOSE, master.arg())
 	return slave
 }

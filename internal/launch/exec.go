@@ -48,7 +48,9 @@ func CompileExec(process *specs.Process, opts ExecOptions) (*Plan, error) {
 	c.hostProc()
 	c.oomScoreAdj(process)
 	c.joinCgroup(opts.Cgroup)
-	if err := c.execAffinity(process); err != nil {
+	c.p.OwnCaps = true // fork knows better if it joins a user namespace
+	final, err := c.execAffinity(process)
+	if err != nil {
 		return nil, fmt.Errorf("exec: %w", err)
 	}
 	if c.p.JoinFlags != 0 || c.p.JoinUser {
@@ -69,10 +71,9 @@ func CompileExec(process *specs.Process, opts ExecOptions) (*Plan, error) {
 		c.attachTerminal(slave)
 		c.call(unix.SYS_CLOSE, c.root.arg())
 	}
+	c.affinity("final", final)
 	if err := c.process(process, opts.Seccomp, opts.Personality); err != nil {
 		return nil, fmt.Errorf("exec: %w", err)
 	}
 	return c.finish(), nil
 }
-
-func (c *compiler) execAffinity(p *specs.Process) error { return nil }

@@ -87,5 +87,8 @@ type ExecOptions struct {
 	Gate bool
 }
 
-// PhaseMaps is served by package fork itself: the id maps are written.
-const PhaseMaps Phase = 100
+// These phases are served by package fork itself.
+const (
+	PhaseMaps   Phase = 100 + iota // the id maps are written
+	PhaseCopyUp                    // a directory is copied
+)

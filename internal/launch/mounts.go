@@ -127,7 +127,13 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		flags &^= unix.MS_RDONLY // until everything below is made
 	}
 	if o.copyUp {
-		return c.copyUp(t, dest, flags, data, o, readonly)
+		if typ != "tmpfs" {
+			return fmt.Errorf("option tmpcopyup: only for a tmpfs")
+		}
+		c.copyUp(t, dest, resolve, flags, data)
+		c.call(unix.SYS_CLOSE, t.arg())
+		c.afterMount(dest, resolve, o, readonly)
+		return nil
 	}
 	c.call(unix.SYS_FCHDIR, t.arg())
 	mount := c.call(unix.SYS_MOUNT, str(source), str("."), str(typ), num(uint64(flags)), str(data))
@@ -194,26 +200,23 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 	if source == "" {
 		return fmt.Errorf("source is empty")
 	}
-	src := c.abs(source)
 	kind := "bind"
-	flags := uint64(treeFlags)
 	if o.rbind {
 		kind = "rbind"
-		flags |= unix.AT_RECURSIVE
 	}
-	if o.srcNoFollow {
-		flags |= unix.AT_SYMLINK_NOFOLLOW
-	}
-	tree, t := c.builder.slot(), c.builder.slot()
+	t := c.builder.slot()
 	st := make([]byte, statSize)
-	id := c.idMap(m, o)
-	c.sourceStep(func() {
-		c.step(kind+" "+src+" → "+dest, o.describe())
-		c.call(unix.SYS_OPEN_TREE, fdcwd, str(src), num(flags)).out(tree)
-		if id != nil {
-			id(tree)
+	c.step(kind+" "+c.abs(source)+" → "+dest, o.describe())
+	if m == nil {
+		m = &specs.Mount{Source: source}
+	}
+	tree, opened := c.sources[m]
+	if !opened {
+		tree = c.builder.slot()
+		if err := c.sourceTree(tree, m, o); err != nil {
+			return err
 		}
-	})
+	}
 	c.call(unix.SYS_NEWFSTATAT, tree.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
 	if len(o.propagation) == 0 {
 		c.setAttr(tree, unix.AT_RECURSIVE, 0, 0, unix.MS_PRIVATE)
@@ -239,15 +242,16 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 	return nil
 }
 
-// sourceStep does what needs the host's privileges.
-func (c *compiler) sourceStep(f func()) { f() }
-
-// idMap gives the code that maps a bind's ids, nil for none.
-func (c *compiler) idMap(m *specs.Mount, o mountOptions) func(slot) { return nil }
-
-// copyUp mounts a tmpfs over dest with what is in it.
-func (c *compiler) copyUp(t slot, dest string, flags uintptr, data string, o mountOptions, readonly bool) error {
-	return fmt.Errorf("option tmpcopyup: not built yet")
+// copyUp mounts a tmpfs over t, and has the parent copy into it what was there.
+func (c *compiler) copyUp(t slot, dest string, resolve uint64, flags uintptr, data string) {
+	c.call(unix.SYS_FCHDIR, t.arg())
+	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(uint64(flags)), str(data))
+	top := c.builder.slot()
+	c.open(c.root, dest, pathFlags, resolve).out(top)
+	c.call(OpSendFD, num(0), t.arg(), num(0), num(FDCopyFrom))
+	c.call(OpSendFD, num(0), top.arg(), num(0), num(FDCopyTo))
+	c.call(OpPhase, num(PhaseCopyUp))
+	c.call(unix.SYS_CLOSE, top.arg())
 }
 
 // cgroupMount mounts the cgroup hierarchies below dest.

@@ -29,6 +29,12 @@ type Plan struct {
 	Code []Instr
 	// Slots is the number of result slots, the input slots included.
 	Slots int
+	// OwnCaps says that the capabilities are those of the caller's user
+	// namespace: what the caller does not hold cannot be given.
+	OwnCaps bool
+	// IDMaps are user namespaces that the parent makes for idmapped mounts,
+	// their descriptors going to slots.
+	IDMaps []IDMapFD
 	// Maps is set when the child asks the parent to write its id maps.
 	Maps *IDMaps
 	// Preserve is the number of extra descriptors that the program inherits.
@@ -40,19 +46,18 @@ type Plan struct {
 	// NetDevices are moved into the child's network namespace by the parent
 	// when the namespaces stand: host name to name inside.
 	NetDevices map[string]string
-	// ListenerPath is the seccomp agent's socket, with ListenerMetadata; the
-	// caller sends it the container's process state with the descriptor.
-	ListenerPath, ListenerMetadata string
-	// Affinity is a CPU list that the process starts with, for the time
-	// before the exec; empty is none.
-	Affinity []byte
+}
+
+// IDMapFD is a user namespace for idmapped mounts.
+type IDMapFD struct {
+	Slot int
+	IDMaps
 }
 
 // IDMaps is what the parent writes into the child's /proc directory.
 type IDMaps struct {
 	UID, GID     string
 	DenySetgroup bool
-	OOMScoreAdj  *int
 }
 
 // Step is one readable step.
@@ -87,6 +92,14 @@ const (
 	OpClone                      // (clone_args): the clone goes on, the caller reports its pid and exits
 	OpReport                     // (kind, value): reports a value to the parent
 	OpDefaultSig                 // (): all signals to their defaults
+)
+
+// Kinds of OpReport and OpSendFD.
+const (
+	ReportListener = 1 // a seccomp listener's descriptor number in the child
+	FDConsole      = 1
+	FDCopyFrom     = 2 // a directory and the one that it is copied to
+	FDCopyTo       = 3
 )
 
 // Instr is one system call (or pseudo call) of the child.

@@ -47,25 +47,39 @@ func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs
 			return fmt.Errorf("linux.seccomp: %w", err)
 		}
 	}
+	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
+		if err := b.securityLabels(p); err != nil {
+			return err
+		}
+	}
 	early := filter != nil && !p.NoNewPrivileges
 	b.identity(p, caps, early)
-	argv0, candidates := b.findProgram(p)
+	candidates := b.findProgram(p)
+	load := func() {
+		if p.NoNewPrivileges {
+			b.step("no new privileges")
+			b.call(unix.SYS_PRCTL, num(unix.PR_SET_NO_NEW_PRIVS), num(1), num(0), num(0), num(0))
+		}
+		if filter != nil {
+			b.loadSeccomp(filter)
+		}
+		if early {
+			b.step("capabilities", caps.describe())
+			b.capset(caps.effective, caps.permitted, caps.inheritable)
+		}
+	}
+	if filter != nil && filter.Notify() {
+		// The agent must have the listener before the first call that it is
+		// asked about, so the filter cannot wait for the start.
+		load()
+		load = func() {}
+	}
 	b.step("wait to be started")
 	b.call(OpBarrier)
-	if p.NoNewPrivileges {
-		b.step("no new privileges")
-		b.call(unix.SYS_PRCTL, num(unix.PR_SET_NO_NEW_PRIVS), num(1), num(0), num(0), num(0))
-	}
 	b.step("unblock signals")
 	b.call(unix.SYS_RT_SIGPROCMASK, num(2 /* SIG_SETMASK */), mem(words(0)), num(0), num(8))
-	if filter != nil {
-		b.loadSeccomp(filter)
-	}
-	if early {
-		b.step("capabilities", caps.describe())
-		b.capset(caps.effective, caps.permitted, caps.inheritable)
-	}
-	b.exec(argv0, candidates, p)
+	load()
+	b.exec(candidates, p)
 	return nil
 }
 
@@ -153,6 +167,31 @@ func (b *builder) identity(p *specs.Process, caps capSets, early bool) {
 	}
 }
 
+// securityLabels refuses what the host lacks; what it has is not used yet by any.
+func (b *builder) securityLabels(p *specs.Process) error {
+	if p.SelinuxLabel != "" {
+		return fmt.Errorf("process.selinuxLabel: SELinux is not supported")
+	}
+	if p.ApparmorProfile == "unconfined" {
+		return nil
+	}
+	b.step("AppArmor profile " + p.ApparmorProfile)
+	fd := b.slot()
+	data := "exec " + p.ApparmorProfile
+	// Only procfs itself may be written to: fd 0 of the container's /proc could
+	// be anything.
+	b.call(unix.SYS_OPENAT2, fdcwd, str("/proc/thread-self/attr/apparmor/exec"), mem(openHow(unix.O_WRONLY|unix.O_CLOEXEC, unix.RESOLVE_NO_MAGICLINKS)), num(24)).out(fd)
+	st := make([]byte, 128)
+	ok := b.label()
+	b.call(unix.SYS_FSTATFS, fd.arg(), mem(st))
+	b.call(OpTestMem, mem(st), num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(ok)
+	b.call(OpFail, num(unix.EXDEV))
+	b.mark(ok)
+	b.call(unix.SYS_WRITE, fd.arg(), mem([]byte(data)), num(len(data)))
+	b.call(unix.SYS_CLOSE, fd.arg())
+	return nil
+}
+
 // capset sets the three sets of the process.
 func (b *builder) capset(eff, perm, inh uint64) {
 	hdr := binary.NativeEndian.AppendUint32(nil, unix.LINUX_CAPABILITY_VERSION_3)
@@ -173,7 +212,13 @@ func (b *builder) loadSeccomp(f *seccomp.Filter) {
 	binary.NativeEndian.PutUint16(fprog, uint16(len(prog)/8))
 	arg := mem(fprog)
 	arg.Ptrs = []Ptr{{Off: 8, B: prog}}
-	b.call(unix.SYS_SECCOMP, num(1 /* SECCOMP_SET_MODE_FILTER */), num(f.Flags()), arg)
+	if !f.Notify() {
+		b.call(unix.SYS_SECCOMP, num(1 /* SECCOMP_SET_MODE_FILTER */), num(f.Flags()), arg)
+		return
+	}
+	fd := b.slot()
+	b.call(unix.SYS_SECCOMP, num(1), num(f.Flags()), arg).out(fd)
+	b.call(OpReport, num(ReportListener), fd.arg())
 }
 
 // defaultPath is searched when the environment has no PATH.
@@ -181,7 +226,7 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 
 // findProgram makes sure that the program is there before the barrier, as the
 // process's user sees it.
-func (b *builder) findProgram(p *specs.Process) (string, []string) {
+func (b *builder) findProgram(p *specs.Process) []string {
 	argv0 := p.Args[0]
 	var candidates []string
 	if strings.Contains(argv0, "/") {
@@ -229,11 +274,11 @@ func (b *builder) findProgram(p *specs.Process) (string, []string) {
 	b.mark(denied)
 	b.call(OpFail, num(syscall.EACCES))
 	b.mark(done)
-	return argv0, candidates
+	return candidates
 }
 
 // exec tries the candidates in turn, as execvp does.
-func (b *builder) exec(argv0 string, candidates []string, p *specs.Process) {
+func (b *builder) exec(candidates []string, p *specs.Process) {
 	b.step(fmt.Sprintf("exec %q", p.Args))
 	argv, envp := vec(p.Args), vec(p.Env)
 	for i, cand := range candidates {
@@ -242,5 +287,4 @@ func (b *builder) exec(argv0 string, candidates []string, p *specs.Process) {
 			in.ignore(unix.ENOENT, unix.ENOTDIR, unix.EACCES)
 		}
 	}
-	_ = argv0
 }

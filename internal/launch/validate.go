@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/cgroup"
 )
@@ -120,6 +121,102 @@ func (c *compiler) checkLinux() error {
 			if !path.IsAbs(p) || strings.IndexByte(p, 0) >= 0 {
 				return fmt.Errorf("linux.maskedPaths, readonlyPaths: %q is not an absolute path", p)
 			}
+		}
+	}
+	_, userPath := c.join[specs.UserNamespace]
+	if c.fresh&unix.CLONE_NEWUSER != 0 {
+		if len(l.UIDMappings) == 0 || len(l.GIDMappings) == 0 {
+			return fmt.Errorf("linux.uidMappings, gidMappings: a new user namespace needs both")
+		}
+		if err := checkMaps(l.UIDMappings, l.GIDMappings); err != nil {
+			return fmt.Errorf("linux.%w", err)
+		}
+	} else if !userPath && (len(l.UIDMappings) > 0 || len(l.GIDMappings) > 0) {
+		return fmt.Errorf("linux.uidMappings, gidMappings: there is no user namespace")
+	}
+	if len(l.TimeOffsets) > 0 && c.fresh&unix.CLONE_NEWTIME == 0 {
+		return fmt.Errorf("linux.timeOffsets: there is no new time namespace")
+	}
+	for clock, o := range l.TimeOffsets {
+		if clock != "monotonic" && clock != "boottime" {
+			return fmt.Errorf("linux.timeOffsets: clock %q is not monotonic or boottime", clock)
+		}
+		if o.Nanosecs >= 1e9 {
+			return fmt.Errorf("linux.timeOffsets.%s.nanosecs: %d is a second or more", clock, o.Nanosecs)
+		}
+	}
+	if (c.spec.Hostname != "" || c.spec.Domainname != "") && c.fresh&unix.CLONE_NEWUTS == 0 && c.join[specs.UTSNamespace] == "" {
+		return fmt.Errorf("hostname, domainname: there is no uts namespace")
+	}
+	for name, s := range map[string]string{"hostname": c.spec.Hostname, "domainname": c.spec.Domainname} {
+		if len(s) > 64 {
+			return fmt.Errorf("%s: longer than 64 bytes", name)
+		}
+	}
+	if c.fresh&unix.CLONE_NEWNS == 0 {
+		return fmt.Errorf("linux.namespaces: a container needs a mount namespace of its own")
+	}
+	return c.checkSysctls()
+}
+
+// checkMaps refuses overlapping and empty id maps.
+func checkMaps(uids, gids []specs.LinuxIDMapping) error {
+	for name, maps := range map[string][]specs.LinuxIDMapping{"uidMappings": uids, "gidMappings": gids} {
+		if len(maps) > 340 {
+			return fmt.Errorf("%s: more than the kernel's 340 lines", name)
+		}
+		for i, m := range maps {
+			if m.Size == 0 || uint64(m.ContainerID)+uint64(m.Size) > 1<<32-1 || uint64(m.HostID)+uint64(m.Size) > 1<<32-1 {
+				return fmt.Errorf("%s[%d]: size %d", name, i, m.Size)
+			}
+			for _, n := range maps[:i] {
+				if overlap(m.ContainerID, n.ContainerID, m.Size, n.Size) || overlap(m.HostID, n.HostID, m.Size, n.Size) {
+					return fmt.Errorf("%s[%d]: overlaps another", name, i)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func overlap(a, b, na, nb uint32) bool {
+	return uint64(a) < uint64(b)+uint64(nb) && uint64(b) < uint64(a)+uint64(na)
+}
+
+// ipcSysctls are those of the ipc namespace beside kernel.msg*, sem and shm*.
+var ipcSysctls = map[string]bool{
+	"kernel/msgmax": true, "kernel/msgmnb": true, "kernel/msgmni": true, "kernel/sem": true,
+	"kernel/shmall": true, "kernel/shmmax": true, "kernel/shmmni": true, "kernel/shm_rmid_forced": true,
+}
+
+// checkSysctls lets through what belongs to a namespace of the container's:
+// anything else would change the host.
+func (c *compiler) checkSysctls() error {
+	has := func(flag uint64, kind specs.LinuxNamespaceType) bool {
+		return c.fresh&flag != 0 || c.join[kind] != ""
+	}
+	for _, kv := range c.sysctlList() {
+		key, value, file := kv[0], kv[1], kv[2]
+		if path.Clean("/"+file) != "/"+file || strings.IndexByte(file+value, 0) >= 0 {
+			return fmt.Errorf("linux.sysctl: %q is no name of a kernel parameter", key)
+		}
+		need, ok := "", false
+		switch {
+		case ipcSysctls[file], strings.HasPrefix(file, "fs/mqueue/"):
+			need, ok = "ipc", has(unix.CLONE_NEWIPC, specs.IPCNamespace)
+		case strings.HasPrefix(file, "net/"):
+			need, ok = "network", has(unix.CLONE_NEWNET, specs.NetworkNamespace)
+		case file == "kernel/domainname":
+			need, ok = "uts", has(unix.CLONE_NEWUTS, specs.UTSNamespace)
+		case file == "kernel/hostname":
+			return fmt.Errorf("linux.sysctl: %s: is set by hostname", key)
+		case strings.HasPrefix(file, "user/"):
+			need, ok = "user", has(unix.CLONE_NEWUSER, specs.UserNamespace)
+		default:
+			return fmt.Errorf("linux.sysctl: %s: is not of a namespace: it would change the host", key)
+		}
+		if !ok {
+			return fmt.Errorf("linux.sysctl: %s: there is no %s namespace of its own: it would change the host", key, need)
 		}
 	}
 	return nil

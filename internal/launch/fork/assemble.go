@@ -1,6 +1,7 @@
 package fork
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
 	"runtime"
@@ -22,6 +23,9 @@ type assembly struct {
 	child []int
 	code  []instr
 	slots []uintptr
+
+	maskCaps bool
+	warnings []string
 }
 
 func (a *assembly) takeSock() int {
@@ -93,6 +97,7 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 	a.child = append(a.child, sp[1])
 
 	low := 3 + plan.Preserve
+	a.maskCaps = plan.OwnCaps
 	a.slots = make([]uintptr, plan.Slots)
 	sock := sp[1]
 	if sock < low {
@@ -133,9 +138,24 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 			}
 			if differs {
 				flags |= unix.CLONE_NEWUSER
+				a.maskCaps = false
 			}
 		}
 		a.slots[launch.SlotJoinFlags] = uintptr(flags)
+	}
+
+	for _, m := range plan.IDMaps {
+		ns, err := userNamespace(m.IDMaps)
+		if err != nil {
+			return nil, fmt.Errorf("idmapped mount: %w", err)
+		}
+		defer unix.Close(ns) // the child has the duplicate
+		fd, err := a.above(ns, low)
+		if err != nil {
+			return nil, err
+		}
+		needed = append(needed, fd)
+		a.slots[m.Slot] = uintptr(fd)
 	}
 
 	// The prologue: signals, dumpable, descriptors.
@@ -208,7 +228,7 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 	return a, nil
 }
 
-func (a *assembly) instr(c *launch.Instr, base int) (instr, error) {
+func (a *assembly) instr(c *launch.Instr, base int) (_ instr, err error) {
 	in := instr{nr: uintptr(c.Nr), out: int32(c.Out), step: uint32(c.Step), ok: int32(c.Ok + base)}
 	if len(c.On) > maxBranches {
 		return in, fmt.Errorf("fork: %d branches", len(c.On))
@@ -222,6 +242,11 @@ func (a *assembly) instr(c *launch.Instr, base int) (instr, error) {
 			in.slots |= 1 << i
 		case launch.ArgBytes:
 			b := arg.B
+			if c.Nr == unix.SYS_CAPSET && i == 1 && a.maskCaps {
+				if b, err = a.ownCaps(b); err != nil {
+					return in, err
+				}
+			}
 			if len(arg.Ptrs) > 0 {
 				b = slices.Clone(b)
 				for _, p := range arg.Ptrs {
@@ -312,4 +337,46 @@ func pidfdPid(pidfd int) (int, error) {
 		}
 	}
 	return 0, fmt.Errorf("pidfd: %w", unix.EBADF)
+}
+
+// ownCaps takes out of capset's data what this process does not hold, and so
+// cannot give: on some machines root lacks capabilities. Each is a warning.
+func (a *assembly) ownCaps(data []byte) ([]byte, error) {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var own [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &own[0]); err != nil {
+		return nil, os.NewSyscallError("capget", err)
+	}
+	data = slices.Clone(data)
+	for i := range own {
+		for j := range 3 {
+			word := data[12*i+4*j:]
+			v := binary.NativeEndian.Uint32(word)
+			lost := v &^ own[i].Permitted
+			if lost == 0 {
+				continue
+			}
+			binary.NativeEndian.PutUint32(word, v&own[i].Permitted)
+			w := "capabilities: not held by the runtime itself: " + launch.CapNames(uint64(lost)<<(32*i))
+			if !slices.Contains(a.warnings, w) {
+				a.warnings = append(a.warnings, w)
+			}
+		}
+	}
+	return data, nil
+}
+
+// userNamespace makes a user namespace with the maps and gives a descriptor of it.
+func userNamespace(maps launch.IDMaps) (int, error) {
+	plan := launch.UserNamespace(maps)
+	p, err := Start(plan, Stdio{})
+	if err != nil {
+		return -1, err
+	}
+	defer p.abort()
+	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", p.Pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("user namespace: %w", err)
+	}
+	return fd, nil
 }

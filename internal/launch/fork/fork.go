@@ -46,6 +46,9 @@ type Process struct {
 	// Console is the pty's master for a process with a terminal, else nil. The
 	// caller owns it.
 	Console *os.File
+	// SeccompListener is the listener of a filter that asks an agent, else nil.
+	// The caller owns it and sends it to the agent before Exec.
+	SeccompListener *os.File
 	// Warnings are steps that failed and that Docker would not fail for
 	// either (oom_score_adj without CAP_SYS_RESOURCE).
 	Warnings []string

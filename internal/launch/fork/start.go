@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/launch"
+	"tenon.dev/tenon/internal/safepath"
 )
 
 const sysClone3 = 435
@@ -39,6 +40,7 @@ type process struct {
 	mu   sync.Mutex
 	// below mu
 	lifted   bool
+	copy     [2]*os.File // what a copy-up is from and to
 	waitOnce sync.Once
 	exit     Exit
 	exitErr  error
@@ -81,6 +83,7 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 	}
 	p := &Process{Pid: pid, PidFD: newPidfd(int(*pidfd), pid)}
 	p.plan = plan
+	p.Warnings = a.warnings
 	p.sock = a.takeSock()
 	p.done = make(chan struct{})
 	a.closeChild()
@@ -156,10 +159,13 @@ func (p *Process) follow(stdio Stdio) (err error) {
 		case msgWarn:
 			p.Warnings = append(p.Warnings, p.stepError(m).Error())
 		case msgFD:
-			if p.Console != nil {
-				p.Console.Close()
+			if err := p.take(int(m.value), fd); err != nil {
+				return err
 			}
-			p.Console = console(fd)
+		case msgReport:
+			if err := p.report(m.value); err != nil {
+				return err
+			}
 		case msgPid:
 			if err := p.second(int(m.value)); err != nil {
 				return err
@@ -175,6 +181,63 @@ func (p *Process) follow(stdio Stdio) (err error) {
 			return nil
 		}
 	}
+}
+
+// take keeps a descriptor that the child sent.
+func (p *Process) take(kind, fd int) error {
+	if fd < 0 {
+		return errors.New("fork: a descriptor is missing")
+	}
+	switch kind {
+	case launch.FDConsole:
+		if p.Console != nil {
+			p.Console.Close()
+		}
+		p.Console = console(fd)
+	case launch.FDCopyFrom, launch.FDCopyTo:
+		i := kind - launch.FDCopyFrom
+		if p.copy[i] != nil {
+			p.copy[i].Close()
+		}
+		p.copy[i] = os.NewFile(uintptr(fd), "copy")
+	default:
+		unix.Close(fd)
+	}
+	return nil
+}
+
+// report takes a reported value: the number of the seccomp listener, which
+// cannot be sent, since the filter may ask the agent about sendmsg already.
+func (p *Process) report(value uint64) error {
+	if value>>32 != launch.ReportListener {
+		return nil
+	}
+	var fd int
+	var gerr error
+	rc, err := p.PidFD.SyscallConn()
+	if err == nil {
+		err = rc.Control(func(pidfd uintptr) { fd, gerr = unix.PidfdGetfd(int(pidfd), int(uint32(value)), 0) })
+	}
+	if err = errors.Join(err, gerr); err != nil {
+		return fmt.Errorf("seccomp listener: %w", err)
+	}
+	p.SeccompListener = os.NewFile(uintptr(fd), "seccomp")
+	return nil
+}
+
+// copyUp copies a directory for the child.
+func (p *Process) copyUp() error {
+	from, to := p.copy[0], p.copy[1]
+	p.copy = [2]*os.File{}
+	if from == nil || to == nil {
+		return errors.New("fork: nothing to copy")
+	}
+	defer from.Close()
+	defer to.Close()
+	if err := safepath.CopyTree(from, to); err != nil {
+		return fmt.Errorf("copy what was below a tmpfs: %w", err)
+	}
+	return nil
 }
 
 // console makes a pty's master a pollable file.
@@ -254,8 +317,11 @@ func (p *Process) second(pid int) error {
 
 // phase does the parent's part of a phase.
 func (p *Process) phase(ph launch.Phase, stdio Stdio) error {
-	if ph == launch.PhaseMaps {
+	switch ph {
+	case launch.PhaseMaps:
 		return p.writeMaps()
+	case launch.PhaseCopyUp:
+		return p.copyUp()
 	}
 	if stdio.AtPhase == nil {
 		return nil
@@ -295,10 +361,12 @@ func (p *Process) writeMaps() error {
 func (p *Process) abort() {
 	_ = p.Signal(syscall.SIGKILL) // gone already is as good
 	_, _ = p.Wait()               // the caller's error says more
-	if p.Console != nil {
-		p.Console.Close()
-		p.Console = nil
+	for _, f := range []*os.File{p.Console, p.SeccompListener, p.copy[0], p.copy[1]} {
+		if f != nil {
+			f.Close()
+		}
 	}
+	p.Console, p.SeccompListener = nil, nil
 	p.Close()
 }
 

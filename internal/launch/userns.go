@@ -1,0 +1,175 @@
+package launch
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// secondClone makes a user or time namespace. The first child still has the
+// host's privileges: it mounts the root and opens what is bound, then clones
+// the container's process as its sibling into the new namespaces and ends.
+func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
+	if c.userns {
+		if c.fresh&unix.CLONE_NEWNS == 0 {
+			return fmt.Errorf("linux.namespaces: a user namespace needs a mount namespace of its own")
+		}
+		c.p.Clone = unix.CLONE_NEWNS
+		c.slave()
+		if err := c.mountRoot(); err != nil {
+			return err
+		}
+		c.step("open what is bound")
+		for i := range c.spec.Mounts {
+			if err := c.openSource(i); err != nil {
+				return fmt.Errorf("mounts[%d]: %w", i, err)
+			}
+		}
+		c.step("detach the root")
+		c.call(unix.SYS_OPEN_TREE, c.root.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(c.root)
+		c.call(unix.SYS_CLOSE, c.old.arg())
+	}
+	if c.fresh&unix.CLONE_NEWTIME != 0 {
+		c.step("new time namespace", c.timeOffsets())
+		c.call(unix.SYS_UNSHARE, num(unix.CLONE_NEWTIME))
+		if data := c.timeOffsets(); data != "" {
+			fd := c.builder.slot()
+			c.open(c.proc, "self/timens_offsets", unix.O_WRONLY|unix.O_CLOEXEC, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV|unix.RESOLVE_NO_MAGICLINKS).out(fd)
+			c.call(unix.SYS_WRITE, fd.arg(), mem([]byte(data)), num(len(data)))
+			c.call(unix.SYS_CLOSE, fd.arg())
+		}
+	}
+	if joinUser {
+		p := c.join[specs.UserNamespace]
+		c.step("join user namespace " + p)
+		fd := c.builder.slot()
+		c.call(unix.SYS_OPENAT, fdcwd, str(p), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
+		c.call(unix.SYS_SETNS, fd.arg(), num(unix.CLONE_NEWUSER))
+		c.call(unix.SYS_CLOSE, fd.arg())
+	}
+	c.step("clone into the new namespaces")
+	c.call(OpClone, mem(words(fresh|unix.CLONE_PARENT, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
+	if !c.userns {
+		return nil
+	}
+	root := true
+	if !joinUser {
+		l := c.spec.Linux
+		c.step("id maps", strings.ReplaceAll("uid "+mapText(l.UIDMappings)+"gid "+mapText(l.GIDMappings), "\n", "; "))
+		c.p.Maps = &IDMaps{UID: mapText(l.UIDMappings), GID: mapText(l.GIDMappings)}
+		c.call(OpPhase, num(PhaseMaps))
+		root = mapsRoot(l.UIDMappings) && mapsRoot(l.GIDMappings)
+	}
+	if root {
+		c.step("root of the user namespace")
+		c.call(unix.SYS_SETGROUPS, num(0), num(0)).ignore(unix.EPERM)
+		c.call(unix.SYS_SETRESGID, num(0), num(0), num(0))
+		c.call(unix.SYS_SETRESUID, num(0), num(0), num(0))
+		c.call(unix.SYS_PRCTL, num(unix.PR_SET_DUMPABLE), num(0))
+	}
+	c.step("attach the root")
+	c.call(unix.SYS_OPENAT, fdcwd, str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)
+	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	return nil
+}
+
+// timeOffsets is the text for timens_offsets (time_namespaces(7)).
+func (c *compiler) timeOffsets() string {
+	var lines []string
+	for clock, o := range c.spec.Linux.TimeOffsets {
+		lines = append(lines, fmt.Sprintf("%s %d %d\n", clock, o.Secs, o.Nanosecs))
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "")
+}
+
+func mapText(maps []specs.LinuxIDMapping) string {
+	var s strings.Builder
+	for _, m := range maps {
+		fmt.Fprintf(&s, "%d %d %d\n", m.ContainerID, m.HostID, m.Size)
+	}
+	return s.String()
+}
+
+func mapsRoot(maps []specs.LinuxIDMapping) bool {
+	for _, m := range maps {
+		if m.ContainerID == 0 && m.Size > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// openSource opens the source of spec.Mounts[i], if it is a bind, with the
+// host's privileges.
+func (c *compiler) openSource(i int) error {
+	m := &c.spec.Mounts[i]
+	o, err := parseOptions(m.Options)
+	if err != nil {
+		return err
+	}
+	if !o.bind && m.Type != "bind" || m.Source == "" {
+		return nil
+	}
+	tree := c.builder.slot()
+	if err := c.sourceTree(tree, m, o); err != nil {
+		return err
+	}
+	if c.sources == nil {
+		c.sources = map[*specs.Mount]slot{}
+	}
+	c.sources[m] = tree
+	return nil
+}
+
+// sourceTree clones a bind's source into tree, with its ids mapped if it is so.
+func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
+	flags := uint64(treeFlags)
+	if o.rbind {
+		flags |= unix.AT_RECURSIVE
+	}
+	if o.srcNoFollow {
+		flags |= unix.AT_SYMLINK_NOFOLLOW
+	}
+	c.call(unix.SYS_OPEN_TREE, fdcwd, str(c.abs(m.Source)), num(flags)).out(tree)
+	uids, gids := m.UIDMappings, m.GIDMappings
+	if len(uids) == 0 && len(gids) == 0 {
+		if !o.idmap {
+			return nil
+		}
+		uids, gids = c.spec.Linux.UIDMappings, c.spec.Linux.GIDMappings
+	}
+	if len(uids) == 0 || len(gids) == 0 {
+		return fmt.Errorf("uidMappings and gidMappings: an idmapped mount needs both")
+	}
+	if err := checkMaps(uids, gids); err != nil {
+		return err
+	}
+	ns := c.builder.slot()
+	c.p.IDMaps = append(c.p.IDMaps, IDMapFD{Slot: int(ns), IDMaps: IDMaps{UID: mapText(uids), GID: mapText(gids)}})
+	attr := words(unix.MOUNT_ATTR_IDMAP, 0, 0, 0)
+	c.call(OpPoke, mem(attr), num(24), num(8), ns.arg())
+	var rec uint64
+	if o.ridmap {
+		rec = unix.AT_RECURSIVE
+	}
+	c.call(unix.SYS_MOUNT_SETATTR, tree.arg(), str(""), num(unix.AT_EMPTY_PATH|rec), mem(attr), num(32))
+	c.call(unix.SYS_CLOSE, ns.arg())
+	return nil
+}
+
+// UserNamespace is the plan of a process that only holds a user namespace.
+func UserNamespace(maps IDMaps) *Plan {
+	b := newBuilder()
+	b.p.Clone = unix.CLONE_NEWUSER
+	b.p.Maps = &maps
+	b.step("id maps")
+	b.call(OpPhase, num(PhaseMaps))
+	b.step("hold the user namespace")
+	b.call(OpBarrier)
+	b.call(OpFail, num(unix.ECANCELED))
+	return b.finish()
+}
