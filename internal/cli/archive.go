@@ -163,6 +163,10 @@ func (x *extractor) extract(r io.Reader) error {
 		if err != nil {
 			return fmt.Errorf("read the archive: %w", err)
 		}
+		if sparse(h) {
+			// A few bytes could stand for exabytes of zeros; no engine sends these.
+			return fmt.Errorf("the archive holds %q in a sparse form, which is not accepted", h.Name)
+		}
 		if first {
 			x.top = path.Clean(strings.TrimLeft(h.Name, "/"))
 		}
@@ -185,6 +189,19 @@ func (x *extractor) extract(r io.Reader) error {
 		}
 	}
 	return nil
+}
+
+// sparse tells whether an entry's content is stored with its holes left out.
+func sparse(h *tar.Header) bool {
+	if h.Typeflag == tar.TypeGNUSparse {
+		return true
+	}
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
 }
 
 // rename puts an entry's name under the destination's name.

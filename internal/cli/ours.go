@@ -59,8 +59,10 @@ func writeReport(b *bytes.Buffer, r client.Report, colour bool) {
 	for _, c := range r.Checks {
 		fmt.Fprintf(tw, "%s\t%s\t%s\n", c.Name, c.Status, strings.ReplaceAll(c.Detail, "\n", " "))
 		if c.Remedy != "" && c.Status != client.CheckOK {
+			mark := "→"
 			for line := range strings.Lines(c.Remedy) {
-				fmt.Fprintf(tw, "\t\t→ %s\n", strings.TrimSuffix(line, "\n"))
+				fmt.Fprintf(tw, "\t\t%s %s\n", mark, strings.TrimSuffix(line, "\n"))
+				mark = " "
 			}
 		}
 	}
