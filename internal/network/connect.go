@@ -59,7 +59,7 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 		return nil, err
 	}
 	if ready == nil && (r.Mode == ModeBridge || r.Mode == ModeNone) {
-		if err = c.plumber().Setup(ctx, r.NSID, c.plugs(r.Endpoints)); err != nil {
+		if err = c.setup(ctx, r.NSID, r.Endpoints); err != nil {
 			return nil, err
 		}
 	}
@@ -482,7 +482,7 @@ func (c *Controller) dismiss(r *contRecord) {
 				_ = c.rtnl.Do(&b) // those that are left go with the namespace
 			}()
 		}
-		c.pool.drop(r.NSID)
+		c.pool.drop(r.NSID, r.Endpoints)
 	}
 }
 

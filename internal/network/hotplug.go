@@ -47,6 +47,9 @@ func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req
 	err = writeJSON(c.contPath(r.ID), r, false)
 	plugs := c.plugs(r.Endpoints)
 	if err == nil {
+		err = c.table.Guard(c.guards([]Endpoint{ep})...)
+	}
+	if err == nil {
 		plug := plugs[len(plugs)-1]
 		err = c.plumber().Attach(ctx, r.NSID, plug)
 	}
@@ -209,6 +212,9 @@ func (c *Controller) DisconnectNetwork(ctx context.Context, containerID, network
 	}
 	if err := c.plumber().Default(ctx, r.NSID, c.plugs(r.Endpoints)); err != nil {
 		return fmt.Errorf("disconnect container %s from network %s: %w", shortID(containerID), rec.Name, err)
+	}
+	if err := c.table.Unguard(ep.HostInterface); err != nil {
+		c.log.Warn("guard of a port is left in the table", "err", err)
 	}
 	c.mu.Lock()
 	c.freeAddrsLocked(&ep)

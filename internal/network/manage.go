@@ -32,6 +32,9 @@ const (
 	optDefault    = "com.docker.network.bridge.default_bridge"
 	optMTU        = "com.docker.network.driver.mtu"
 	optParent     = "parent"
+	// optGuard switches off that ports of the bridge are pinned to their
+	// endpoints' addresses (for containers that route for others).
+	optGuard = "tenon.network.antispoof"
 )
 
 func predefined(name string) bool {

@@ -64,7 +64,7 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 		}
 		rec.MTU = mtu
 	}
-	for _, k := range []string{optICC, optMasquerade} {
+	for _, k := range []string{optICC, optMasquerade, optGuard} {
 		if v, ok := rec.Options[k]; ok {
 			if _, err := strconv.ParseBool(v); err != nil {
 				return bad("option %s: bad value %q", k, v)

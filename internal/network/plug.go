@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"tenon.dev/tenon/internal/network/link"
+	"tenon.dev/tenon/internal/network/nft"
 )
 
 // Plug is an endpoint as a [Plumber] sees it: where it goes and what it says.
@@ -208,6 +209,7 @@ type readyPool struct {
 
 	mu      sync.Mutex
 	release []string // namespaces to let go
+	ports   []string // their ends on the host
 }
 
 func startPool(c *Controller) *readyPool {
@@ -237,9 +239,12 @@ func (p *readyPool) take() *ready {
 }
 
 // drop lets a namespace go in the background.
-func (p *readyPool) drop(nsid string) {
+func (p *readyPool) drop(nsid string, eps []Endpoint) {
 	p.mu.Lock()
 	p.release = append(p.release, nsid)
+	for _, e := range eps {
+		p.ports = append(p.ports, e.HostInterface)
+	}
 	p.mu.Unlock()
 	p.wake()
 }
@@ -276,13 +281,19 @@ func (p *readyPool) run() {
 
 func (p *readyPool) reap() {
 	p.mu.Lock()
-	list := p.release
-	p.release = nil
+	list, ports := p.release, p.ports
+	p.release, p.ports = nil, nil
 	p.mu.Unlock()
+	if len(list) == 0 {
+		return
+	}
 	for _, ns := range list {
 		if err := link.ReleaseNetns(p.c.nsPath(ns)); err != nil {
 			p.c.log.Warn("network namespace is left; the next start removes it", "namespace", ns, "err", err)
 		}
+	}
+	if err := p.c.table.Unguard(ports...); err != nil {
+		p.c.log.Warn("guards of ports are left in the table", "err", err)
 	}
 }
 
@@ -297,7 +308,7 @@ func (c *Controller) makeReady() (*ready, error) {
 		return nil, err
 	}
 	r := &ready{nsid: nsid, ep: ep}
-	if err := c.plumber().Setup(c.ctx, nsid, c.plugs([]Endpoint{ep})); err != nil {
+	if err := c.setup(c.ctx, nsid, []Endpoint{ep}); err != nil {
 		c.freeReady(r)
 		return nil, err
 	}
@@ -308,7 +319,40 @@ func (c *Controller) freeReady(r *ready) {
 	c.mu.Lock()
 	c.freeAddrsLocked(&r.ep)
 	c.mu.Unlock()
-	c.pool.drop(r.nsid)
+	c.pool.drop(r.nsid, []Endpoint{r.ep})
+}
+
+// setup plugs a new namespace's endpoints in, their ports guarded before.
+func (c *Controller) setup(ctx context.Context, nsid string, eps []Endpoint) error {
+	if err := c.table.Guard(c.guards(eps)...); err != nil {
+		return err
+	}
+	return c.plumber().Setup(ctx, nsid, c.plugs(eps))
+}
+
+// guards are the ports that are pinned to their addresses.
+func (c *Controller) guards(eps []Endpoint) []nft.Guarded {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.guardsLocked(eps)
+}
+
+func (c *Controller) guardsLocked(eps []Endpoint) []nft.Guarded {
+	var out []nft.Guarded
+	for _, e := range eps {
+		n := c.nets[e.NetworkID]
+		if n == nil || !n.isBridge() || e.HostInterface == "" || !n.optBool(optGuard, true) {
+			continue
+		}
+		g := nft.Guarded{Port: e.HostInterface, MAC: e.MAC}
+		for _, p := range []netip.Prefix{e.IPv4, e.IPv6} {
+			if p.IsValid() {
+				g.Addrs = append(g.Addrs, p.Addr())
+			}
+		}
+		out = append(out, g)
+	}
+	return out
 }
 
 func (c *Controller) plumber() Plumber {

@@ -101,12 +101,14 @@ func (c *Controller) installTable() error {
 		}
 	}
 	var ports []nft.Port
+	var guards []nft.Guarded
 	for _, r := range c.conts {
 		ports = append(ports, tablePorts(r)...)
+		guards = append(guards, c.guardsLocked(r.Endpoints)...)
 	}
 	c.mu.Unlock()
 	c.table.SetLoopback6(!brNetfilter("ip6tables"))
-	return c.table.Install(nets, ports)
+	return c.table.Install(nets, ports, guards)
 }
 
 // forward6 switches IPv6 forwarding on. Interfaces that learn their routes

@@ -48,14 +48,16 @@ type Table struct {
 	name string
 	loop Loop
 
-	mu    sync.Mutex
-	loop6 bool
-	conn  *nftables.Conn
-	sets  map[string]*nftables.Set
-	t     *nftables.Table
-	late  [2]*nftables.Table
-	nets  map[string]Net
-	ports map[portKey]netip.AddrPort
+	mu     sync.Mutex
+	loop6  bool
+	conn   *nftables.Conn
+	sets   map[string]*nftables.Set
+	t      *nftables.Table
+	late   [2]*nftables.Table
+	bridge *nftables.Table
+	guards map[string]Guarded
+	nets   map[string]Net
+	ports  map[portKey]netip.AddrPort
 }
 
 type portKey struct {
@@ -81,7 +83,7 @@ func Open(name string, loop Loop) (*Table, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open nftables socket: %w", err)
 	}
-	return &Table{name: name, loop: loop, conn: conn, nets: map[string]Net{}, ports: map[portKey]netip.AddrPort{}}, nil
+	return &Table{name: name, loop: loop, conn: conn, nets: map[string]Net{}, ports: map[portKey]netip.AddrPort{}, guards: map[string]Guarded{}}, nil
 }
 
 // SetLoopback6 says whether ports published on all addresses or on [::1] are
@@ -123,7 +125,7 @@ func (t *Table) flush(what string) error {
 
 // Install puts the whole table with the given contents into the kernel, in one
 // transaction that replaces whatever was there.
-func (t *Table) Install(nets []Net, ports []Port) error {
+func (t *Table) Install(nets []Net, ports []Port, guards []Guarded) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.nets = map[string]Net{}
@@ -133,6 +135,10 @@ func (t *Table) Install(nets []Net, ports []Port) error {
 	t.ports = map[portKey]netip.AddrPort{}
 	for _, p := range ports {
 		t.ports[p.key()] = p.To
+	}
+	t.guards = map[string]Guarded{}
+	for _, g := range guards {
+		t.guards[g.Port] = g
 	}
 	return t.installLocked()
 }
@@ -153,6 +159,11 @@ func (t *Table) installLocked() error {
 	t.rules()
 	for _, n := range t.nets {
 		if err := t.netElements(n, true); err != nil {
+			return err
+		}
+	}
+	for _, g := range t.guards {
+		if err := t.guardElements(g, t.conn.SetAddElements); err != nil {
 			return err
 		}
 	}

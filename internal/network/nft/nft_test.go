@@ -2,6 +2,7 @@ package nft
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -54,12 +55,12 @@ func TestRootTable(t *testing.T) {
 		{6, netip.MustParseAddr("::"), 8080, netip.MustParseAddrPort("[fd00:7::2]:80")},
 		{6, netip.MustParseAddr("::1"), 8081, netip.MustParseAddrPort("[fd00:7::2]:80")},
 	}
-	if err := tb.Install([]Net{n}, ports); err != nil {
+	if err := tb.Install([]Net{n}, ports, []Guarded{{"tntv0", net.HardwareAddr{2, 66, 10, 199, 1, 2}, []netip.Addr{netip.MustParseAddr("10.199.1.2"), netip.MustParseAddr("fd00:7::2")}}}); err != nil {
 		t.Fatal(err)
 	}
 	all := ruleset(t)
 	for _, want := range []string{"table inet tnt", "tcp . 8080 : 10.199.1.2 . 80", "127.0.0.1 . udp . 53 : 10.199.1.2 . 53",
-		"tcp . 8080 : fd00:7::2 . 80", "::1 . tcp . 8081 : fd00:7::2 . 80", "10.199.1.0/24", "\"tnt0\" . \"tnt0\""} {
+		"tcp . 8080 : fd00:7::2 . 80", "::1 . tcp . 8081 : fd00:7::2 . 80", "10.199.1.0/24", `"tntv0" . 02:42:0a:c7:01:02 . 10.199.1.2`, "\"tnt0\" . \"tnt0\""} {
 		if !strings.Contains(all, want) {
 			t.Errorf("%q is missing in\n%s", want, all)
 		}
@@ -81,6 +82,12 @@ func TestRootTable(t *testing.T) {
 		t.Fatalf("%d of 2000 ports in the table", got)
 	}
 	if err := tb.Unpublish(many); err != nil {
+		t.Fatal(err)
+	}
+	if err := tb.Guard(Guarded{"tntv1", net.HardwareAddr{2, 66, 10, 199, 1, 3}, []netip.Addr{netip.MustParseAddr("10.199.1.3")}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := tb.Unguard("tntv1", "tntv7"); err != nil {
 		t.Fatal(err)
 	}
 	if err := tb.RemoveNet("tnt1"); err != nil {

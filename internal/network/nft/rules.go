@@ -91,7 +91,8 @@ func (t *Table) tables() []*nftables.Table {
 	t.t = &nftables.Table{Name: t.name, Family: nftables.TableFamilyINet}
 	t.late[0] = &nftables.Table{Name: t.name, Family: nftables.TableFamilyIPv4}
 	t.late[1] = &nftables.Table{Name: t.name, Family: nftables.TableFamilyIPv6}
-	return []*nftables.Table{t.t, t.late[0], t.late[1]}
+	t.bridge = &nftables.Table{Name: t.name, Family: nftables.TableFamilyBridge}
+	return []*nftables.Table{t.t, t.late[0], t.late[1], t.bridge}
 }
 
 func concat(types ...nftables.SetDatatype) nftables.SetDatatype {
@@ -170,6 +171,7 @@ func (t *Table) rules() {
 	if t.loop.In != "" {
 		t.lateRules()
 	}
+	t.guardRules()
 }
 
 // lateRules are the tables of chain late.

@@ -1,0 +1,195 @@
+package nft
+
+import (
+	"net"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// The guard of the bridges' ports, as nft would show it:
+//
+//	table bridge NAME {
+//	  set ports { type ifname }                            # guarded ports
+//	  set macs  { type ifname . ether_addr }
+//	  set src4  { type ifname . ether_addr . ipv4_addr }   # who may speak there
+//	  set src6  { type ifname . ether_addr . ipv6_addr }
+//	  chain guard { type filter hook prerouting priority -300
+//	    iifname != @ports accept
+//	    ether type ip udp sport 67 drop                    # no DHCP server
+//	    ether type ip iifname . ether saddr . ip saddr @src4 accept
+//	    ether type ip drop
+//	    iifname . ether saddr != @macs drop
+//	    ether type arp iifname . arp saddr ether . arp saddr ip @src4 accept
+//	    ether type ip6 icmpv6 type { 134, 137 } drop       # no router
+//	    ether type ip6 icmpv6 type 136 jump advert         # only for its own address
+//	    ether type ip6 iifname . ether saddr . ip6 saddr @src6 accept
+//	    ether type ip6 ip6 saddr fe80::/10 accept
+//	    ether type ip6 ip6 saddr :: accept                 # duplicate detection
+//	    drop                                               # no spanning tree, no VLAN, nothing else
+//	  }
+//	  chain advert {
+//	    iifname . ether saddr . TARGET @src6 accept
+//	    TARGET fe80::/10 accept
+//	    drop
+//	  }
+//	}
+const (
+	setPorts = "ports"
+	setMACs  = "macs"
+	setSrc   = "src"
+)
+
+// Guarded is a bridge's port and who may speak there.
+type Guarded struct {
+	// Port is the name of the interface on the host.
+	Port string
+	MAC  net.HardwareAddr
+	// Addrs are the addresses that may be a source.
+	Addrs []netip.Addr
+}
+
+// Guard pins ports to their addresses. It may be called before the interface exists.
+func (t *Table) Guard(list ...Guarded) error {
+	if len(list) == 0 {
+		return nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, g := range list {
+		t.guards[g.Port] = g
+		if err := t.guardElements(g, t.conn.SetAddElements); err != nil {
+			return err
+		}
+	}
+	return t.repairAfter(t.flush("guard ports"))
+}
+
+// Unguard forgets ports; ones that are not there are no error.
+func (t *Table) Unguard(ports ...string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	some := false
+	for _, p := range ports {
+		g, ok := t.guards[p]
+		if !ok {
+			continue
+		}
+		some = true
+		delete(t.guards, p)
+		if err := t.guardElements(g, t.conn.SetDeleteElements); err != nil {
+			return err
+		}
+	}
+	if !some {
+		return nil
+	}
+	return t.repairAfter(t.flush("release ports"))
+}
+
+func (t *Table) guardElements(g Guarded, do func(*nftables.Set, []nftables.SetElement) error) error {
+	e := elements{}
+	port := ifname(g.Port)
+	e.add(setPorts, nftables.SetElement{Key: port})
+	e.add(setMACs, nftables.SetElement{Key: pad4(port, g.MAC)})
+	for _, a := range g.Addrs {
+		e.add(setSrc+version(a), nftables.SetElement{Key: pad4(port, g.MAC, a.AsSlice())})
+	}
+	return t.apply(e, do)
+}
+
+func (t *Table) guardRules() {
+	add := func(s *nftables.Set) {
+		s.Table = t.bridge
+		_ = t.conn.AddSet(s, nil) // without elements it cannot fail
+		t.sets[s.Name] = s
+	}
+	ifn, mac := nftables.TypeIFName, nftables.TypeEtherAddr
+	add(&nftables.Set{Name: setPorts, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
+	add(&nftables.Set{Name: setMACs, KeyType: concat(ifn, mac), Concatenation: true})
+	add(&nftables.Set{Name: setSrc + "4", KeyType: concat(ifn, mac, nftables.TypeIPAddr), Concatenation: true})
+	add(&nftables.Set{Name: setSrc + "6", KeyType: concat(ifn, mac, nftables.TypeIP6Addr), Concatenation: true})
+	accept := nftables.ChainPolicyAccept
+	prio := nftables.ChainPriority(-300)
+	c := t.conn.AddChain(&nftables.Chain{Name: "guard", Table: t.bridge, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: &prio, Policy: &accept})
+	adv := t.conn.AddChain(&nftables.Chain{Name: "advert", Table: t.bridge})
+	rule := func(c *nftables.Chain, parts ...[]expr.Any) {
+		r := &nftables.Rule{Table: t.bridge, Chain: c}
+		for _, p := range parts {
+			r.Exprs = append(r.Exprs, p...)
+		}
+		t.conn.AddRule(r)
+	}
+	acc, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
+	ip, arp, ip6 := etherType(unix.ETH_P_IP), etherType(unix.ETH_P_ARP), etherType(unix.ETH_P_IPV6)
+
+	rule(c, t.notIif(setPorts), acc)
+	rule(c, ip, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), drop)
+	rule(c, ip, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), acc)
+	rule(c, ip, drop)
+	rule(c, t.mayNot(), drop)
+	rule(c, arp, t.speaker("4", &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 6},
+		&expr.Payload{DestRegister: regAddr, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}), acc)
+	icmp6 := byteAt(expr.PayloadBaseNetworkHeader, 6, unix.IPPROTO_ICMPV6)
+	for _, typ := range []byte{134, 137} {
+		rule(c, ip6, icmp6, byteAt(expr.PayloadBaseTransportHeader, 0, typ), drop)
+	}
+	rule(c, ip6, icmp6, byteAt(expr.PayloadBaseTransportHeader, 0, 136), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: adv.Name}})
+	rule(c, ip6, t.speaker("6", etherSrc, v6.load(v6.src, regAddr)), acc)
+	rule(c, ip6, linkLocal(v6.src), acc)
+	rule(c, ip6, []expr.Any{v6.load(v6.src, reg1), &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: make([]byte, 16)}}, acc)
+	rule(c, drop)
+
+	const target = 48 // behind the IPv6 header and 8 bytes of ICMPv6
+	rule(adv, t.speaker("6", etherSrc, v6.load(target, regAddr)), acc)
+	rule(adv, linkLocal(target), acc)
+	rule(adv, drop)
+}
+
+// Registers of the key port . hardware address . address.
+const (
+	regMAC  = reg32 + 4
+	regAddr = reg32 + 6
+)
+
+var etherSrc = &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}
+
+// speaker matches if the port may speak with the loaded addresses.
+func (t *Table) speaker(v string, mac, addr expr.Any) []expr.Any {
+	s := t.sets[setSrc+v]
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, mac, addr,
+		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID}}
+}
+
+// mayNot matches if the port may not speak with the frame's source.
+func (t *Table) mayNot() []expr.Any {
+	s := t.sets[setMACs]
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, etherSrc,
+		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID, Invert: true}}
+}
+
+func etherType(p uint16) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: be16(p)}}
+}
+
+func byteAt(base expr.PayloadBase, off uint32, v byte) []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: reg1, Base: base, Offset: off, Len: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{v}}}
+}
+
+func shortAt(base expr.PayloadBase, off uint32, v uint16) []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: reg1, Base: base, Offset: off, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: be16(v)}}
+}
+
+// linkLocal matches an address in fe80::/10 at the offset.
+func linkLocal(off uint32) []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: reg1, Base: expr.PayloadBaseNetworkHeader, Offset: off, Len: 2},
+		&expr.Bitwise{SourceRegister: reg1, DestRegister: reg1, Len: 2, Mask: []byte{0xff, 0xc0}, Xor: []byte{0, 0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{0xfe, 0x80}}}
+}
