@@ -287,6 +287,8 @@ func (e *Engine) killExec(x *execution) {
 func execError(err error) error {
 	text := "OCI runtime exec failed: " + err.Error()
 	switch {
+	case startExitCode(err) != 128: // the command's fault, not ours
+		return errdefs.ErrInvalidArgument.WithMessage(text)
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}

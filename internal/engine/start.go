@@ -220,6 +220,8 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 func startError(err error) error {
 	text := "failed to create task for container: " + err.Error()
 	switch {
+	case startExitCode(err) != 128: // the command's fault, not ours
+		return errdefs.ErrInvalidArgument.WithMessage(text)
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}

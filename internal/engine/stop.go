@@ -162,7 +162,8 @@ func (e *Engine) signal(ctx context.Context, c *ctr, sig syscall.Signal) error {
 		return err
 	}
 	if c.record().Facts.Paused {
-		if err := client.Resume(ctx, c.id); err != nil && !errdefs.IsNotFound(err) {
+		// The shim wakes it itself for SIGKILL; it may also have ended by now.
+		if err := client.Resume(ctx, c.id); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) {
 			return err
 		}
 		c.publish(func(r *container.Record) { r.Facts.Paused = false })
