@@ -1,0 +1,261 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// tenond is a real daemon, shared by this package's end-to-end tests.
+type tenond struct {
+	sock string
+	http *http.Client
+	pid  int
+	end  func() error
+}
+
+var shared struct {
+	once sync.Once
+	d    *tenond
+	err  error
+}
+
+// daemon starts the shared daemon, with busybox in it.
+func daemon(t *testing.T) *tenond {
+	t.Helper()
+	shared.once.Do(func() { shared.d, shared.err = launch() })
+	if shared.err != nil {
+		t.Fatal(shared.err)
+	}
+	return shared.d
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if d := shared.d; d != nil {
+		if err := d.end(); err != nil {
+			fmt.Fprintln(os.Stderr, "ending the daemon:", err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+func launch() (_ *tenond, err error) {
+	dir, err := os.MkdirTemp("", "tenon-server-")
+	if err != nil {
+		return nil, err
+	}
+	bin := os.Getenv("TENON_BIN")
+	if bin == "" {
+		bin = filepath.Join(dir, "bin")
+		cmd := exec.Command("go", "build", "-o", bin+"/", "./cmd/tenond", "./cmd/tenon-shim", "./cmd/tenon-dns")
+		cmd.Dir = "../.."
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("build: %w\n%s", err, out)
+		}
+	}
+	n := os.Getpid() % 60
+	d := &tenond{sock: filepath.Join(dir, "docker.sock")}
+	d.http = unixClient(d.sock)
+	args := []string{"--config", "/dev/null", "--root", dir + "/root", "--run-root", dir + "/run", "--host", "unix://" + d.sock,
+		"--name", fmt.Sprintf("ts%d", n), "--debug",
+		"--default-address-pool", fmt.Sprintf("base=10.%d.0.0/16,size=24", 60+n),
+		"--default-address-pool", fmt.Sprintf("base=fd7d:%x::/48,size=64", 0x7000+n)}
+	log, err := os.Create(dir + "/log")
+	if err != nil {
+		return nil, err
+	}
+	tail := func() string { b, _ := os.ReadFile(log.Name()); return string(b[max(0, len(b)-2000):]) }
+	cmd := exec.Command(filepath.Join(bin, "tenond"), args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	d.pid = cmd.Process.Pid
+	d.end = func() error {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		werr := cmd.Wait()
+		out, err := exec.Command(filepath.Join(bin, "tenond"), append(args, "--shutdown")...).CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("tenond --shutdown: %w: %s", err, out)
+		}
+		if werr != nil {
+			werr = fmt.Errorf("tenond: %w: %s", werr, tail())
+		}
+		_ = log.Close()
+		if keep := os.Getenv("TENON_KEEP_LOG"); keep != "" {
+			_ = os.Rename(log.Name(), keep)
+		}
+		return errors.Join(werr, err, os.RemoveAll(dir))
+	}
+	for until := time.Now().Add(30 * time.Second); ; {
+		resp, err := d.http.Get("http://d/_ping")
+		if err == nil {
+			_ = resp.Body.Close()
+			break
+		}
+		if time.Now().After(until) {
+			return nil, errors.Join(fmt.Errorf("tenond does not answer: %w\n%s", err, tail()), d.end())
+		}
+		time.Sleep(5 * time.Millisecond) // polls for readiness, decides nothing
+	}
+	resp, err := d.http.Post("http://d/tenon/v1/images/bootstrap?name=busybox", "", nil)
+	if err == nil {
+		b, _ := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if resp.StatusCode != 200 {
+			err = fmt.Errorf("bootstrap: %s %s", resp.Status, b)
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.end())
+	}
+	return d, nil
+}
+
+// call sends a request and decodes the JSON answer into out, if it is not nil;
+// it returns the status and the body.
+func (d *tenond) call(t *testing.T, method, path, body string, out any) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://d"+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := d.http.Do(req)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	if out != nil {
+		if err := json.Unmarshal(b, out); err != nil {
+			t.Fatalf("%s %s: %v in %s", method, path, err, b)
+		}
+	}
+	return resp.StatusCode, string(b)
+}
+
+// create makes a container that the test's end removes.
+func (d *tenond) create(t *testing.T, body string) string {
+	t.Helper()
+	var res struct{ Id, Message string }
+	if s, b := d.call(t, "POST", "/v1.56/containers/create", body, &res); s != 201 {
+		t.Fatalf("create: %d %s", s, b)
+	}
+	t.Cleanup(func() { d.remove(t, res.Id) })
+	return res.Id
+}
+
+// remove removes a container whatever it does; the test's context has ended.
+func (d *tenond) remove(t *testing.T, id string) {
+	req, err := http.NewRequestWithContext(context.Background(), "DELETE", "http://d/containers/"+id+"?force=1&v=1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := d.http.Do(req)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	b, _ := io.ReadAll(resp.Body)
+	_ = resp.Body.Close()
+	if resp.StatusCode != 204 && resp.StatusCode != 404 && !strings.Contains(string(b), "already in progress") {
+		t.Errorf("remove: %s %s", resp.Status, b)
+	}
+}
+
+func (d *tenond) start(t *testing.T, id string) {
+	t.Helper()
+	if s, b := d.call(t, "POST", "/containers/"+id+"/start", "", nil); s != 204 {
+		t.Fatalf("start: %d %s", s, b)
+	}
+}
+
+func (d *tenond) wait(t *testing.T, id string) int {
+	t.Helper()
+	var res struct{ StatusCode int }
+	d.call(t, "POST", "/containers/"+id+"/wait", "", &res)
+	return res.StatusCode
+}
+
+type inspected struct {
+	State struct {
+		Status   string
+		Running  bool
+		ExitCode int
+	}
+}
+
+func (d *tenond) inspect(t *testing.T, id string) (in inspected) {
+	t.Helper()
+	d.call(t, "GET", "/containers/"+id+"/json", "", &in)
+	return in
+}
+
+// upgrade sends a request that takes the connection over, and returns it
+// together with the answer's header.
+func (d *tenond) upgrade(t *testing.T, path, body string, headers ...string) (*net.UnixConn, string) {
+	t.Helper()
+	c, err := net.Dial("unix", d.sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	var b strings.Builder
+	fmt.Fprintf(&b, "POST %s HTTP/1.1\r\nHost: d\r\nConnection: Upgrade\r\n", path)
+	if len(headers) == 0 {
+		headers = []string{"Upgrade: tcp"}
+	}
+	for _, h := range headers {
+		b.WriteString(h + "\r\n")
+	}
+	if body != "" {
+		fmt.Fprintf(&b, "Content-Type: application/json\r\nContent-Length: %d\r\n", len(body))
+	}
+	b.WriteString("\r\n" + body)
+	if _, err := io.WriteString(c, b.String()); err != nil {
+		t.Fatal(err)
+	}
+	// Byte by byte: what follows the header belongs to the caller.
+	var head []byte
+	one := make([]byte, 1)
+	for !bytes.HasSuffix(head, []byte("\r\n\r\n")) {
+		if _, err := c.Read(one); err != nil {
+			t.Fatalf("%s: %v after %q", path, err, head)
+		}
+		head = append(head, one[0])
+	}
+	return c.(*net.UnixConn), string(head)
+}
+
+// eventually waits for a condition that no event announces.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for until := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("never: " + what)
+		}
+	}
+}
