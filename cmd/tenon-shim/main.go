@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/shim"
+	"tenon.dev/tenon/internal/shim/files"
 )
 
 func main() {
@@ -35,6 +36,8 @@ func main() {
 	switch os.Args[1] {
 	case "serve":
 		err = serve(os.Args[2:])
+	case shim.FilesCommand: // the shim's own child
+		os.Exit(files.Main())
 	case "version", "--version":
 		fmt.Println("tenon-shim", shim.Version)
 	default:

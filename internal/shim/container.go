@@ -54,11 +54,12 @@ type kept struct {
 	annotations map[string]string
 	uidMaps     []specs.LinuxIDMapping
 	gidMaps     []specs.LinuxIDMapping
-	ownPids     bool // has a pid namespace of its own, whose init's end is everyone's
+	uid, gid    uint32 // the init's
+	ownPids     bool   // has a pid namespace of its own, whose init's end is everyone's
 }
 
 func keep(s *specs.Spec) kept {
-	k := kept{hooks: s.Hooks, annotations: s.Annotations}
+	k := kept{hooks: s.Hooks, annotations: s.Annotations, uid: s.Process.User.UID, gid: s.Process.User.GID}
 	if l := s.Linux; l != nil {
 		k.seccomp = l.Seccomp
 		k.personality = l.Personality

@@ -381,6 +381,10 @@ func (t *taskService) Shutdown(ctx context.Context, r *taskv3.ShutdownRequest) (
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	s.downOne.Do(func() { close(s.down) })
+	s.downOne.Do(func() { time.AfterFunc(answerTime, func() { close(s.down) }) })
 	return empty, nil
 }
+
+// answerTime is what the answer to Shutdown gets to go out; ttrpc does not say
+// when it has.
+const answerTime = 50 * time.Millisecond

@@ -99,10 +99,6 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 	select {
 	case <-ctx.Done():
 	case <-s.down:
-		// The answer to Shutdown is still to be sent.
-		wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		_ = srv.Shutdown(wait) // calls that wait for tasks are cut off below
-		cancel()
 	case err = <-served:
 	}
 	s.cancel()

@@ -1,0 +1,366 @@
+package files
+
+import (
+	"fmt"
+	"os"
+	"path"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// inRoot is how paths of a container are looked up.
+const inRoot = unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS
+
+// enter makes the container's root this thread's.
+func (s *session) enter(write bool) error {
+	if s.r.Running {
+		if err := s.join(); err != nil {
+			return err
+		}
+	} else {
+		if err := s.private(); err != nil {
+			return err
+		}
+		if err := s.mountRoot(write, true); err != nil {
+			return err
+		}
+	}
+	return s.openRoot()
+}
+
+func (s *session) openRoot() error {
+	fd, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: "/", Err: err}
+	}
+	s.root = fd
+	return nil
+}
+
+// join enters the running container's mount namespace.
+func (s *session) join() error {
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return os.NewSyscallError("unshare", err)
+	}
+	if err := unix.Setns(PidFD, unix.CLONE_NEWNS); err != nil {
+		if err == unix.ESRCH {
+			return fmt.Errorf("the container has just exited: %w", errdefs.ErrUnavailable)
+		}
+		return os.NewSyscallError("setns", err)
+	}
+	return nil
+}
+
+// private gives the thread a mount namespace whose mounts nobody sees.
+func (s *session) private() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil { // implies CLONE_FS
+		return os.NewSyscallError("unshare", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return &os.PathError{Op: "make slave", Path: "/", Err: err}
+	}
+	return nil
+}
+
+// mountRoot mounts the root given, volumes over it if asked for, and pivots
+// into it. Without write, an overlay's upper directory is only a layer below,
+// so that a container which starts meanwhile is not in the way.
+func (s *session) mountRoot(write, volumes bool) error {
+	r := s.f.Root
+	if r == nil || len(r.Mounts) == 0 {
+		return fmt.Errorf("the container does not run, and its root is not given: %w", errdefs.ErrFailedPrecondition)
+	}
+	dir := s.r.Dir
+	for _, m := range r.Mounts {
+		target := dir
+		if m.Target != "" && m.Target != "/" {
+			fd, err := targetIn(dir, m, false)
+			if err != nil {
+				return err
+			}
+			target = fmt.Sprintf("/proc/self/fd/%d", fd)
+		}
+		if err := mount(m, target, write); err != nil {
+			return err
+		}
+	}
+	if volumes {
+		for _, v := range r.Volumes {
+			fd, err := targetIn(dir, v, write)
+			if err != nil {
+				return err
+			}
+			if fd < 0 {
+				continue // not there, and nobody wants to write: nothing to see
+			}
+			err = mount(v, fmt.Sprintf("/proc/self/fd/%d", fd), true)
+			unix.Close(fd)
+			if err != nil {
+				return err
+			}
+		}
+	}
+	if err := unix.Chdir(dir); err != nil {
+		return &os.PathError{Op: "chdir", Path: dir, Err: err}
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return os.NewSyscallError("pivot_root", err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return os.NewSyscallError("umount", err)
+	}
+	return os.NewSyscallError("chdir", unix.Chdir("/"))
+}
+
+// targetIn opens the place of a mount in the root at dir, making it if create
+// is set. The descriptor is -1 if there is none.
+func targetIn(dir string, m *taskv1.Mount, create bool) (int, error) {
+	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(root)
+	how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: inRoot}
+	fd, err := unix.Openat2(root, path.Join("/", m.Target), how)
+	if err == nil || err != unix.ENOENT {
+		return fd, pathError("open", m.Target, err)
+	}
+	if !create {
+		return -1, nil
+	}
+	var st unix.Stat_t
+	file := strings.Contains(","+strings.Join(m.Options, ",")+",", "bind,") &&
+		unix.Stat(m.Source, &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR
+	parent, name := path.Split(path.Join("/", m.Target))
+	pfd, err := mkdirAll(root, parent)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(pfd)
+	if file {
+		if fd, err := unix.Openat(pfd, name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_WRONLY, 0o644); err == nil {
+			unix.Close(fd)
+		}
+	} else if err := unix.Mkdirat(pfd, name, 0o755); err != nil && err != unix.EEXIST {
+		return -1, pathError("mkdir", m.Target, err)
+	}
+	fd, err = unix.Openat2(root, path.Join("/", m.Target), how)
+	return fd, pathError("open", m.Target, err)
+}
+
+// mkdirAll makes a directory and its parents in a root and opens it.
+func mkdirAll(root int, dir string) (int, error) {
+	how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: inRoot}
+	dir = path.Join("/", dir)
+	fd, err := unix.Openat2(root, dir, how)
+	if err == nil || err != unix.ENOENT || dir == "/" {
+		return fd, pathError("open", dir, err)
+	}
+	parent, err := mkdirAll(root, path.Dir(dir))
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(parent)
+	if err := unix.Mkdirat(parent, path.Base(dir), 0o755); err != nil && err != unix.EEXIST {
+		return -1, pathError("mkdir", dir, err)
+	}
+	fd, err = unix.Openat2(root, dir, how)
+	return fd, pathError("open", dir, err)
+}
+
+func pathError(op, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &os.PathError{Op: op, Path: name, Err: err}
+}
+
+var mountFlags = map[string]uintptr{
+	"ro": unix.MS_RDONLY, "nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC,
+	"noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME, "relatime": unix.MS_RELATIME,
+	"sync": unix.MS_SYNCHRONOUS, "dirsync": unix.MS_DIRSYNC, "bind": unix.MS_BIND, "rbind": unix.MS_BIND | unix.MS_REC,
+}
+
+// ignored options say nothing about what files are there.
+var ignored = map[string]bool{
+	"rw": true, "suid": true, "dev": true, "exec": true, "private": true, "rprivate": true, "slave": true,
+	"rslave": true, "shared": true, "rshared": true, "unbindable": true, "runbindable": true, "strictatime": true,
+	"defaults": true, "volatile": true, "async": true, "copyup": true, "tmpcopyup": true, "z": true, "Z": true, "nocopy": true,
+}
+
+// mount mounts m at target, which the caller knows to be the right place.
+func mount(m *taskv1.Mount, target string, write bool) error {
+	if m.Type == "overlay" {
+		l := parseOverlay(m.Options)
+		if !write {
+			return l.mountRead(target, l.upper)
+		}
+		return l.mountWrite(target)
+	}
+	var flags uintptr
+	var data []string
+	for _, o := range m.Options {
+		if f, ok := mountFlags[o]; ok {
+			flags |= f
+		} else if !ignored[o] {
+			data = append(data, o)
+		}
+	}
+	if m.Type == "bind" || m.Type == "rbind" {
+		flags |= unix.MS_BIND
+	}
+	if !write {
+		flags |= unix.MS_RDONLY
+	}
+	if flags&unix.MS_BIND == 0 {
+		err := unix.Mount(m.Source, target, m.Type, flags, strings.Join(data, ","))
+		return pathError("mount "+m.Type+" on", m.Target, err)
+	}
+	if err := unix.Mount(m.Source, target, "", flags&(unix.MS_BIND|unix.MS_REC), ""); err != nil {
+		return pathError("bind "+m.Source+" on", m.Target, err)
+	}
+	if flags&unix.MS_RDONLY != 0 {
+		// target may be a descriptor of what lies below now: open it anew.
+		attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+		fd, err := unix.Open(target+"/.", unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil // a file: that it cannot be replaced is enough
+		}
+		defer unix.Close(fd)
+		err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, attr)
+		if err == unix.EINVAL {
+			return nil // the descriptor is of the file system below
+		}
+		return pathError("make read-only", m.Target, err)
+	}
+	return nil
+}
+
+// overlay is an overlay mount's options.
+type overlay struct {
+	lowers      []string // topmost first
+	upper, work string
+	others      []string
+}
+
+func parseOverlay(options []string) overlay {
+	var l overlay
+	for _, o := range options {
+		k, v, _ := strings.Cut(o, "=")
+		switch k {
+		case "lowerdir":
+			l.lowers = append(l.lowers, splitLowers(v)...)
+		case "lowerdir+":
+			l.lowers = append(l.lowers, v)
+		case "upperdir":
+			l.upper = v
+		case "workdir":
+			l.work = v
+		default:
+			if !ignored[o] && mountFlags[o] == 0 {
+				l.others = append(l.others, o)
+			}
+		}
+	}
+	return l
+}
+
+// splitLowers splits at colons that are not escaped.
+func splitLowers(v string) (list []string) {
+	var b strings.Builder
+	for i := 0; i < len(v); i++ {
+		switch {
+		case v[i] == '\\' && i+1 < len(v):
+			i++
+			b.WriteByte(v[i])
+		case v[i] == ':':
+			list = append(list, b.String())
+			b.Reset()
+		default:
+			b.WriteByte(v[i])
+		}
+	}
+	return append(list, b.String())
+}
+
+// mountRead mounts the layers read-only, with top (if not empty) as the
+// highest.
+func (l overlay) mountRead(target, top string) error {
+	lowers := l.lowers
+	if top != "" {
+		lowers = append([]string{top}, lowers...)
+	}
+	if len(lowers) == 1 {
+		if err := unix.Mount(lowers[0], target, "", unix.MS_BIND, ""); err != nil {
+			return pathError("bind", lowers[0], err)
+		}
+		return nil
+	}
+	return l.fsmount(target, lowers, [][2]string{{"redirect_dir", "follow"}}, unix.MOUNT_ATTR_RDONLY)
+}
+
+func (l overlay) mountWrite(target string) error {
+	opts := [][2]string{}
+	if l.upper != "" {
+		opts = append(opts, [2]string{"upperdir", l.upper}, [2]string{"workdir", l.work})
+	}
+	for _, o := range l.others {
+		k, v, _ := strings.Cut(o, "=")
+		opts = append(opts, [2]string{k, v})
+	}
+	return l.fsmount(target, l.lowers, opts, 0)
+}
+
+func (l overlay) fsmount(target string, lowers []string, opts [][2]string, attrs int) error {
+	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("fsopen overlay", err)
+	}
+	defer unix.Close(fs)
+	if err := setLowers(fs, lowers); err != nil {
+		return err
+	}
+	for _, o := range opts {
+		if o[1] == "" {
+			err = unix.FsconfigSetFlag(fs, o[0])
+		} else {
+			err = unix.FsconfigSetString(fs, o[0], o[1])
+		}
+		if err != nil {
+			return fmt.Errorf("overlay option %s=%s: %w", o[0], o[1], err)
+		}
+	}
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return fmt.Errorf("mount overlay of %d layers: %w", len(lowers), err)
+	}
+	m, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attrs)
+	if err != nil {
+		return os.NewSyscallError("fsmount", err)
+	}
+	defer unix.Close(m)
+	return pathError("mount overlay on", target, unix.MoveMount(m, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS))
+}
+
+// setLowers gives the layers one by one, or, to a kernel before 6.7, at once.
+func setLowers(fs int, lowers []string) error {
+	for i, l := range lowers {
+		err := unix.FsconfigSetString(fs, "lowerdir+", l)
+		if err == unix.EINVAL && i == 0 {
+			r := strings.NewReplacer(`\`, `\\`, ":", `\:`)
+			quoted := make([]string, len(lowers))
+			for i, l := range lowers {
+				quoted[i] = r.Replace(l)
+			}
+			err = unix.FsconfigSetString(fs, "lowerdir", strings.Join(quoted, ":"))
+			return pathError("overlay layers", lowers[0], err)
+		}
+		if err != nil {
+			return pathError("overlay layer", l, err)
+		}
+	}
+	return nil
+}
