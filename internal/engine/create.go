@@ -174,7 +174,7 @@ func (e *Engine) unregister(c *ctr) {
 	defer c.mu.Unlock()
 	c.gone = true
 	notifyLocked(&c.exitSubs, WaitResult{})
-	notifyLocked(&c.goneSubs, WaitResult{ExitCode: c.record().Facts.ExitCode, Error: c.record().Facts.Error})
+	notifyLocked(&c.goneSubs, WaitResult{ExitCode: c.record().Facts.ExitCode})
 }
 
 func (e *Engine) isClosing() bool {

@@ -200,7 +200,7 @@ func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o Attac
 	})
 	if err != nil {
 		x.finish(startExitCode(err))
-		return execError(err)
+		return execError(x, err)
 	}
 	var att *task.Attachment
 	if !detach {
@@ -220,7 +220,7 @@ func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o Attac
 			_ = att.Close() // nothing will come
 		}
 		e.deleteExec(client, x)
-		return execError(err)
+		return execError(x, err)
 	}
 	x.mu.Lock()
 	x.running, x.pid = x.exit == nil, pid
@@ -284,16 +284,25 @@ func (e *Engine) killExec(x *execution) {
 }
 
 // execError is Docker's sentence for a command that can't be run.
-func execError(err error) error {
-	text := "OCI runtime exec failed: " + err.Error()
+func execError(x *execution, err error) error {
+	text := strings.TrimPrefix(err.Error(), "task "+x.c.id+": ")
+	text = strings.TrimPrefix(text, "exec "+x.id+": ")
+	text = "OCI runtime exec failed: " + commandText(x.c.id, remark{err, text})
 	switch {
-	case startExitCode(err) != 128: // the command's fault, not ours
-		return errdefs.ErrInvalidArgument.WithMessage(text)
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}
 	return fmt.Errorf("OCI runtime exec failed: %w", err)
 }
+
+// remark is an error under another text.
+type remark struct {
+	error
+	text string
+}
+
+func (r remark) Error() string { return r.text }
+func (r remark) Unwrap() error { return r.error }
 
 // execExited is told by the shim's events.
 func (e *Engine) execExited(client *task.Client, containerID, id string, code int) {

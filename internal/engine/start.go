@@ -184,7 +184,7 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	}
 	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, c.id) })
 	if _, err := client.Create(ctx, req); err != nil {
-		return startError(err)
+		return startError(c, err)
 	}
 	if err := failpoint("start-created"); err != nil {
 		return err
@@ -197,7 +197,7 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	began := time.Now().UTC()
 	pid, err := client.Start(ctx, c.id, "")
 	if err != nil {
-		return startError(err)
+		return startError(c, err)
 	}
 	if err := failpoint("start-started"); err != nil {
 		return err
@@ -217,15 +217,25 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 }
 
 // startError is Docker's sentence for a start that the runtime refused.
-func startError(err error) error {
-	text := "failed to create task for container: " + err.Error()
+func startError(c *ctr, err error) error {
+	text := "failed to create task for container: " + commandText(c.id, err)
 	switch {
-	case startExitCode(err) != 128: // the command's fault, not ours
-		return errdefs.ErrInvalidArgument.WithMessage(text)
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}
 	return fmt.Errorf("failed to create task for container: %w", err)
+}
+
+// commandText is the shim's text without the task's name; for a command that
+// was looked for in PATH it says so, as Docker does.
+func commandText(id string, err error) string {
+	text := strings.TrimPrefix(err.Error(), "task "+id+": ")
+	if rest, ok := strings.CutPrefix(text, `exec: "`); ok && errdefs.IsNotFound(err) {
+		if name, tail, ok := strings.Cut(rest, `": `); ok && !strings.Contains(name, "/") && strings.Contains(tail, "no such file or directory") {
+			return fmt.Sprintf("exec: %q: executable file not found in $PATH", name)
+		}
+	}
+	return text
 }
 
 // deleteTask ends and deletes a task, whatever its state; none is no error.
