@@ -446,7 +446,7 @@ func retriable(err error) bool {
 		return false
 	}
 	return !errdefs.IsNotFound(err) && !errdefs.IsUnauthorized(err) && !errdefs.IsPermissionDenied(err) &&
-		!errdefs.IsInvalidArgument(err) && !errdefs.IsResourceExhausted(err) && !isNoSpace(err)
+		!errdefs.IsInvalidArgument(err) && !errdefs.IsFailedPrecondition(err) && !errdefs.IsResourceExhausted(err) && !isNoSpace(err)
 }
 
 var errStalled = errors.New("the registry has stopped sending")
