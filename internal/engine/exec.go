@@ -187,6 +187,8 @@ func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o Attac
 	}
 	process, err := e.execProcess(x)
 	if err != nil {
+		x.finish(126)
+		e.forgetExecsLater([]*execution{x})
 		return err
 	}
 	if !x.o.AttachStdin {
