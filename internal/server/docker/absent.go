@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"fmt"
 	"io"
 	"net/http"
 
@@ -16,6 +17,12 @@ var errNoSwarm = errdefs.ErrUnavailable.WithMessage(
 
 func errNotBuilt(note string) error {
 	return errdefs.ErrNotImplemented.WithMessage("not implemented: " + note)
+}
+
+// noPlugin is 404, not 501: `docker inspect NAME` asks every kind of object and
+// takes only "not found" for a no.
+func (a *API) noPlugin(c *call) error {
+	return errdefs.ErrNotFound.WithMessage(fmt.Sprintf("plugin %q not found: %s", c.name(), notePlugin))
 }
 
 func (a *API) pluginList(c *call) error { return c.json(http.StatusOK, []any{}) }
