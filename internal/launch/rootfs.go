@@ -240,8 +240,9 @@ func (c *compiler) leave() error {
 		c.call(unix.SYS_UMOUNT2, str("."), num(unix.MNT_DETACH))
 		c.call(unix.SYS_CHDIR, str("/"))
 	}
-	c.call(unix.SYS_CLOSE, c.old.arg())
-	c.call(unix.SYS_CLOSE, c.proc.arg())
+	for _, fd := range []slot{c.old, c.proc, c.root} {
+		c.call(unix.SYS_CLOSE, fd.arg())
+	}
 	if p, ok := propagations[c.spec.Linux.RootfsPropagation]; ok && p.flag != unix.MS_SLAVE && p.flag != unix.MS_PRIVATE {
 		c.step("propagation of the root " + p.name)
 		flag := p.flag

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/profiles/seccomp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -97,4 +98,10 @@ func BenchmarkStart(b *testing.B) {
 	}
 }
 
-func dockerSeccomp(tb testing.TB, spec *specs.Spec) *specs.LinuxSeccomp { return nil }
+func dockerSeccomp(tb testing.TB, spec *specs.Spec) *specs.LinuxSeccomp {
+	p, err := seccomp.GetDefaultProfile(spec)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return p
+}

@@ -258,6 +258,8 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 			say(m, m.sock, msgPid, in.step, uint64(pid))
 			exit(0)
 		}
+		// The parent must know whom it hears before the next message.
+		hear(m, m.sock)
 		return 0, 0, false
 	case opReport:
 		say(m, m.sock, msgReport, in.step, uint64(a[0])<<32|uint64(uint32(a[1])))

@@ -170,6 +170,9 @@ func (p *Process) follow(stdio Stdio) (err error) {
 			if err := p.second(int(m.value)); err != nil {
 				return err
 			}
+			if err := p.let(); err != nil {
+				return err
+			}
 		case msgPhase:
 			if err := p.phase(launch.Phase(m.value), stdio); err != nil {
 				return err

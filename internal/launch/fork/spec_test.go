@@ -1,0 +1,557 @@
+package fork
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/launch"
+)
+
+// sh is a container that runs a script.
+func sh(root, script string) *specs.Spec { return dockerSpec(root, "sh", "-c", script) }
+
+// expect runs a script and compares its output.
+func expect(t *testing.T, spec *specs.Spec, want string) {
+	t.Helper()
+	out, e := run(t, spec, launch.Options{Bundle: filepath.Dir(spec.Root.Path)})
+	if strings.TrimSpace(out) != strings.TrimSpace(want) || e.Code != 0 {
+		t.Errorf("%v:\n%s\nwant\n%s", e, out, want)
+	}
+}
+
+// failure is the error of a start.
+func failure(t *testing.T, spec *specs.Spec) error {
+	t.Helper()
+	plan, err := launch.Compile(spec, launch.Options{Bundle: filepath.Dir(spec.Root.Path)})
+	if err != nil {
+		return err
+	}
+	p, err := Start(plan, Stdio{})
+	if err == nil {
+		err = p.Exec()
+	}
+	if err == nil {
+		p.abort()
+		t.Fatal("it started")
+	}
+	return err
+}
+
+func userns(s *specs.Spec) *specs.Spec {
+	s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	s.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
+	s.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 200000, Size: 65536}}
+	return s
+}
+
+func TestUserNamespace(t *testing.T) {
+	root := busybox(t)
+	data := t.TempDir()
+	if err := os.WriteFile(filepath.Join(data, "mine"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(filepath.Join(data, "mine"), 100007, 200007); err != nil {
+		t.Fatal(err)
+	}
+	s := userns(sh(root, `id -u; id -g; echo $$; cat /proc/self/uid_map; stat -c %u:%g /d/mine /i/root; ls /dev/null /dev/pts/ptmx; echo x >/dev/null; cat /proc/keys; touch /i/made; hostname; tty`))
+	idm := t.TempDir()
+	if err := os.WriteFile(filepath.Join(idm, "root"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.Mounts = append(s.Mounts,
+		specs.Mount{Destination: "/d", Type: "bind", Source: data, Options: []string{"rbind", "ro"}},
+		specs.Mount{Destination: "/i", Type: "bind", Source: idm, Options: []string{"bind", "idmap"}},
+	)
+	for _, d := range []string{"d", "i"} { // the mapped root may not write to the root
+		if err := os.Mkdir(filepath.Join(root, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, e := run(t, s, launch.Options{})
+	want := "0\n0\n1\n         0     100000      65536\n7:7\n0:0\n/dev/null\n/dev/pts/ptmx\nbox\nnot a tty\n"
+	if out != want || e.Code != 1 {
+		t.Errorf("%v:\n%s\nwant\n%s", e, out, want)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(idm, "made"), &st); err != nil || st.Uid != 0 {
+		t.Errorf("the idmapped mount's file: %v, owner %d", err, st.Uid)
+	}
+}
+
+func TestUserNamespaceExec(t *testing.T) {
+	root := busybox(t)
+	p, stop := running(t, userns(sh(root, "read x")))
+	defer stop()
+	spec := sh(root, "id -u; id -g; cat /proc/self/uid_map; grep CapEff /proc/self/status; echo $$")
+	ex, err := launch.CompileExec(spec.Process, launch.ExecOptions{Pidfd: int(p.PidFD.Fd())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, e := runPlan(t, ex)
+	if want := "0\n0\n         0     100000      65536\nCapEff:\t00000000a80425fb\n2\n"; out != want || e.Code != 0 {
+		t.Errorf("%v: %s", e, out)
+	}
+	// Another container in the same user namespace.
+	s := sh(root, "cat /proc/self/uid_map; id -u; echo $$")
+	s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: fmt.Sprintf("/proc/%d/ns/user", p.Pid)})
+	expect(t, s, "0     100000      65536\n0\n1")
+}
+
+// running starts a container that reads its standard input until stop.
+func running(t *testing.T, s *specs.Spec) (*Process, func()) {
+	t.Helper()
+	plan, err := launch.Compile(s, launch.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Start(plan, Stdio{In: r})
+	r.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	return p, func() {
+		w.Close()
+		_ = p.Signal(syscall.SIGKILL)
+		if _, err := p.Wait(); err != nil {
+			t.Error(err)
+		}
+		p.Close()
+	}
+}
+
+func TestJoin(t *testing.T) {
+	root := busybox(t)
+	p, stop := running(t, sh(root, "read x"))
+	defer stop()
+	s := sh(root, "hostname; cat /proc/1/comm; [ $$ -ne 1 ] && ls -l /proc/1/root/bin/sh >/dev/null && echo ok")
+	s.Hostname = ""
+	for i, n := range s.Linux.Namespaces {
+		name := map[specs.LinuxNamespaceType]string{
+			specs.PIDNamespace: "pid", specs.NetworkNamespace: "net", specs.IPCNamespace: "ipc", specs.UTSNamespace: "uts",
+		}[n.Type]
+		if name != "" {
+			s.Linux.Namespaces[i].Path = fmt.Sprintf("/proc/%d/ns/%s", p.Pid, name)
+		}
+	}
+	expect(t, s, "box\nsh\nok")
+}
+
+func TestTimeNamespace(t *testing.T) {
+	root := busybox(t)
+	s := sh(root, "cut -d. -f1 /proc/uptime; grep -c . /proc/self/timens_offsets; echo $$")
+	s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
+	s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"boottime": {Secs: 1e9}, "monotonic": {Secs: 5}}
+	out, e := run(t, s, launch.Options{})
+	if !strings.HasPrefix(out, "1000") || !strings.HasSuffix(out, "\n2\n1\n") || e.Code != 0 {
+		t.Errorf("%v %s", e, out)
+	}
+	s.Linux.TimeOffsets = nil
+	out, e = run(t, s, launch.Options{})
+	if !strings.HasSuffix(out, "\n2\n1\n") || e.Code != 0 {
+		t.Errorf("%v %s", e, out)
+	}
+}
+
+func TestMounts(t *testing.T) {
+	root := busybox(t)
+	src := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(src, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(src, "file"), []byte("hello\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", filepath.Join(src, "sub"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(filepath.Join(src, "sub"), unix.MNT_DETACH)
+	up := filepath.Join(root, "up")
+	if err := os.MkdirAll(filepath.Join(up, "d"), 0o750); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(up, "d/f"), []byte("up\n"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/etc/passwd", filepath.Join(up, "l")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/tmp", filepath.Join(root, "link")); err != nil {
+		t.Fatal(err)
+	}
+	s := sh(root, `cat /file /made/deep/file2; for d in /rro/sub /ro/sub /ro; do touch $d/x 2>/dev/null && echo "$d writable"; done
+		cat /up/d/f; readlink /up/l; stat -c %a /up/d; touch /up/new && echo new
+		touch /tro/x 2>/dev/null || echo tro; cat /tmp/via
+		grep -o ' /norec .*nosuid.*nodev.*noexec.*noatime' /proc/mounts | wc -l; ls /norec/sub | wc -l
+		touch /x 2>/dev/null || echo root; grep -c 'propagate_from\|shared\|master' /proc/self/mountinfo || true`)
+	s.Root.Readonly = true
+	s.Mounts = append(s.Mounts,
+		specs.Mount{Destination: "/file", Type: "bind", Source: filepath.Join(src, "file"), Options: []string{"bind", "ro"}},
+		specs.Mount{Destination: "/made/deep/file2", Source: filepath.Join(src, "file"), Options: []string{"bind"}},
+		specs.Mount{Destination: "/rro", Type: "none", Source: src, Options: []string{"rbind", "rro"}},
+		specs.Mount{Destination: "/ro", Source: src, Options: []string{"rbind", "ro"}},
+		specs.Mount{Destination: "/norec", Source: src, Options: []string{"bind", "nosuid", "nodev", "noexec", "noatime"}},
+		specs.Mount{Destination: "/up", Type: "tmpfs", Source: "tmpfs", Options: []string{"tmpcopyup", "mode=755"}},
+		specs.Mount{Destination: "/tro", Type: "tmpfs", Source: "tmpfs", Options: []string{"ro"}},
+		specs.Mount{Destination: "/link/via", Source: filepath.Join(src, "file"), Options: []string{"bind"}},
+	)
+	expect(t, s, "hello\nhello\n/ro/sub writable\nup\n/etc/passwd\n750\nnew\ntro\nhello\n1\n0\nroot\n0")
+	if b, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(b), root) {
+		t.Errorf("mounts are left on the host (%v)", err)
+	}
+	if fi, err := os.Stat(filepath.Join(src, "x")); err == nil {
+		t.Errorf("%s was written", fi.Name())
+	}
+}
+
+// TestProcLink: a link in the image does not send /proc elsewhere.
+func TestProcLink(t *testing.T) {
+	root := busybox(t)
+	if err := os.Remove(filepath.Join(root, "proc")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/tmp", filepath.Join(root, "proc")); err != nil {
+		t.Fatal(err)
+	}
+	if err := failure(t, sh(root, "true")); !errors.Is(err, syscall.ELOOP) || !strings.HasPrefix(err.Error(), "mount proc → /proc") {
+		t.Error(err)
+	}
+}
+
+// TestLinksStayInside: links of the image that point out of it stay in it.
+func TestLinksStayInside(t *testing.T) {
+	root := busybox(t)
+	host := t.TempDir()
+	src := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(src, []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, to := range map[string]string{"abs": host, "up": "../../../../../../../.." + host, "magic": "/proc/self/root" + host} {
+		if err := os.Symlink(to, filepath.Join(root, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"abs", "up", "magic"} {
+		s := sh(root, "true")
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/" + name + "/made", Source: src, Options: []string{"bind"}})
+		if err := failure(t, s); !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ELOOP) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if names, err := os.ReadDir(host); err != nil || len(names) != 0 {
+		t.Errorf("%v %v on the host", names, err)
+	}
+}
+
+// TestMaskChecksNull: a /dev/null that the mount brings is made sure to be one.
+func TestMaskChecksNull(t *testing.T) {
+	root := busybox(t)
+	dev := t.TempDir()
+	for _, n := range []string{"null", "zero"} {
+		if err := os.WriteFile(filepath.Join(dev, n), []byte("secret"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := sh(root, "true")
+	s.Mounts = append(s.Mounts[:1:1], specs.Mount{Destination: "/dev", Type: "bind", Source: dev, Options: []string{"bind"}})
+	s.Linux.MaskedPaths = []string{"/etc/secret"}
+	if err := os.WriteFile(filepath.Join(root, "etc/secret"), []byte("secret"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.Process.Args = []string{"sh", "-c", "cat /etc/secret; chmod 777 /etc/secret 2>/dev/null || echo fixed"}
+	expect(t, s, "fixed") // the host's null was taken, read-only
+	// A tmpfs /dev in which an earlier mount put another null.
+	s = sh(root, "true")
+	s.Mounts = append(s.Mounts, specs.Mount{Destination: "/dev/null", Source: filepath.Join(dev, "null"), Options: []string{"bind"}})
+	if err := failure(t, s); !errors.Is(err, syscall.EEXIST) {
+		t.Errorf("device over a file: %v", err)
+	}
+}
+
+func TestConsole(t *testing.T) {
+	root := busybox(t)
+	for name, s := range map[string]*specs.Spec{"host": sh(root, ""), "userns": userns(sh(root, ""))} {
+		t.Run(name, func(t *testing.T) {
+			s.Process.Args = []string{"sh", "-c", "tty; stty size; [ -c /dev/console ] && echo console >/dev/console; exec 3>&-; ls /proc/self/fd; stat -c %U:%a /dev/pts/0; exit 4"}
+			s.Process.Terminal = true
+			s.Process.ConsoleSize = &specs.Box{Height: 11, Width: 22}
+			plan, err := launch.Compile(s, launch.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := Start(plan, Stdio{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Close()
+			defer p.Console.Close()
+			if err := p.Exec(); err != nil {
+				t.Fatal(err)
+			}
+			var out strings.Builder
+			buf := make([]byte, 512)
+			for {
+				n, err := p.Console.Read(buf)
+				out.Write(buf[:n])
+				if err != nil {
+					break // EIO: the other side is closed
+				}
+			}
+			e, err := p.Wait()
+			want := "/dev/pts/0\r\n11 22\r\nconsole\r\n0  1  2  3\r\n"
+			if err != nil || e.Code != 4 || !strings.HasPrefix(out.String(), want) && !strings.Contains(out.String(), "/dev/pts/0\r\n11 22\r\nconsole\r\n") {
+				t.Errorf("%v %v %q", e, err, out.String())
+			}
+		})
+	}
+}
+
+func TestProcessSettings(t *testing.T) {
+	root := busybox(t)
+	s := sh(root, `id; umask; ulimit -n; ulimit -c; grep -E 'Cap(Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs|^Seccomp:' /proc/self/status | tr -s '\t\n' '  '; echo
+		pwd; stat -c %u:%a /new/dir; cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/msgmax; cat /proc/sys/kernel/domainname; cat /proc/self/oom_score_adj; ionice; uname -m; cat /proc/self/personality`)
+	mask := uint32(0o027)
+	oom := 500
+	caps := []string{"CAP_NET_BIND_SERVICE", "CAP_KILL"}
+	s.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{7, 8}, Umask: &mask}
+	s.Process.Cwd = "/new/dir"
+	s.Process.OOMScoreAdj = &oom
+	s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: dockerCaps[:2], Permitted: caps, Effective: caps[:1], Inheritable: caps, Ambient: caps[:1]}
+	s.Process.Capabilities.Bounding = append(caps, "CAP_CHOWN")
+	s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 123, Hard: 456}, {Type: "RLIMIT_CORE"}}
+	s.Process.Scheduler = &specs.Scheduler{Policy: specs.SchedBatch, Nice: 5}
+	s.Process.IOPriority = &specs.LinuxIOPriority{Class: specs.IOPRIO_CLASS_BE, Priority: 6}
+	s.Linux.Personality = &specs.LinuxPersonality{Domain: specs.PerLinux32}
+	s.Domainname = "dom"
+	s.Linux.Sysctl = map[string]string{"net.ipv4.ip_unprivileged_port_start": "80", "kernel.msgmax": "4096"}
+	// The program's own permitted set is what inheritable, ambient and bounding leave.
+	expect(t, s, `uid=1000 gid=1001 groups=7,8
+0027
+123
+0
+CapInh: 0000000000000420 CapPrm: 0000000000000400 CapEff: 0000000000000400 CapBnd: 0000000000000421 CapAmb: 0000000000000400 NoNewPrivs: 1 Seccomp: 0 
+/new/dir
+0:755
+80
+4096
+dom
+500
+best-effort: prio 6
+i686
+00000008`)
+}
+
+func TestSeccomp(t *testing.T) {
+	root := busybox(t)
+	for _, nnp := range []bool{true, false} {
+		s := sh(root, `grep -E '^Seccomp:|CapEff|NoNewPrivs' /proc/self/status | tr -s '\t\n' '  '; echo; mkdir /tmp/x || echo no; echo $$`)
+		s.Process.NoNewPrivileges = nnp
+		s.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Syscalls: []specs.LinuxSyscall{
+			{Names: []string{"mkdir", "mkdirat"}, Action: specs.ActErrno},
+		}}
+		n := 0
+		if nnp {
+			n = 1
+		}
+		expect(t, s, fmt.Sprintf("CapEff: 00000000a80425fb NoNewPrivs: %d Seccomp: 2 \nmkdir: can't create directory '/tmp/x': Operation not permitted\nno\n1", n))
+	}
+	// Denying nearly everything does not stop the start.
+	s := sh(root, "true")
+	s.Process.Args = []string{"/bin/true"}
+	s.Linux.Seccomp = dockerSeccomp(t, s)
+	expect(t, s, "")
+}
+
+func TestHooks(t *testing.T) {
+	root := busybox(t)
+	plan, err := launch.Compile(sh(root, "true"), launch.Options{Phases: []launch.Phase{launch.PhaseNamespaces, launch.PhaseMounts}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(t.TempDir(), "out")
+	script := func(s string) specs.Hook {
+		return specs.Hook{Path: "/bin/sh", Args: []string{"sh", "-c", s}, Env: []string{"A=b", "OUT=" + out}}
+	}
+	var seen []launch.Phase
+	p, err := Start(plan, Stdio{AtPhase: func(ph launch.Phase, p *Process) error {
+		seen = append(seen, ph)
+		if ph == launch.PhaseNamespaces {
+			return RunHook(script(`read x; echo "$x $A $(hostname | wc -c)" >>$OUT`), []byte("state\n"))
+		}
+		// The hook sees the host's files in the container's namespaces.
+		return p.RunHook(script(`read x; echo "$x $A $(hostname) $$" >>$OUT`), []byte("inside\n"))
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.abort()
+	if fmt.Sprint(seen) != "[1 2]" {
+		t.Errorf("phases %v", seen)
+	}
+	name, _ := os.Hostname()
+	b, err := os.ReadFile(out)
+	if want := fmt.Sprintf("state b %d\ninside b box 2\n", len(name)+1); err != nil || string(b) != want {
+		t.Errorf("%q %v, want %q", b, err, want)
+	}
+	// startContainer: in the container's root.
+	err = p.RunHook(specs.Hook{Path: "/bin/busybox", Args: []string{"sh", "-c", "echo bad >&2; ls /proc/1/ns >/dev/null && exit 9"}}, nil)
+	if err == nil || err.Error() != "hook /bin/busybox: exit status 9: bad" {
+		t.Error(err)
+	}
+	sec := 1
+	err = p.RunHook(specs.Hook{Path: "/bin/sleep", Args: []string{"sleep", "1000"}, Timeout: &sec}, nil)
+	if err == nil || err.Error() != "hook /bin/sleep: not done after 1s" {
+		t.Error(err)
+	}
+	err = RunHook(specs.Hook{Path: "/bin/sleep", Args: []string{"sleep", "1000"}, Timeout: &sec}, nil)
+	if err == nil || err.Error() != "hook /bin/sleep: not done after 1s" {
+		t.Error(err)
+	}
+	// A hook that fails ends the start.
+	_, err = Start(plan, Stdio{AtPhase: func(launch.Phase, *Process) error { return errors.New("hook said no") }})
+	if err == nil || err.Error() != "hook said no" {
+		t.Error(err)
+	}
+}
+
+func TestGate(t *testing.T) {
+	root := busybox(t)
+	dir := t.TempDir()
+	fifo := func(name string) *os.File {
+		p := filepath.Join(dir, name)
+		if err := unix.Mkfifo(p, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(p, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	gate, status := fifo("gate"), fifo("status")
+	plan, err := launch.Compile(sh(root, "exit 5"), launch.Options{Gate: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Start(plan, Stdio{Gate: gate, GateStatus: status})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if _, err := gate.Write([]byte{0}); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := p.Wait(); err != nil || e.Code != 5 {
+		t.Error(e, err)
+	}
+}
+
+// TestDescriptors: nothing of ours is open in the program, what was given is.
+func TestDescriptors(t *testing.T) {
+	root := busybox(t)
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString("extra\n"); err != nil {
+		t.Fatal(err)
+	}
+	// An inheritable descriptor of the parent's.
+	leak, err := unix.Dup(int(f.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(leak)
+	plan, err := launch.Compile(sh(root, "ls /proc/self/fd | tr '\\n' ' '; cat /dev/fd/4"), launch.Options{Preserve: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	p, err := Start(plan, Stdio{Out: w, Err: w, Extra: []*os.File{nil, f}})
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if err := p.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 100)
+	n, _ := r.Read(buf)
+	m, _ := r.Read(buf[n:])
+	if got := string(buf[:n+m]); got != "0 1 2 3 4 5 extra\n" { // 5 is ls's own
+		t.Errorf("%q", got)
+	}
+	if _, err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDumpable: the child that waits at the barrier, which still is this
+// program, is not for the container to look into.
+func TestDumpable(t *testing.T) {
+	root := busybox(t)
+	s := sh(root, "true")
+	s.Process.User.UID = 1000
+	plan, err := launch.Compile(s, launch.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Start(plan, Stdio{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.abort()
+	var st unix.Stat_t
+	if err := unix.Stat(fmt.Sprintf("/proc/%d/fd", p.Pid), &st); err != nil || st.Uid != 0 {
+		t.Errorf("owner %d, %v", st.Uid, err)
+	}
+}
+
+// TestWorkdirOutside: a working directory that a descriptor of ours leads to is
+// none, or one inside.
+func TestWorkdirOutside(t *testing.T) {
+	root := busybox(t)
+	for fd := 3; fd < 20; fd++ {
+		s := sh(root, `[ . -ef "$(pwd -P)" ]`)
+		s.Process.Cwd = fmt.Sprintf("/proc/self/fd/%d", fd)
+		plan, err := launch.Compile(s, launch.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := Start(plan, Stdio{})
+		if err != nil {
+			if !strings.HasPrefix(err.Error(), "working directory /proc/self/fd/") {
+				t.Errorf("%d: %v", fd, err)
+			}
+			continue
+		}
+		if err := p.Exec(); err != nil {
+			t.Error(err)
+		}
+		if e, err := p.Wait(); err != nil || e.Code != 0 {
+			t.Errorf("%d: %v %v", fd, e, err)
+		}
+		p.Close()
+	}
+}
