@@ -4,10 +4,12 @@
 //	<root>/containers/<id>/rootfs/upper   what the container has changed
 //	<root>/containers/<id>/rootfs/work    overlay's own
 //	<root>/containers/<id>/rootfs/merged  where the root may be mounted
+//	<root>/pool/…                         pairs made ahead
 //	<root>/trash/…                        removed pairs until they are deleted
 //
 // The pair is not a snapshot: there is no database and no transaction, it is
-// found again by listing. Nothing here waits for the disk. The rest of
+// found again by listing. Nothing here waits for the disk, and a container
+// usually gets its pair by one rename from the pool. The rest of
 // <root>/containers/<id> is the caller's.
 package rootfs
 
@@ -22,12 +24,18 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/image/layer"
 )
+
+// poolSize is how many pairs are made ahead: more than start while the next
+// ones are being made.
+const poolSize = 16
 
 // maxMountData is what mount(2) takes: a page, less the terminating zero.
 const maxMountData = 4095
@@ -44,7 +52,8 @@ type Config struct {
 // calls for the same container must not overlap.
 type Store struct {
 	cfg   Config
-	kick  chan struct{}
+	kick  chan struct{} // there is something in the trash
+	pool  chan string   // directories with a pair in it
 	stop  chan struct{}
 	wg    sync.WaitGroup
 	close sync.Once
@@ -85,14 +94,20 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), stop: make(chan struct{})}
-	for _, d := range []string{s.containers(), s.trash()} {
+	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), stop: make(chan struct{})}
+	for _, d := range []string{s.containers(), s.trash(), s.ahead()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("rootfs store: %w", err)
 		}
 	}
-	s.wg.Add(1)
+	layer.SpreadChildren(s.containers())
+	layer.SpreadChildren(s.ahead())
+	if err := s.reuse(); err != nil {
+		return nil, fmt.Errorf("rootfs store: %w", err)
+	}
+	s.wg.Add(2)
 	go s.sweep()
+	go s.fill()
 	s.kick <- struct{}{}
 	return s, nil
 }
@@ -106,6 +121,62 @@ func (s *Store) Close() error {
 
 func (s *Store) containers() string { return filepath.Join(s.cfg.Root, "containers") }
 func (s *Store) trash() string      { return filepath.Join(s.cfg.Root, "trash") }
+func (s *Store) ahead() string      { return filepath.Join(s.cfg.Root, "pool") }
+
+// reuse takes over the pairs that an earlier process made ahead.
+func (s *Store) reuse() error {
+	ents, err := os.ReadDir(s.ahead())
+	if err != nil {
+		return err
+	}
+	for _, e := range ents {
+		path := filepath.Join(s.ahead(), e.Name())
+		if _, err := os.Lstat(path + "/merged"); err == nil && len(s.pool) < poolSize {
+			s.pool <- path
+		} else if err := os.Rename(path, filepath.Join(s.trash(), rand.Text())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fill keeps the pool full.
+func (s *Store) fill() {
+	defer s.wg.Done()
+	for {
+		path := filepath.Join(s.ahead(), rand.Text())
+		err := makePair(path)
+		if err != nil {
+			// Prepare makes its own then, and reports what is wrong.
+			s.cfg.Log.Warn("writable layer not made ahead", "err", err)
+			_ = os.RemoveAll(path)
+			select {
+			case <-s.stop:
+				return
+			case <-time.After(time.Second):
+			}
+			continue
+		}
+		select {
+		case s.pool <- path:
+		case <-s.stop:
+			return
+		}
+	}
+}
+
+// makePair makes the directories; merged comes last and says that all are there.
+func makePair(dir string) error {
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+	}{{dir, 0o700}, {dir + "/upper", 0o755}, {dir + "/work", 0o700}, {dir + "/merged", 0o700}} {
+		if err := os.Mkdir(d.path, d.mode); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return nil
+}
 
 // dir is the container's directory; id must be a single component.
 func (s *Store) dir(id string) (string, error) {
@@ -141,21 +212,12 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 	return r, nil
 }
 
-// pair makes the directories. A half-made pair (no merged, which comes last)
-// is completed: nothing has been mounted on it.
+// pair puts a pair of directories in its place, unless it is there.
 func (s *Store) pair(r *Root, dir string) error {
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			err = os.MkdirAll(dir, 0o700)
-		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
 	if _, err := os.Lstat(r.Merged); err == nil {
 		return nil
 	}
-	if err := mkdir(r.Upper, 0o755); err != nil {
+	if err := s.take(dir); err != nil {
 		return err
 	}
 	// The merged root has the attributes of the upper directory: give it those
@@ -170,21 +232,33 @@ func (s *Store) pair(r *Root, dir string) error {
 				return err
 			}
 		}
-		if err := unix.Chmod(r.Upper, st.Mode&0o7777); err != nil {
-			return &os.PathError{Op: "chmod", Path: r.Upper, Err: err}
+		if st.Mode&0o7777 != 0o755 {
+			if err := unix.Chmod(r.Upper, st.Mode&0o7777); err != nil {
+				return &os.PathError{Op: "chmod", Path: r.Upper, Err: err}
+			}
 		}
 	}
-	if err := mkdir(r.Work, 0o700); err != nil {
-		return err
-	}
-	return mkdir(r.Merged, 0o700)
+	return nil
 }
 
-func mkdir(path string, mode os.FileMode) error {
-	if err := os.Mkdir(path, mode); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+// take moves a pair from the pool to dir, or makes one there. A half-made one
+// (of a process that was killed) is completed: nothing has been mounted on it.
+func (s *Store) take(dir string) error {
+	if _, err := os.Lstat(filepath.Dir(dir)); errors.Is(err, fs.ErrNotExist) {
+		if err := os.Mkdir(filepath.Dir(dir), 0o710); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
 	}
-	return nil
+	select {
+	case path := <-s.pool:
+		if err := os.Rename(path, dir); err == nil {
+			return nil
+		}
+		// Something is at dir, or somebody has tidied up the pool.
+		_ = os.RemoveAll(path)
+	default:
+	}
+	return makePair(dir)
 }
 
 // overlay describes the root's mount.
