@@ -59,11 +59,25 @@ func (a *API) containerInspect(c *call) error {
 	if err != nil {
 		return err
 	}
-	v, err := inspectShape(c.v, *in)
+	out := *in
+	if strings.HasPrefix(c.r.UserAgent(), "docker-sdk-python/") {
+		forPython(&out)
+	}
+	v, err := inspectShape(c.v, out)
 	if err != nil {
 		return err
 	}
 	return c.json(http.StatusOK, v)
+}
+
+// forPython shows the local log driver as json-file: that SDK's run() returns
+// the output of a container only if it knows the driver by name, and local is
+// what containers get here by default.
+func forPython(in *container.InspectResponse) {
+	if in.HostConfig != nil && in.HostConfig.LogConfig.Type == "local" {
+		hc := *in.HostConfig
+		hc.LogConfig.Type, in.HostConfig = "json-file", &hc
+	}
 }
 
 // inspectShape is a container as version v shows it.

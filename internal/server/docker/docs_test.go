@@ -57,6 +57,8 @@ const differences = `
   (clients that name a tag, as the docker CLI does, see no difference).
 - ` + "`GET /containers/{name}/archive`" + ` and ` + "`/export`" + ` are sent uncompressed.
 - ` + "`HostConfig.Isolation`" + ` takes Tenon's isolation modes (` + "`process`, `vm`, `machine=NAME`" + `).
+- The Python SDK is shown the default log driver as ` + "`json-file`" + `: its ` + "`run()`" + ` returns
+  a container's output for drivers it knows by name only.
 - ` + "`Builder-Version`" + ` is 1, so that clients don't look for BuildKit.
 
 ## What differs between versions
