@@ -53,7 +53,8 @@ type Config struct {
 type Store struct {
 	cfg   Config
 	kick  chan struct{} // there is something in the trash
-	pool  chan string   // directories with a pair in it
+	pool  chan string   // directories as a container's, with a pair in them
+	done  chan string   // containers' directories to remove if empty
 	stop  chan struct{}
 	wg    sync.WaitGroup
 	close sync.Once
@@ -94,7 +95,7 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), stop: make(chan struct{})}
+	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), done: make(chan string, 64), stop: make(chan struct{})}
 	for _, d := range []string{s.containers(), s.trash(), s.ahead()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("rootfs store: %w", err)
@@ -131,7 +132,7 @@ func (s *Store) reuse() error {
 	}
 	for _, e := range ents {
 		path := filepath.Join(s.ahead(), e.Name())
-		if _, err := os.Lstat(path + "/merged"); err == nil && len(s.pool) < poolSize {
+		if _, err := os.Lstat(path + "/rootfs/merged"); err == nil && len(s.pool) < poolSize {
 			s.pool <- path
 		} else if err := os.Rename(path, filepath.Join(s.trash(), rand.Text())); err != nil {
 			return err
@@ -145,7 +146,10 @@ func (s *Store) fill() {
 	defer s.wg.Done()
 	for {
 		path := filepath.Join(s.ahead(), rand.Text())
-		err := makePair(path)
+		err := os.Mkdir(path, 0o710)
+		if err == nil {
+			err = makePair(path + "/rootfs")
+		}
 		if err != nil {
 			// Prepare makes its own then, and reports what is wrong.
 			s.cfg.Log.Warn("writable layer not made ahead", "err", err)
@@ -244,19 +248,21 @@ func (s *Store) pair(r *Root, dir string) error {
 // take moves a pair from the pool to dir, or makes one there. A half-made one
 // (of a process that was killed) is completed: nothing has been mounted on it.
 func (s *Store) take(dir string) error {
-	if _, err := os.Lstat(filepath.Dir(dir)); errors.Is(err, fs.ErrNotExist) {
-		if err := os.Mkdir(filepath.Dir(dir), 0o710); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
 	select {
 	case path := <-s.pool:
-		if err := os.Rename(path, dir); err == nil {
+		// One rename, if the container's directory is not there or empty.
+		if err := os.Rename(path, filepath.Dir(dir)); err == nil {
 			return nil
 		}
-		// Something is at dir, or somebody has tidied up the pool.
+		err := os.Rename(path+"/rootfs", dir)
 		_ = os.RemoveAll(path)
+		if err == nil {
+			return nil
+		}
 	default:
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o710); err != nil {
+		return err
 	}
 	return makePair(dir)
 }
@@ -306,7 +312,10 @@ func (s *Store) Remove(id string) error {
 		}
 		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
 	}
-	_ = os.Remove(filepath.Dir(dir)) // unless the caller has more in it
+	select {
+	case s.done <- filepath.Dir(dir):
+	default: // it stays, empty
+	}
 	select {
 	case s.kick <- struct{}{}:
 	default:
@@ -322,6 +331,9 @@ func (s *Store) sweep() {
 		case <-s.stop:
 			return
 		case <-s.kick:
+		}
+		for range len(s.done) {
+			_ = os.Remove(<-s.done) // unless the caller has more in it
 		}
 		ents, err := os.ReadDir(s.trash())
 		if err != nil {

@@ -169,7 +169,7 @@ func TestHalfMade(t *testing.T) {
 	_, images := open(t)
 	img := testImage(t, images)
 	root := t.TempDir()
-	for _, d := range []string{"containers/c/rootfs/upper", "pool/x/upper", "trash/y/z"} {
+	for _, d := range []string{"containers/c/rootfs/upper", "pool/x/rootfs/upper", "trash/y/z"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o700); err != nil {
 			t.Fatal(err)
 		}
