@@ -33,7 +33,11 @@ type dir struct {
 // without leading slash, to the caller's own cgroup where it has one) with its
 // parents and sets limits. res may be nil. A group that exists and is empty is
 // taken over; one with processes is refused (errdefs.ErrAlreadyExists).
-func Create(path string, res *specs.LinuxResources) (*Group, error) { return create(path, res) }
+// On v1 the group is made in the hierarchies of further controllers too, for
+// other programs that read their counters there.
+func Create(path string, res *specs.LinuxResources, further ...string) (*Group, error) {
+	return create(path, res, further)
+}
 
 // Load opens an existing group. A group that is in no hierarchy is
 // errdefs.ErrNotFound.

@@ -26,9 +26,9 @@ import (
 var always = []string{"memory", "pids", "devices", "blkio"}
 
 // layout says which v1 hierarchies a group needs and whether v2 is there.
-func layout(hs []Hierarchy, res *specs.LinuxResources) (list []Hierarchy, err error) {
+func layout(hs []Hierarchy, res *specs.LinuxResources, further []string) (list []Hierarchy, err error) {
 	want := map[string]bool{}
-	for _, c := range always {
+	for _, c := range append(further, always...) {
 		want[c] = true
 	}
 	v2 := false
@@ -138,8 +138,8 @@ func ownGroups() (map[string]string, error) {
 	return m, nil
 }
 
-func create(p string, res *specs.LinuxResources) (_ *Group, err error) {
-	hs, err := layout(Hierarchies(), res)
+func create(p string, res *specs.LinuxResources, further []string) (_ *Group, err error) {
+	hs, err := layout(Hierarchies(), res, further)
 	if err != nil {
 		return nil, err
 	}

@@ -124,6 +124,8 @@ func (c *compiler) enter() error {
 	}
 	c.step("new session")
 	c.call(unix.SYS_SETSID)
+	c.keyring()
+	c.loopback()
 	for _, ph := range c.opts.Phases {
 		if ph == PhaseNamespaces {
 			c.step("hooks createRuntime")

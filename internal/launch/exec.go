@@ -63,6 +63,7 @@ func CompileExec(process *specs.Process, opts ExecOptions) (*Plan, error) {
 	}
 	c.step("new session")
 	c.call(unix.SYS_SETSID)
+	c.keyring()
 	c.call(unix.SYS_CLOSE, c.proc.arg())
 	if process.Terminal {
 		c.step("open /")

@@ -47,6 +47,8 @@ type Options struct {
 	// NoPivot moves the root over / and changes root instead of pivot_root,
 	// for a host whose root is an initramfs.
 	NoPivot bool
+	// NoNewKeyring leaves the process the session keyring of the caller.
+	NoNewKeyring bool
 	// Phases that Start's callback is to be called at. The barrier is not one.
 	Phases []Phase
 	// Gate makes the child wait at the barrier on descriptors of the caller

@@ -28,6 +28,7 @@ type launchOptions struct {
 	pidFile       string
 	preserve      *int64
 	noPivot       bool
+	noKeyring     bool
 	detach        bool
 	keep          bool
 	ignored       bool
@@ -46,7 +47,7 @@ func createFlags(f *flagSet) {
 	f.str(&o.pidFile, "pid-file", "", "file that the process id is written to")
 	f.number(&o.preserve, "preserve-fds", "descriptors from 3 on that the program inherits")
 	f.boolean(&o.noPivot, "no-pivot", "", "for a root that is an initramfs")
-	f.boolean(&o.ignored, "no-new-keyring", "", "accepted: no keyring is made")
+	f.boolean(&o.noKeyring, "no-new-keyring", "", "leave the caller's session keyring")
 	f.boolean(&o.ignored, "no-subreaper", "", "accepted: run is no subreaper")
 }
 
@@ -172,6 +173,7 @@ func (m *making) readSpec() error {
 	m.Created = time.Now().UTC()
 	m.Owner = owner()
 	m.listenFDs()
+	m.spec.Process.Env = lastWins(m.spec.Process.Env)
 	if m.Cgroup, err = cgroupPath(m.spec.Linux.CgroupsPath, m.ID, m.app.systemd); err != nil {
 		return err
 	}
@@ -207,6 +209,23 @@ func (m *making) listenFDs() {
 		total += *m.opts.preserve
 	}
 	m.opts.preserve = &total
+}
+
+// lastWins drops variables that are set again later, as runc and crun do: most
+// programs look at the first of a name.
+func lastWins(env []string) []string {
+	last := make(map[string]int, len(env))
+	for i, e := range env {
+		name, _, _ := strings.Cut(e, "=")
+		last[name] = i
+	}
+	kept := make([]string, 0, len(last))
+	for i, e := range env {
+		if name, _, _ := strings.Cut(e, "="); last[name] == i {
+			kept = append(kept, e)
+		}
+	}
+	return kept
 }
 
 // cgroupPath is the cgroup of a container below the hierarchies' roots. A
@@ -259,7 +278,9 @@ func expandSlice(slice string) (string, error) {
 }
 
 func (m *making) makeCgroup() (err error) {
-	m.group, err = cgroup.Create(m.Cgroup, withDefaultDevices(m.spec.Linux.Resources))
+	// Engines that drive OCI runtimes read statistics and freeze on their own.
+	m.group, err = cgroup.Create(m.Cgroup, withDefaultDevices(m.spec.Linux.Resources),
+		"cpu", "cpuacct", "freezer")
 	return err
 }
 
@@ -270,7 +291,7 @@ func (m *making) start(gated bool) error {
 		return err
 	}
 	plan, err := launch.Compile(m.spec, launch.Options{
-		Bundle: m.Bundle, Cgroup: m.group, Preserve: len(extra), NoPivot: m.opts.noPivot,
+		Bundle: m.Bundle, Cgroup: m.group, Preserve: len(extra), NoPivot: m.opts.noPivot, NoNewKeyring: m.opts.noKeyring,
 		Phases: phases(m.spec.Hooks), Gate: gated,
 	})
 	if err != nil {

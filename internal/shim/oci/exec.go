@@ -194,7 +194,7 @@ func (o *execOptions) processOf(spec *specs.Spec, args []string, setPrivs bool) 
 	if o.cwd != "" {
 		p.Cwd = o.cwd
 	}
-	p.Env = append(slices.Clip(p.Env), o.env...)
+	p.Env = lastWins(append(slices.Clip(p.Env), o.env...))
 	p.Terminal = p.Terminal || o.tty
 	if setPrivs {
 		p.NoNewPrivileges = o.noNewPrivs

@@ -35,7 +35,7 @@ func runFeatures(a *app, _ *flagSet) (int, error) {
 		Hooks:         []string{"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"},
 		MountOptions:  launch.MountOptions(),
 		Linux: &features.Linux{
-			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "user", "uts"},
+			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"},
 			Capabilities: allCapabilities(),
 			Cgroup: &features.Cgroup{
 				V1: ptr(true), V2: ptr(true), Systemd: ptr(false), SystemdUser: ptr(false), Rdma: ptr(true),
