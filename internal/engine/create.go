@@ -108,11 +108,12 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if _, err := bindings(r); err != nil {
 		return nil, nil, err
 	}
-	if cfg.Hostname == "" && !h.UTSMode.IsHost() && !h.NetworkMode.IsContainer() {
+	switch {
+	case cfg.Hostname != "" || h.NetworkMode.IsContainer():
+	case h.NetworkMode.IsHost() || h.UTSMode.IsHost():
+		cfg.Hostname, _ = os.Hostname() // a host without a name is no error
+	default:
 		cfg.Hostname = id[:12]
-	}
-	if h.NetworkMode.IsHost() && cfg.Hostname == "" || cfg.Hostname == "" && h.UTSMode.IsHost() {
-		cfg.Hostname, _ = os.Hostname() // a container without a name of its own is no error
 	}
 	if _, err := e.logSettings(r); err != nil {
 		return nil, nil, err

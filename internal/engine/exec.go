@@ -294,7 +294,7 @@ func execError(x *execution, err error) error {
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}
-	return fmt.Errorf("OCI runtime exec failed: %w", err)
+	return remark{err, text}
 }
 
 // remark is an error under another text.
@@ -342,7 +342,7 @@ func (e *Engine) execProcess(x *execution) ([]byte, error) {
 		return nil, err
 	}
 	h := r.HostConfig
-	caps, err := spec.Capabilities(h.CapAdd, h.CapDrop, h.Privileged || x.o.Privileged)
+	caps, err := spec.Capabilities(h.CapAdd, h.CapDrop, h.Privileged || x.o.Privileged, e.cfg.Kernel.Facts().Capabilities)
 	if err != nil {
 		return nil, err
 	}

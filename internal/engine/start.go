@@ -223,14 +223,14 @@ func startError(c *ctr, err error) error {
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}
-	return fmt.Errorf("failed to create task for container: %w", err)
+	return remark{err, text}
 }
 
 // commandText is the shim's text without the task's name; for a command that
 // was looked for in PATH it says so, as Docker does.
 func commandText(id string, err error) string {
 	text := strings.TrimPrefix(err.Error(), "task "+id+": ")
-	if rest, ok := strings.CutPrefix(text, `exec: "`); ok && errdefs.IsNotFound(err) {
+	if rest, ok := strings.CutPrefix(text, `exec: "`); ok {
 		if name, tail, ok := strings.Cut(rest, `": `); ok && !strings.Contains(name, "/") && strings.Contains(tail, "no such file or directory") {
 			return fmt.Sprintf("exec: %q: executable file not found in $PATH", name)
 		}
@@ -319,13 +319,14 @@ func (e *Engine) prepareRoot(ctx context.Context, c *ctr, p *prepared) (err erro
 	return err
 }
 
-// rootOf makes, or finds again, a container's root file system.
+// rootOf makes, or finds again, a container's root file system. It is mounted
+// writable: with --read-only the launch makes it so once the mount points are there.
 func (e *Engine) rootOf(ctx context.Context, r *container.Record) (*rootfs.Root, error) {
 	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
 	if err != nil {
 		return nil, fmt.Errorf("container %s: its image: %w", r.ID, err)
 	}
-	return e.cfg.Roots.Prepare(ctx, r.ID, img, rootfs.Options{ReadOnly: r.HostConfig.ReadonlyRootfs, Volatile: r.HostConfig.AutoRemove})
+	return e.cfg.Roots.Prepare(ctx, r.ID, img, rootfs.Options{Volatile: r.HostConfig.AutoRemove})
 }
 
 func taskMounts(root *rootfs.Root) []task.Mount {
@@ -451,7 +452,7 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	in := spec.Input{
 		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.def, LinkEnv: e.linkEnv(r),
 		Mounts: append(p.files, p.mounts...), NetNS: p.kernel.NetNS, ShmSource: p.shm,
-		CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2,
+		CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
 	}
 	if !h.UTSMode.IsHost() {
 		in.Hostname = r.Config.Hostname

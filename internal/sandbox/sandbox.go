@@ -23,9 +23,11 @@ type Facts struct {
 	BootID        string // differs for each boot
 	KernelRelease string
 	CgroupV2      bool // the unified hierarchy alone
-	CPUs          int
-	Memory        int64 // bytes
-	Swap          int64 // bytes
+	// Capabilities are those that the shim can give to containers.
+	Capabilities []string
+	CPUs         int
+	Memory       int64 // bytes
+	Swap         int64 // bytes
 }
 
 // Handover is what the engine made for a container on the host.

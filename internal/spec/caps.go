@@ -10,13 +10,7 @@ import (
 )
 
 // allCaps are the kernel's capabilities, by number.
-var allCaps = strings.Fields(`CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID
-CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP CAP_LINUX_IMMUTABLE CAP_NET_BIND_SERVICE CAP_NET_BROADCAST
-CAP_NET_ADMIN CAP_NET_RAW CAP_IPC_LOCK CAP_IPC_OWNER CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_CHROOT
-CAP_SYS_PTRACE CAP_SYS_PACCT CAP_SYS_ADMIN CAP_SYS_BOOT CAP_SYS_NICE CAP_SYS_RESOURCE CAP_SYS_TIME
-CAP_SYS_TTY_CONFIG CAP_MKNOD CAP_LEASE CAP_AUDIT_WRITE CAP_AUDIT_CONTROL CAP_SETFCAP CAP_MAC_OVERRIDE
-CAP_MAC_ADMIN CAP_SYSLOG CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_READ CAP_PERFMON CAP_BPF
-CAP_CHECKPOINT_RESTORE`)
+var allCaps = capNumbers
 
 // defaultCaps are what Docker leaves a container.
 var defaultCaps = strings.Fields(`CAP_CHOWN CAP_DAC_OVERRIDE CAP_FSETID CAP_FOWNER CAP_MKNOD
@@ -25,9 +19,10 @@ CAP_KILL CAP_AUDIT_WRITE`)
 
 const allWord = "ALL"
 
-// Capabilities applies --cap-add and --cap-drop as Docker does.
-// InvalidArgument names an unknown one.
-func Capabilities(add, drop []string, privileged bool) ([]string, error) {
+// Capabilities applies --cap-add and --cap-drop as Docker does. What "all"
+// stands for is limited to available, if that is not nil. InvalidArgument
+// names an unknown one.
+func Capabilities(add, drop []string, privileged bool, available []string) ([]string, error) {
 	adds, err := normalizeCaps(add)
 	if err != nil {
 		return nil, err
@@ -41,9 +36,9 @@ func Capabilities(add, drop []string, privileged bool) ([]string, error) {
 	}
 	switch {
 	case privileged:
-		return supported(allCaps), nil
+		return limit(allCaps, available), nil
 	case slices.Contains(adds, allWord):
-		return supported(without(allCaps)), nil
+		return limit(without(allCaps), available), nil
 	case slices.Contains(drops, allWord):
 		return adds, nil
 	}
@@ -75,9 +70,32 @@ func normalizeCaps(in []string) ([]string, error) {
 	return out, nil
 }
 
-// supported leaves the list as it is: the last capability, of Linux 5.9, is
-// older than what Tenon runs on.
-func supported(caps []string) []string { return slices.Clone(caps) }
+func limit(caps, available []string) []string {
+	if available == nil {
+		return slices.Clone(caps)
+	}
+	return slices.DeleteFunc(slices.Clone(caps), func(c string) bool { return !slices.Contains(available, c) })
+}
+
+// CapabilityNames are the names of the bits in mask, as /proc shows them.
+func CapabilityNames(mask uint64) []string {
+	out := []string{}
+	for i, name := range capNumbers {
+		if mask&(1<<i) != 0 {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// capNumbers are the names by number.
+var capNumbers = strings.Fields(`CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID
+CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP CAP_LINUX_IMMUTABLE CAP_NET_BIND_SERVICE CAP_NET_BROADCAST
+CAP_NET_ADMIN CAP_NET_RAW CAP_IPC_LOCK CAP_IPC_OWNER CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_CHROOT
+CAP_SYS_PTRACE CAP_SYS_PACCT CAP_SYS_ADMIN CAP_SYS_BOOT CAP_SYS_NICE CAP_SYS_RESOURCE CAP_SYS_TIME
+CAP_SYS_TTY_CONFIG CAP_MKNOD CAP_LEASE CAP_AUDIT_WRITE CAP_AUDIT_CONTROL CAP_SETFCAP CAP_MAC_OVERRIDE
+CAP_MAC_ADMIN CAP_SYSLOG CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_AUDIT_READ CAP_PERFMON CAP_BPF
+CAP_CHECKPOINT_RESTORE`)
 
 // ProcessCapabilities puts caps into the sets that Docker fills: all three for
 // root, the bounding set alone for others, as execve would leave them.

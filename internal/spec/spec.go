@@ -55,11 +55,13 @@ type Input struct {
 	ShmSource  string // host directory bound to /dev/shm, if it is shared
 	CgroupPath string
 	CgroupV2   bool
-	Devices    []Device // of --device
-	AllDevices []Device // of the kernel, for --privileged
-	Init       string   // host path of the init program; empty: none
-	UIDMap     []specs.LinuxIDMapping
-	GIDMap     []specs.LinuxIDMapping
+	// Capabilities are those that the kernel lets its shim give away; nil: all.
+	Capabilities []string
+	Devices      []Device // of --device
+	AllDevices   []Device // of the kernel, for --privileged
+	Init         string   // host path of the init program; empty: none
+	UIDMap       []specs.LinuxIDMapping
+	GIDMap       []specs.LinuxIDMapping
 }
 
 // Build makes the specification. The result shares no memory with in but the
@@ -102,7 +104,7 @@ func Build(in Input) (*specs.Spec, error) {
 
 func process(in Input, sec security) (*specs.Process, error) {
 	c, h := in.Config, in.HostConfig
-	caps, err := Capabilities(h.CapAdd, h.CapDrop, h.Privileged)
+	caps, err := Capabilities(h.CapAdd, h.CapDrop, h.Privileged, in.Capabilities)
 	if err != nil {
 		return nil, err
 	}

@@ -53,7 +53,7 @@ func validateProcess(cfg *container.Config, h *container.HostConfig) error {
 	if _, err := parseSecurity(h); err != nil {
 		return err
 	}
-	_, err := Capabilities(h.CapAdd, h.CapDrop, h.Privileged)
+	_, err := Capabilities(h.CapAdd, h.CapDrop, h.Privileged, nil)
 	return err
 }
 

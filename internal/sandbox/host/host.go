@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
 )
 
@@ -84,6 +85,12 @@ func (h *Host) readFacts() error {
 	h.facts.Memory = int64(si.Totalram) * int64(si.Unit)
 	h.facts.Swap = int64(si.Totalswap) * int64(si.Unit)
 	h.facts.CPUs = runtime.NumCPU()
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &caps[0]); err != nil {
+		return fmt.Errorf("host: capabilities: %w", err)
+	}
+	h.facts.Capabilities = spec.CapabilityNames(uint64(caps[0].Permitted) | uint64(caps[1].Permitted)<<32)
 	return nil
 }
 
