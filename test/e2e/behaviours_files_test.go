@@ -27,7 +27,7 @@ var files = []behaviour{
 	{"cp into a volume of a stopped container", `docker create -v $v:/data --name $c busybox >/dev/null; echo data >$d/f; docker cp -q $d/f $c:/data/f; run -v $v:/x busybox cat /x/f`, `data`, 0},
 	{"cp follows no link out of the container", `docker run $m --name $c busybox sh -c "ln -s $d/canary /link; ln -s $d /dir"; echo new >$d/f; docker cp -q $d/f $c:/link 2>/dev/null || true; docker cp -q $d/f $c:/dir/canary2 2>/dev/null || true; ls $d`, `f`, 0},
 	{"cp of nothing", `docker create --name $c busybox >/dev/null; docker cp $c:/nothing $d/ 2>&1 | grep -ci 'could not find'`, `1`, 0},
-	{"cp keeps ids and modes with -a", `docker run $m --name $c busybox sh -c 'echo x >/f; chown 12:34 /f; chmod 600 /f'; docker cp -qa $c:/f $d/f; stat -c '%u:%g %a' $d/f`, `12:34 600`, 0},
+	{"cp keeps ids and modes with -a", `docker create --name $c busybox stat -c '%u:%g %a' /f >/dev/null; echo x >$d/f; chown 12:34 $d/f; chmod 600 $d/f; docker cp -qa $d/f $c:/f; docker start -a $c`, `12:34 600`, 0},
 	{"diff", `docker run $m --name $c busybox sh -c 'echo x >/new; rm /bin/zcat; mkdir -p /etc/q'; docker diff $c | grep -vE '^C /(root|dev|proc|sys)?$' | sort`, "A /etc/q\nA /new\nC /bin\nC /etc\nD /bin/zcat", 0},
 	{"diff of a running container", `bg --name $c busybox sh -c 'echo x >/new; sleep 1000'; until_ok sh -c "docker diff $c | grep -q 'A /new'"`, ``, 0},
 	{"export", `docker run $m --name $c busybox sh -c 'echo x >/new'; docker export $c | tar -xO new`, `x`, 0},

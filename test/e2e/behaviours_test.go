@@ -37,7 +37,7 @@ cleanup() {
 	docker ps -aq --filter "name=^/?$c" | xargs -r docker rm -fv >/dev/null 2>&1 || true
 	docker network ls -q --filter "name=^$n" | xargs -r docker network rm >/dev/null 2>&1 || true
 	docker volume ls -q --filter "name=^$v" | xargs -r docker volume rm -f >/dev/null 2>&1 || true
-	docker images -q "$i*" | xargs -r docker rmi -f >/dev/null 2>&1 || true
+	docker images --format '{{.Repository}}:{{.Tag}}' --filter "reference=$i*" | xargs -r docker rmi -f >/dev/null 2>&1 || true
 	rm -rf "$d"
 	exit $s
 }
@@ -69,7 +69,7 @@ func TestBehaviours(t *testing.T) {
 					vars := fmt.Sprintf("m='%s' c=c%s n=n%s v=vol%s i=img%s\n", mode.Flags, id, id, id, id)
 					r := d.Sh(t, vars+prelude+b.Script)
 					want := regexp.MustCompile(`^(?s:` + strings.TrimSpace(b.Want) + `)$`)
-					if out := strings.TrimRight(r.Out, "\n"); !want.MatchString(out) || r.Code != b.Code {
+					if out := strings.TrimRight(r.Out, " \n"); !want.MatchString(out) || r.Code != b.Code {
 						t.Errorf("script:%s\ngot (exit %d):\n%s\nwant (exit %d):\n%s\nstderr:\n%s", b.Script, r.Code, out, b.Code, b.Want, r.Err)
 					}
 				})

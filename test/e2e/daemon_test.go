@@ -323,7 +323,7 @@ func (d *Daemon) run(t testing.TB, limit time.Duration, name string, args ...str
 // Busybox makes the base image.
 func (d *Daemon) Busybox(t testing.TB) {
 	t.Helper()
-	if r := d.run(t, time.Minute, "tenon", "image", "bootstrap", "busybox"); r.Code != 0 {
+	if r := d.run(t, time.Minute, filepath.Join(d.bin, "tenon"), "image", "bootstrap", "busybox"); r.Code != 0 {
 		t.Fatalf("tenon image bootstrap busybox: exit %d\n%s%s\n%s", r.Code, r.Out, r.Err, d.Tail())
 	}
 }
