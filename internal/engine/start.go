@@ -220,6 +220,8 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 func startError(c *ctr, err error) error {
 	text := "failed to create task for container: " + commandText(c.id, err)
 	switch {
+	case startExitCode(err) != 128: // the command's fault, not ours: 400, as Docker says
+		return errdefs.ErrInvalidArgument.WithMessage(text)
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
 		return errdefs.ErrInvalidArgument.WithMessage(text)
 	}
