@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -49,6 +50,10 @@ trap cleanup EXIT
 func TestBehaviours(t *testing.T) {
 	d := NewDaemon(t)
 	d.Busybox(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	var all []behaviour
 	for _, part := range [][]behaviour{lifecycle, environment, limits, security, files, networks, observation, images} {
 		all = append(all, part...)
@@ -66,7 +71,7 @@ func TestBehaviours(t *testing.T) {
 				t.Run(b.Name, func(t *testing.T) {
 					t.Parallel()
 					id := fmt.Sprintf("%s%d", mode.Name[:1], k)
-					vars := fmt.Sprintf("m='%s' c=c%s n=n%s v=vol%s i=img%s\n", mode.Flags, id, id, id, id)
+					vars := fmt.Sprintf("m='%s' c=c%s n=n%s v=vol%s i=img%s self=%s\n", mode.Flags, id, id, id, id, self)
 					r := d.Sh(t, vars+prelude+b.Script)
 					want := regexp.MustCompile(`^(?s:` + strings.TrimSpace(b.Want) + `)$`)
 					if out := strings.TrimRight(r.Out, " \n"); !want.MatchString(out) || r.Code != b.Code {

@@ -1,0 +1,66 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"testing"
+	"time"
+)
+
+// TestMain lets this very program be a UDP echo server inside a container, and
+// its client, since busybox has neither.
+func TestMain(m *testing.M) {
+	var err error
+	switch {
+	case os.Getenv("TENON_E2E_UDP") != "":
+		err = udpServe(os.Getenv("TENON_E2E_UDP"))
+	case os.Getenv("TENON_E2E_UDP_TO") != "":
+		err = udpAsk(os.Getenv("TENON_E2E_UDP_TO"))
+	default:
+		os.Exit(m.Run())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func udpServe(addr string) error {
+	conn, err := net.ListenPacket("udp", addr)
+	if err != nil {
+		return err
+	}
+	fmt.Println("ready")
+	buf := make([]byte, 1500)
+	for {
+		n, from, err := conn.ReadFrom(buf)
+		if err != nil {
+			return err
+		}
+		if _, err := conn.WriteTo(append([]byte("echo "), buf[:n]...), from); err != nil {
+			return err
+		}
+	}
+}
+
+func udpAsk(addr string) error {
+	conn, err := net.Dial("udp", addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("datagram")); err != nil {
+		return err
+	}
+	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return err
+	}
+	buf := make([]byte, 1500)
+	n, err := conn.Read(buf)
+	if err != nil {
+		return err
+	}
+	fmt.Println(string(buf[:n]))
+	return nil
+}
