@@ -5,12 +5,14 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -30,6 +32,10 @@ import (
 var programs string // directory of tenon-shim and tenon-dns
 
 func TestMain(m *testing.M) {
+	if h := os.Getenv("TENON_ENGINE_HELPER"); h != "" {
+		helper(h)
+		return
+	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "tenon-engine-bin")
 		if err != nil {
@@ -102,6 +108,7 @@ func newBench(t testing.TB) *bench {
 			}
 		}
 		b.close()
+		b.nothingLeft()
 		if err := os.RemoveAll(run); err != nil {
 			t.Error(err)
 		}
@@ -254,4 +261,98 @@ func (b *bench) logText(ref, want string) string {
 		}
 		time.Sleep(20 * time.Millisecond) // the log is a file: there is nothing to wait on
 	}
+}
+
+// nothingLeft checks that the kernel and the directories hold nothing of the
+// daemon, after Shutdown.
+func (b *bench) nothingLeft() {
+	b.t.Helper()
+	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + b.name)
+	more, _ := filepath.Glob("/sys/fs/cgroup/" + b.name)
+	for _, g := range append(groups, more...) {
+		if sub, _ := filepath.Glob(g + "/*/cgroup.procs"); len(sub) > 0 {
+			b.t.Errorf("control groups are left: %v", sub)
+		}
+		_ = os.Remove(g)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, l := range strings.Split(string(mounts), "\n") {
+		if strings.Contains(l, b.run+"/") || strings.Contains(l, b.root+"/") {
+			b.t.Errorf("mount is left: %s", l)
+		}
+	}
+	links, err := net.Interfaces()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, l := range links {
+		if strings.HasPrefix(l.Name, b.name) {
+			b.t.Errorf("interface is left: %s", l.Name)
+		}
+	}
+	for _, dir := range []string{b.run + "/containers", b.run + "/records/containers", b.root + "/containers"} {
+		if left, _ := os.ReadDir(dir); len(left) > 0 {
+			b.t.Errorf("%s holds %v", dir, left)
+		}
+	}
+}
+
+func newLog() *bytes.Buffer { return &bytes.Buffer{} }
+
+// exec runs a command in a container and returns its output.
+func (b *bench) exec(ref string, cmd ...string) string {
+	b.t.Helper()
+	out, code := b.execCode(ref, engine.ExecOptions{Cmd: cmd})
+	if code != 0 {
+		b.t.Errorf("exec %v in %s: exit code %d\n%s", cmd, ref, code, out)
+	}
+	return out
+}
+
+func (b *bench) execCode(ref string, o engine.ExecOptions) (string, int) {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	o.AttachStdout, o.AttachStderr = true, true
+	id, err := b.ExecCreate(ctx, ref, o)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	var out bytes.Buffer
+	w := &syncBuffer{b: &out}
+	if err := b.ExecStart(ctx, id, false, engine.AttachOptions{Stdout: w, Stderr: w}); err != nil {
+		return err.Error(), -1
+	}
+	x, err := b.ExecInspect(ctx, id)
+	if err != nil || x.ExitCode == nil {
+		b.t.Fatalf("exec inspect: %+v %v", x, err)
+	}
+	return out.String(), *x.ExitCode
+}
+
+// killShim kills the daemon's shim from outside.
+func (b *bench) killShim() {
+	b.t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, p := range procs {
+		cmd, err := os.ReadFile(p)
+		if err != nil || !strings.Contains(string(cmd), "tenon-shim\x00serve\x00") || !strings.Contains(string(cmd), b.run+"/shim.sock") {
+			continue
+		}
+		var pid int
+		if _, err := fmt.Sscanf(p, "/proc/%d/", &pid); err != nil {
+			b.t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			b.t.Fatal(err)
+		}
+		return
+	}
+	b.t.Fatal("no shim found")
 }
