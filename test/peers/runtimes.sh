@@ -1,0 +1,6 @@
+#!/bin/bash
+# Installs the OCI runtimes that tenon-oci is compared with: Debian's own.
+. "$(dirname "$0")/lib.sh"
+need runc runc
+need crun crun
+need busybox busybox-static
