@@ -131,7 +131,7 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("task %s: %w", r.id, err)
+			err = execError("task "+r.id, err)
 			_ = c.log.Close()
 		}
 	}()

@@ -5,14 +5,17 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 
 	"tenon.dev/tenon/internal/launch/fork"
+	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
@@ -95,7 +98,7 @@ func (p *process) start() (int, error) {
 		}
 	}
 	if err := p.child.exec(); err != nil {
-		err = p.execError(err)
+		err = execError(p.name(), err)
 		p.failLocked(err)
 		return 0, err
 	}
@@ -111,7 +114,7 @@ func (p *process) prepareLocked() error {
 	child, err := p.prepare()
 	p.prepare = nil
 	if err != nil {
-		return fmt.Errorf("%s: %w", p.name(), err)
+		return execError(p.name(), err)
 	}
 	p.child = child
 	p.io.run()
@@ -141,9 +144,13 @@ func (p *process) failLocked(err error) {
 	// Else the child's end is seen as any other's.
 }
 
-// execError gives a failed exec its class, which tells the engine the exit
-// code (127 not found, 126 else).
-func (p *process) execError(err error) error {
+// execError gives a program that cannot be executed its class, which tells the
+// engine the exit code (127 not found, 126 else).
+func execError(name string, err error) error {
+	var step *fork.StepError
+	if task.ErrorCode(err) != codes.Unknown || !errors.As(err, &step) || !strings.HasPrefix(step.Step, "exec") {
+		return fmt.Errorf("%s: %w", name, err)
+	}
 	var class error = errdefs.ErrInvalidArgument
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -151,7 +158,7 @@ func (p *process) execError(err error) error {
 	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.ENOEXEC), errors.Is(err, syscall.EISDIR):
 		class = errdefs.ErrPermissionDenied
 	}
-	return fmt.Errorf("%s: %w: %w", p.name(), err, class)
+	return fmt.Errorf("%s: %w: %w", name, err, class)
 }
 
 // exited runs once, in a goroutine of its own, when the child has ended.
