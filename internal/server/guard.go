@@ -49,7 +49,7 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			}
 			if debugging {
 				s.log.Debug("request", "method", r.Method, "path", r.URL.Path,
-					"status", rec.status, "dur", time.Since(start))
+					"status", max(rec.status, http.StatusOK), "dur", time.Since(start))
 			}
 		}()
 		if err := s.allowed(r); err != nil {
