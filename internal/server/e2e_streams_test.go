@@ -304,8 +304,16 @@ func TestRun(t *testing.T) {
 	if res.exit == nil || res.exit.Code != 7 || res.out != "o\n" || res.errs != "e\n" {
 		t.Errorf("got %+v", res)
 	}
-	if s, _ := d.call(t, "GET", "/containers/"+res.id+"/json", "", nil); s != 404 {
-		t.Errorf("after --rm: %d", s)
+	eventually(t, "removed", func() bool {
+		s, _ := d.call(t, "GET", "/containers/"+res.id+"/json", "", nil)
+		return s == 404
+	})
+	// The name is free as soon as the exit is told.
+	for range 5 {
+		res = d.run(t, `{"name":"server-run-again","config":{"Image":"busybox","Cmd":["true"],`+rm+`}}`).finish()
+		if res.exit == nil {
+			t.Fatalf("again: %+v", res.fail)
+		}
 	}
 	// Much output arrives whole.
 	res = d.run(t, `{"attach":["stdout"],"config":{"Image":"busybox","Cmd":["sh","-c","dd if=/dev/zero bs=64k count=160 2>/dev/null | tr '\\0' x"],`+rm+`}}`).finish()
@@ -394,7 +402,7 @@ func TestRunErrors(t *testing.T) {
 		}
 	}
 	for body, want := range map[string]string{
-		`{"config":{}}`: "Image is missing",
+		`{"config":{}}`: "config cannot be empty",
 		`{"pull":"often","config":{"Image":"busybox"}}`: "pull is",
 		`{"attach":["x"],"config":{"Image":"busybox"}}`: "attach lists",
 		`{`: "invalid JSON",
@@ -442,9 +450,8 @@ func TestRunLeave(t *testing.T) {
 			}
 		}
 		leave(r)
-		if in := d.inspect(t, id); !in.State.Running {
-			t.Errorf("state %+v", in.State)
-		}
+		// Output may be there before the start is recorded.
+		eventually(t, "running", func() bool { return d.inspect(t, id).State.Running })
 	}
 	// Detached from the beginning.
 	res := d.run(t, `{"detach":true,"config":{"Image":"busybox","Cmd":["sleep","1000"]}}`).finish()
