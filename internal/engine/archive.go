@@ -210,6 +210,9 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 		return nil, conflict("Cannot update container %s: container is marked for removal and cannot be \"update\"", c.id)
 	}
 	h, err := mergeUpdate(r.HostConfig, u)
+	if err == nil {
+		err = e.checkCPUs(&h.Resources)
+	}
 	if err != nil {
 		return nil, err
 	}

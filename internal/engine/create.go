@@ -121,6 +121,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if _, err := e.runtimeOf(h); err != nil {
 		return nil, nil, err
 	}
+	if err := e.checkCPUs(&h.Resources); err != nil {
+		return nil, nil, err
+	}
 	if _, err := e.planDevices(h); err != nil {
 		return nil, nil, err
 	}
@@ -195,16 +198,21 @@ func (e *Engine) Run(ctx context.Context, o RunOptions) (CreateResult, WaitResul
 	}
 	var att *pendingAttach
 	var exit chan WaitResult
+	var exits *[]chan WaitResult
 	c.mu.Lock()
 	if o.Attach != nil {
 		att = newPendingAttach(*o.Attach)
 		c.waiting = append(c.waiting, att)
-		exit = c.subscribe(&c.exitSubs)
+		exits = &c.exitSubs
+		if c.record().HostConfig.AutoRemove { // its name is free when Run returns
+			exits = &c.goneSubs
+		}
+		exit = c.subscribe(exits)
 	}
 	c.mu.Unlock()
 	if err := e.start(ctx, c, startOptions{byUser: true}); err != nil {
 		if att != nil {
-			c.unsubscribe(&c.exitSubs, exit)
+			c.unsubscribe(exits, exit)
 		}
 		return res, WaitResult{}, err
 	}
@@ -221,7 +229,7 @@ func (e *Engine) Run(ctx context.Context, o RunOptions) (CreateResult, WaitResul
 	case w := <-exit:
 		return res, w, nil
 	case <-ctx.Done():
-		c.unsubscribe(&c.exitSubs, exit)
+		c.unsubscribe(exits, exit)
 		return res, WaitResult{}, context.Cause(ctx)
 	}
 }

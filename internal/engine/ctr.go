@@ -82,6 +82,16 @@ func (l lock) lock(ctx context.Context) error {
 	}
 }
 
+// try takes the lock if it is free.
+func (l lock) try() bool {
+	select {
+	case l <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
 func (l lock) unlock() { <-l }
 
 func newCtr(r *container.Record) *ctr {

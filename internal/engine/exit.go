@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 
@@ -92,6 +93,9 @@ func (e *Engine) recordExit(c *ctr, rn *run, x exitFacts) {
 func (e *Engine) cleanRun(client *task.Client, c *ctr, rn *run) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), cleanTime)
 	defer cancel()
+	if e.vanish(ctx, client, c, rn) {
+		return
+	}
 	var errs []error
 	if client != nil {
 		if _, err := client.Delete(ctx, c.id, ""); err != nil && !errdefs.IsNotFound(err) {
@@ -116,6 +120,45 @@ func (e *Engine) cleanRun(client *task.Client, c *ctr, rn *run) {
 			e.log.Error("container of --rm is not removed", "container", c.id, "err", err)
 		}
 	}
+}
+
+// vanish is the end of a --rm container in the usual case: once its address and
+// ports are free it is gone for every client, and what is left of it is freed
+// with nobody waiting. The volatile record goes last: if the daemon is killed
+// in between, recovery finds a running container without a task, and removes it.
+func (e *Engine) vanish(ctx context.Context, client *task.Client, c *ctr, rn *run) bool {
+	r := c.record()
+	if !r.HostConfig.AutoRemove || e.isClosing() || c.held() || hasAnonymous(r) || !c.op.try() {
+		return false
+	}
+	defer c.op.unlock()
+	c.setNetwork(nil)
+	if c.isGone() || e.cfg.Networks.Disconnect(ctx, c.id) != nil {
+		return false
+	}
+	c.publish(func(r *container.Record) { r.Facts.Removing = true })
+	e.emit(c, events.ActionDestroy, nil)
+	e.unregister(c)
+	var errs []error
+	if client != nil {
+		if _, err := client.Delete(ctx, c.id, ""); err != nil && !errdefs.IsNotFound(err) {
+			errs = append(errs, err)
+		}
+	}
+	errs = append(errs, e.free(ctx, c))
+	close(rn.done)
+	if err := errors.Join(errs...); err != nil {
+		e.log.Error("something of an ended container is left until the daemon's next start", "container", c.id, "err", err)
+		return true
+	}
+	if err := e.saver.remove(r); err != nil {
+		e.log.Error("record of a removed container is left until the daemon's next start", "container", c.id, "err", err)
+	}
+	return true
+}
+
+func hasAnonymous(r *container.Record) bool {
+	return slices.ContainsFunc(r.Mounts, func(m container.Mount) bool { return m.Anonymous })
 }
 
 // releaseShm keeps shared memory while another container of the kernel uses it.

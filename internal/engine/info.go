@@ -2,7 +2,9 @@ package engine
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"fmt"
 	"os"
 	"runtime"
 	"strings"
@@ -33,7 +35,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 	facts := e.cfg.Kernel.Facts()
 	hostname, _ := os.Hostname() // a host without a name still has the rest
 	info := &system.Info{
-		ID: facts.BootID, Driver: "overlayfs", DriverStatus: [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}},
+		ID: e.id(), Driver: "overlayfs", DriverStatus: [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}},
 		MemoryLimit: true, SwapLimit: true, CPUCfsPeriod: true, CPUCfsQuota: true, CPUShares: true, CPUSet: true, PidsLimit: true,
 		IPv4Forwarding: readFlag("/proc/sys/net/ipv4/ip_forward"), OomKillDisable: !facts.CgroupV2,
 		NGoroutines: runtime.NumGoroutine(), SystemTime: time.Now().Format(time.RFC3339Nano), LoggingDriver: e.cfg.Log.Driver,
@@ -68,6 +70,25 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		e.cfg.Describe(info)
 	}
 	return info, nil
+}
+
+// id names this state directory for ever.
+func (e *Engine) id() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.identity != "" {
+		return e.identity
+	}
+	if err := e.cfg.DB.Get("meta", "id", &e.identity); err == nil && e.identity != "" {
+		return e.identity
+	}
+	b := make([]byte, 16)
+	_, _ = rand.Read(b) // crypto/rand never fails
+	e.identity = fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+	if err := e.cfg.DB.Put("meta", "id", e.identity); err != nil {
+		e.log.Warn("the daemon's identity is not kept", "err", err)
+	}
+	return e.identity
 }
 
 func (e *Engine) count(ctx context.Context, info *system.Info) {

@@ -77,6 +77,10 @@ func (e *Engine) shownHostConfig(r *container.Record) *mobycontainer.HostConfig 
 	if r.Facts.BootID != "" {
 		h.Annotations["tenon.boot-id"] = r.Facts.BootID
 	}
+	if h.PidsLimit == nil && e.def.Pids > 0 { // in force, though nobody asked for it
+		n := e.def.Pids
+		h.PidsLimit = &n
+	}
 	if r.Running() {
 		h.Annotations["tenon.kernel"] = e.cfg.Kernel.Facts().KernelRelease
 	}

@@ -86,6 +86,7 @@ type Engine struct {
 	ctrs     map[string]*ctr
 	registry *container.Registry
 	execs    map[string]*execution
+	identity string
 	closing  bool // Shutdown: nothing starts any more
 
 	saver saver

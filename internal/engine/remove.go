@@ -41,6 +41,9 @@ func (e *Engine) remove(ctx context.Context, c *ctr, o RemoveOptions) error {
 	}
 	defer c.op.unlock()
 	if c.isGone() {
+		if r.HostConfig.AutoRemove && r.Running() {
+			return nil // it went by itself, killed by us
+		}
 		return notFound("No such container: %s", c.id)
 	}
 	if c.record().Running() { // started again in between
@@ -100,6 +103,9 @@ func (e *Engine) removeLocked(ctx context.Context, c *ctr, o RemoveOptions) (err
 			if e2 := e.change(c, func(r *container.Record) { r.Facts.Removing, r.Facts.Dead, r.Facts.Error = false, true, err.Error() }); e2 != nil {
 				err = errors.Join(err, e2)
 			}
+			c.mu.Lock()
+			notifyLocked(&c.goneSubs, WaitResult{ExitCode: c.record().Facts.ExitCode, Error: err.Error()})
+			c.mu.Unlock()
 		}
 	}()
 	if err := failpoint("rm-marked"); err != nil {

@@ -184,3 +184,23 @@ func (e *Engine) peer(id, what string) (*container.Record, error) {
 	}
 	return r, nil
 }
+
+// checkCPUs refuses more CPUs than the kernel has.
+func (e *Engine) checkCPUs(r *mobycontainer.Resources) error {
+	n := e.cfg.Kernel.Facts().CPUs
+	if r.NanoCPUs > int64(n)*1e9 || r.NanoCPUs > 0 && r.NanoCPUs < 1e7 {
+		return invalid("range of CPUs is from 0.01 to %d.00, as there are only %d CPUs available", n, n)
+	}
+	for _, set := range []struct{ what, text string }{{"CPUs", r.CpusetCpus}} {
+		for _, part := range strings.Split(set.text, ",") {
+			_, last, ok := strings.Cut(part, "-")
+			if !ok {
+				last = part
+			}
+			if i, err := strconv.Atoi(last); err == nil && i >= n {
+				return invalid("Requested %s are not available - requested %s, available: 0-%d", set.what, set.text, n-1)
+			}
+		}
+	}
+	return nil
+}
