@@ -189,14 +189,17 @@ func loadProgram(p []bpfInsn) (int, error) {
 		buf = binary.NativeEndian.AppendUint32(buf, uint32(in.imm))
 	}
 	license := []byte("Apache-2.0\x00")
+	// The kernel reads through addresses in attr: nothing may move till then.
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	pin.Pin(&buf[0])
+	pin.Pin(&license[0])
 	attr := make([]byte, 128)
 	binary.NativeEndian.PutUint32(attr[0:], progCgroupDevice)
 	binary.NativeEndian.PutUint32(attr[4:], uint32(len(p)))
 	*(*uintptr)(unsafe.Pointer(&attr[8])) = uintptr(unsafe.Pointer(&buf[0]))
 	*(*uintptr)(unsafe.Pointer(&attr[16])) = uintptr(unsafe.Pointer(&license[0]))
 	fd, err := bpf(bpfProgLoad, attr)
-	runtime.KeepAlive(buf)
-	runtime.KeepAlive(license)
 	if err != nil {
 		return -1, fmt.Errorf("load the device program: %w", err)
 	}
@@ -254,13 +257,15 @@ func (g *Group) devicesV2(rules []specs.LinuxDeviceCgroup) error {
 // attached lists the ids of device programs on the group itself.
 func attached(cg int) ([]uint32, error) {
 	ids := make([]uint32, 64)
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	pin.Pin(&ids[0])
 	attr := make([]byte, 64)
 	binary.NativeEndian.PutUint32(attr[0:], uint32(cg))
 	binary.NativeEndian.PutUint32(attr[4:], attachDevice)
 	*(*uintptr)(unsafe.Pointer(&attr[16])) = uintptr(unsafe.Pointer(&ids[0]))
 	binary.NativeEndian.PutUint32(attr[24:], uint32(len(ids)))
 	_, err := bpf(bpfProgQuery, attr)
-	runtime.KeepAlive(ids)
 	if err != nil {
 		return nil, fmt.Errorf("list device programs: %w", err)
 	}

@@ -92,6 +92,7 @@ const (
 	OpClone                      // (clone_args): the clone goes on, the caller reports its pid and exits
 	OpReport                     // (kind, value): reports a value to the parent
 	OpDefaultSig                 // (): all signals to their defaults
+	OpCloseRest                  // (): closes all descriptors but those of the program and the barrier
 )
 
 // Kinds of OpReport and OpSendFD.
@@ -105,8 +106,8 @@ const (
 // Instr is one system call (or pseudo call) of the child.
 type Instr struct {
 	Nr   uint32
-	Args [6]Arg
-	Out  int // slot of the result, -1 for none
+	Args []Arg // at most six
+	Out  int   // slot of the result, -1 for none
 	Step int
 	Ok   int // next instruction on success
 	On   []Branch
@@ -124,10 +125,14 @@ type Branch struct {
 type Arg struct {
 	Kind ArgKind
 	N    uint64
-	B    []byte   // for ArgBytes: memory, shared by all starts of the plan
-	V    [][]byte // for ArgVector: an array of pointers to these, NULL at the end
-	// For ArgMessage and others that point: pointers inside B.
-	Ptrs []Ptr
+	B    []byte // for ArgBytes: memory, shared by all starts of the plan
+	X    *Extra // nil for most
+}
+
+// Extra is what an argument points to beside plain memory.
+type Extra struct {
+	Vector [][]byte // for ArgVector: an array of pointers to these, NULL at the end
+	Ptrs   []Ptr    // for ArgBytes: pointers inside B
 }
 
 // Ptr is a pointer inside an argument's memory: at offset Off the address of B.
@@ -162,7 +167,7 @@ func vec(list []string) Arg {
 	for i, s := range list {
 		v[i] = append([]byte(s), 0)
 	}
-	return Arg{Kind: ArgVector, V: v}
+	return Arg{Kind: ArgVector, X: &Extra{Vector: v}}
 }
 
 // words packs 64-bit words, as openat2's and mount_setattr's structures are.
@@ -216,11 +221,10 @@ type ins struct {
 
 // call appends a system call of the current step.
 func (b *builder) call(nr int, args ...Arg) ins {
-	in := Instr{Nr: uint32(nr), Out: -1, Step: len(b.p.Steps) - 1, Ok: noLabel}
-	if len(args) > len(in.Args) {
+	if len(args) > 6 {
 		panic("launch: too many arguments")
 	}
-	copy(in.Args[:], args)
+	in := Instr{Nr: uint32(nr), Args: args, Out: -1, Step: len(b.p.Steps) - 1, Ok: noLabel}
 	b.p.Code = append(b.p.Code, in)
 	return ins{b, len(b.p.Code) - 1}
 }

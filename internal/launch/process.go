@@ -38,6 +38,10 @@ func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs
 	if err != nil {
 		return err
 	}
+	// None of ours may be where the program works (CVE-2024-21626), nor be there
+	// while it waits.
+	b.step("close descriptors")
+	b.call(OpCloseRest)
 	if err := b.workdir(p.Cwd); err != nil {
 		return err
 	}
@@ -211,7 +215,7 @@ func (b *builder) loadSeccomp(f *seccomp.Filter) {
 	fprog := make([]byte, 16)
 	binary.NativeEndian.PutUint16(fprog, uint16(len(prog)/8))
 	arg := mem(fprog)
-	arg.Ptrs = []Ptr{{Off: 8, B: prog}}
+	arg.X = &Extra{Ptrs: []Ptr{{Off: 8, B: prog}}}
 	if !f.Notify() {
 		b.call(unix.SYS_SECCOMP, num(1 /* SECCOMP_SET_MODE_FILTER */), num(f.Flags()), arg)
 		return

@@ -5,6 +5,7 @@ import (
 	"path"
 	"strings"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -101,6 +102,12 @@ func (c *compiler) rootMount(m Mount) error {
 			c.setAttr(c.root, 0, o.set, o.clr, 0)
 		}
 	} else {
+		if o.flags&unix.MS_RDONLY != 0 && m.Type == "overlay" {
+			// Mount points are made first.
+			o.flags &^= unix.MS_RDONLY
+			o.set &^= unix.MOUNT_ATTR_RDONLY
+			c.spec.Root = &specs.Root{Path: c.spec.Root.Path, Readonly: true}
+		}
 		c.step("mount "+m.Type+" → /", o.describe())
 		data := strings.Join(o.data, ",")
 		if m.Type == "overlay" && len(data) > maxMountData {

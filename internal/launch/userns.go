@@ -50,6 +50,11 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 		c.call(unix.SYS_SETNS, fd.arg(), num(unix.CLONE_NEWUSER))
 		c.call(unix.SYS_CLOSE, fd.arg())
 	}
+	// Made after the id maps, so that its /dev/mqueue is of the mapped root.
+	ipc := c.userns && fresh&unix.CLONE_NEWIPC != 0
+	if ipc {
+		fresh &^= unix.CLONE_NEWIPC
+	}
 	c.step("clone into the new namespaces")
 	c.call(OpClone, mem(words(fresh|unix.CLONE_PARENT, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
 	if !c.userns {
@@ -69,6 +74,10 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 		c.call(unix.SYS_SETRESGID, num(0), num(0), num(0))
 		c.call(unix.SYS_SETRESUID, num(0), num(0), num(0))
 		c.call(unix.SYS_PRCTL, num(unix.PR_SET_DUMPABLE), num(0))
+	}
+	if ipc {
+		c.step("new ipc namespace")
+		c.call(unix.SYS_UNSHARE, num(unix.CLONE_NEWIPC))
 	}
 	c.step("attach the root")
 	c.call(unix.SYS_OPENAT, fdcwd, str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)

@@ -20,7 +20,7 @@ func (c *compiler) validate() error {
 		s.Linux = &specs.Linux{}
 	}
 	for _, check := range []func() error{
-		c.checkPlatform, c.checkNamespaces, c.checkRoot, c.checkMountList, c.checkLinux,
+		c.checkPlatform, c.checkNamespaces, c.checkRoot, c.checkMountList, c.checkLinux, c.checkHooks,
 		func() error { return checkProcess(s.Process, true) },
 	} {
 		if err := check(); err != nil {
@@ -156,7 +156,40 @@ func (c *compiler) checkLinux() error {
 	if c.fresh&unix.CLONE_NEWNS == 0 {
 		return fmt.Errorf("linux.namespaces: a container needs a mount namespace of its own")
 	}
+	if len(l.NetDevices) > 0 && c.fresh&unix.CLONE_NEWNET == 0 && c.join[specs.NetworkNamespace] == "" {
+		return fmt.Errorf("linux.netDevices: there is no new network namespace")
+	}
+	for host, d := range l.NetDevices {
+		for _, n := range []string{host, d.Name} {
+			if len(n) >= unix.IFNAMSIZ || strings.ContainsAny(n, "/ \t\n\x00:%") || n == "." || n == ".." {
+				return fmt.Errorf("linux.netDevices: %q is no name of a device", n)
+			}
+		}
+	}
 	return c.checkSysctls()
+}
+
+// checkHooks refuses hooks that cannot be run when their time comes.
+func (c *compiler) checkHooks() error {
+	h := c.spec.Hooks
+	if h == nil {
+		return nil
+	}
+	for _, l := range []struct {
+		name  string
+		hooks []specs.Hook
+	}{
+		{"prestart", h.Prestart}, //nolint:staticcheck // deprecated, but still of the specification
+		{"createRuntime", h.CreateRuntime}, {"createContainer", h.CreateContainer},
+		{"startContainer", h.StartContainer}, {"poststart", h.Poststart}, {"poststop", h.Poststop},
+	} {
+		for i, hook := range l.hooks {
+			if err := CheckHook(hook); err != nil {
+				return fmt.Errorf("hooks.%s[%d]: %w", l.name, i, err)
+			}
+		}
+	}
+	return nil
 }
 
 // checkMaps refuses overlapping and empty id maps.
@@ -197,7 +230,7 @@ func (c *compiler) checkSysctls() error {
 	}
 	for _, kv := range c.sysctlList() {
 		key, value, file := kv[0], kv[1], kv[2]
-		if path.Clean("/"+file) != "/"+file || strings.IndexByte(file+value, 0) >= 0 {
+		if path.Clean("/"+file) != "/"+file || strings.Contains(file, "..") || strings.IndexByte(file+value, 0) >= 0 {
 			return fmt.Errorf("linux.sysctl: %q is no name of a kernel parameter", key)
 		}
 		need, ok := "", false
@@ -241,6 +274,12 @@ func checkProcess(p *specs.Process, init bool) error {
 	}
 	if p.CommandLine != "" {
 		return fmt.Errorf("process.commandLine: not for this platform")
+	}
+	if p.User.Username != "" {
+		return fmt.Errorf("process.user.username: not for this platform")
+	}
+	if p.User.Umask != nil && *p.User.Umask > 0o777 {
+		return fmt.Errorf("process.user.umask: %#o is above 0777", *p.User.Umask)
 	}
 	if !path.IsAbs(p.Cwd) {
 		return fmt.Errorf("process.cwd: %q is not an absolute path", p.Cwd)

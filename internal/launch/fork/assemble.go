@@ -201,15 +201,20 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 			pro(unix.SYS_DUP3, uintptr(fd), uintptr(i), 0)
 		}
 	}
+	// The gaps between the descriptors that stay.
 	slices.Sort(needed)
+	var gaps []uintptr
 	from := low
 	for _, fd := range needed {
 		if fd > from {
-			pro(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(fd-1), 0)
+			gaps = append(gaps, uintptr(from), uintptr(fd-1))
 		}
 		from = fd + 1
 	}
-	pro(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(^uint32(0)), 0)
+	gaps = append(gaps, uintptr(from), uintptr(^uint32(0)))
+	a.m.gaps, a.m.gapsLen = unsafe.Pointer(unsafe.SliceData(gaps)), uintptr(len(gaps))
+	a.m.keep = append(a.m.keep, gaps)
+	pro(opCloseRest)
 
 	base := len(a.code)
 	for i := range plan.Code {
@@ -247,15 +252,15 @@ func (a *assembly) instr(c *launch.Instr, base int) (_ instr, err error) {
 					return in, err
 				}
 			}
-			if len(arg.Ptrs) > 0 {
+			if arg.X != nil {
 				b = slices.Clone(b)
-				for _, p := range arg.Ptrs {
+				for _, p := range arg.X.Ptrs {
 					*(*uintptr)(unsafe.Pointer(&b[p.Off])) = a.bytes(p.B)
 				}
 			}
 			in.a[i] = a.bytes(b)
 		case launch.ArgVector:
-			in.a[i] = a.vector(arg.V)
+			in.a[i] = a.vector(arg.X.Vector)
 		}
 	}
 	if c.Nr == launch.OpSendFD {

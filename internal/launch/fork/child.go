@@ -53,10 +53,13 @@ type machine struct {
 	gated   bool
 	msg     message
 	go1     [1]byte
-	sa      [4]uint64 // sigaction SIG_DFL
-	passed  bool      // the barrier
+	sa      [4]uint64      // sigaction SIG_DFL
+	passed  bool           // the barrier
+	gaps    unsafe.Pointer // *uintptr: pairs of descriptors to close from and to
+	gapsLen uintptr
+	args    cloneArgs // here, since the stack may move while they are filled in
+	pidfd   int32
 	keep    []any
-	codeLen int
 }
 
 //go:linkname beforeFork syscall.runtime_BeforeFork
@@ -263,6 +266,15 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 		return 0, 0, false
 	case opReport:
 		say(m, m.sock, msgReport, in.step, uint64(a[0])<<32|uint64(uint32(a[1])))
+		return 0, 0, false
+	case opCloseRest:
+		for i := uintptr(0); i < m.gapsLen; i += 2 {
+			from := *(*uintptr)(unsafe.Add(m.gaps, i*8))
+			to := *(*uintptr)(unsafe.Add(m.gaps, i*8+8))
+			if _, _, e := syscall.RawSyscall(sysCloseRange, from, to, 0); e != 0 {
+				return 0, e, false
+			}
+		}
 		return 0, 0, false
 	case opDefaultSig:
 		for sig := uintptr(1); sig < 65; sig++ {

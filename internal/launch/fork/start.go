@@ -16,7 +16,10 @@ import (
 	"tenon.dev/tenon/internal/safepath"
 )
 
-const sysClone3 = 435
+const (
+	sysClone3     = unix.SYS_CLONE3
+	sysCloseRange = unix.SYS_CLOSE_RANGE
+)
 
 const (
 	opBase       = launch.OpBase
@@ -31,6 +34,7 @@ const (
 	opClone      = launch.OpClone
 	opReport     = launch.OpReport
 	opDefaultSig = launch.OpDefaultSig
+	opCloseRest  = launch.OpCloseRest
 )
 
 // process is the part of a Process that is not exported.
@@ -59,13 +63,11 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		return nil, err
 	}
 	defer a.close()
-	args := &cloneArgs{
-		flags:      plan.Clone | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND,
-		exitSignal: uint64(unix.SIGCHLD),
-	}
-	pidfd := new(int32)
-	*pidfd = -1
-	args.pidfd = uint64(uintptr(unsafe.Pointer(pidfd)))
+	args := &a.m.args
+	args.flags = plan.Clone | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND
+	args.exitSignal = uint64(unix.SIGCHLD)
+	a.m.pidfd = -1
+	args.pidfd = uint64(uintptr(unsafe.Pointer(&a.m.pidfd)))
 	if plan.CgroupDir != "" {
 		fd, err := unix.Open(plan.CgroupDir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -77,11 +79,10 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 	}
 	pid, errno := cloneIn(plan, a.m, args)
 	runtime.KeepAlive(a)
-	runtime.KeepAlive(pidfd)
 	if errno != 0 {
 		return nil, &StepError{Step: "clone", Errno: errno}
 	}
-	p := &Process{Pid: pid, PidFD: newPidfd(int(*pidfd), pid)}
+	p := &Process{Pid: pid, PidFD: newPidfd(int(a.m.pidfd), pid)}
 	p.plan = plan
 	p.Warnings = a.warnings
 	p.sock = a.takeSock()

@@ -51,6 +51,11 @@ func held(t *testing.T) string {
 // richSpec uses as many kinds of steps as there are.
 func richSpec(t *testing.T, root string) *specs.Spec {
 	src := t.TempDir()
+	for _, d := range []string{"a/b", "c"} { // the root of a user namespace may not make them
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
 	s := sh(root, "true")
 	s.Process.Args = []string{"/bin/true"}
 	s.Root.Readonly = true
@@ -110,7 +115,7 @@ func TestEveryStepFails(t *testing.T) {
 			broken := *plan
 			broken.Code = slices.Clone(plan.Code)
 			in.Nr = launch.OpFail
-			in.Args = [6]launch.Arg{{N: uint64(syscall.EXFULL)}}
+			in.Args = []launch.Arg{{N: uint64(syscall.EXFULL)}}
 			in.Out = -1
 			broken.Code[i] = in
 			err := try(&broken)
@@ -147,7 +152,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		broken := *plan
 		broken.Code = slices.Clone(plan.Code)
 		broken.Code[i].Nr = syscall.SYS_EXIT_GROUP
-		broken.Code[i].Args = [6]launch.Arg{{N: 77}}
+		broken.Code[i].Args = []launch.Arg{{N: 77}}
 		p, err := Start(&broken, Stdio{})
 		if err != nil {
 			if err.Error() != "the child ended before the barrier: exit status 77" {
