@@ -250,14 +250,14 @@ func TestDaemonsSideBySide(t *testing.T) {
 func TestFullDisk(t *testing.T) {
 	dir := t.TempDir()
 	d := NewDaemon(t)
-	if r := d.Sh(t, "mount -t tmpfs -o size=48m tmpfs "+dir); r.Code != 0 {
+	if r := d.Sh(t, "mount -t tmpfs -o size=400m tmpfs "+dir); r.Code != 0 {
 		t.Fatal(r.Err)
 	}
 	t.Cleanup(func() { d.Sh(t, "umount "+dir) })
 	small := newDaemonAt(t, filepath.Join(dir, "root"))
 	small.Busybox(t)
 	small.Must(t, "run", "-d", "--name", "old", "busybox", "sleep", "100000")
-	if r := small.Sh(t, "head -c 48m /dev/zero >"+dir+"/fill"); r.Code == 0 {
+	if r := small.Sh(t, "head -c 400m /dev/zero >"+dir+"/fill"); r.Code == 0 {
 		t.Fatal("the disk is not full")
 	}
 	r := small.Docker(t, "run", "--name", "new", "-v", "vol:/v", "busybox", "sh", "-c", "dd if=/dev/zero of=/f bs=1M count=1")
