@@ -226,7 +226,7 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 	}
 	defer func() {
 		if err != nil {
-			c.freeAddrsLocked(&ep)
+			n.releaseLocked(&ep)
 		}
 	}()
 	for _, want := range []netip.Addr{req.IPv4, req.IPv6} {
@@ -263,14 +263,24 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 	if n.rec.Internal {
 		ep.Gateway, ep.Gateway6 = netip.Addr{}, netip.Addr{}
 	}
+	if n.isBridge() {
+		if ep.Segment, err = n.placeLocked(); err != nil {
+			return Endpoint{}, err
+		}
+	}
 	return ep, nil
 }
 
+// freeAddrsLocked gives an endpoint's addresses and its place back.
 func (c *Controller) freeAddrsLocked(ep *Endpoint) {
-	n := c.nets[ep.NetworkID]
-	if n == nil {
-		return
+	if n := c.nets[ep.NetworkID]; n != nil && ep.HostInterface != "" {
+		n.releaseLocked(ep)
+		n.leaveLocked(ep.Segment)
 	}
+}
+
+// releaseLocked gives an endpoint's addresses back.
+func (n *netw) releaseLocked(ep *Endpoint) {
 	for _, s := range n.subnets {
 		for _, p := range []netip.Prefix{ep.IPv4, ep.IPv6} {
 			if p.IsValid() && s.Prefix().Contains(p.Addr()) {
@@ -312,7 +322,11 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 		if n == nil || e.HostInterface == "" {
 			continue
 		}
-		p := Plug{Bridge: n.rec.Bridge, BridgeIndex: n.index, HostInterface: e.HostInterface, Interface: e.Interface,
+		bridge := n.rec.Bridge
+		if e.Segment > 0 {
+			bridge = c.segmentName(n.rec.ID, e.Segment)
+		}
+		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, Interface: e.Interface,
 			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, Isolated: !n.optBool(optICC, true)}
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]

@@ -43,7 +43,8 @@ type Controller struct {
 type netw struct {
 	rec     netRecord
 	subnets []*subnet
-	index   int // of the bridge
+	// segments are the bridges; the first is the network's own.
+	segments []segment
 	// eps holds the containers' endpoints by container id. The names of
 	// pooled namespaces are not in it.
 	eps map[string]*Endpoint
@@ -182,16 +183,21 @@ func (c *Controller) removeLinks() error {
 		b.DelLink(l.Name)
 	}
 	for _, l := range links {
-		if c.ownsBridge(l) || l.Alias == c.loopAlias() {
+		if l.Alias == c.loopAlias() {
 			b.DelLink(l.Name)
+		} else if id, seg, ok := c.parseAlias(l.Alias); ok {
+			b.DelLink(l.Name)
+			if seg > 0 {
+				b.DelLink(c.uplinkName(id, seg, "u"))
+			}
 		}
 	}
 	return c.rtnl.Do(&b)
 }
 
 func (c *Controller) ownsBridge(l link.Info) bool {
-	id, ok := cutPrefix(l.Alias, "tenon:"+c.cfg.Name+":")
-	return ok && len(id) == 64
+	_, _, ok := c.parseAlias(l.Alias)
+	return ok
 }
 
 // ourPorts are the interfaces that this controller put into its bridges.
@@ -209,13 +215,6 @@ func (c *Controller) ourPorts(links []link.Info) []link.Info {
 		}
 	}
 	return out
-}
-
-func cutPrefix(s, p string) (string, bool) {
-	if len(s) < len(p) || s[:len(p)] != p {
-		return "", false
-	}
-	return s[len(p):], true
 }
 
 func (c *Controller) emit(action string, n netRecord, container string) {

@@ -27,6 +27,9 @@ type dnsClient struct {
 	mu   sync.Mutex
 	conn net.Conn
 	ok   bool
+
+	ackMu sync.Mutex    // held by the one who waits for an answer
+	acks  chan struct{} // the process has answered
 }
 
 // dnsTimeout bounds a write to the DNS process; one that takes longer hangs.
@@ -35,7 +38,7 @@ const dnsTimeout = time.Second
 // startDNS connects to the DNS process or starts it. Without a binary names do
 // not resolve, and the client only swallows messages.
 func startDNS(c *Controller) *dnsClient {
-	d := &dnsClient{c: c, binary: c.cfg.DNSBinary, socket: filepath.Join(c.cfg.RunDir, "dns.sock")}
+	d := &dnsClient{c: c, binary: c.cfg.DNSBinary, socket: filepath.Join(c.cfg.RunDir, "dns.sock"), acks: make(chan struct{}, 1)}
 	if d.binary == "" {
 		if exe, err := os.Executable(); err == nil {
 			if p := filepath.Join(filepath.Dir(exe), "tenon-dns"); exists(p) {
@@ -53,6 +56,13 @@ func startDNS(c *Controller) *dnsClient {
 	}
 	c.wg.Add(1)
 	go d.keep(conn)
+	if conn != nil {
+		select {
+		case <-d.acks: // it listens
+		case <-time.After(5 * dnsTimeout):
+			c.log.Warn("DNS process does not answer")
+		}
+	}
 	return d
 }
 
@@ -82,7 +92,12 @@ func (d *dnsClient) keep(conn net.Conn) {
 	for {
 		if conn != nil {
 			began := time.Now()
-			_, _ = bufio.NewReader(conn).ReadByte() // it never speaks unasked: this ends when it dies
+			for in := bufio.NewScanner(conn); in.Scan(); { // ends when the process does
+				select {
+				case d.acks <- struct{}{}:
+				default:
+				}
+			}
 			conn.Close()
 			if time.Since(began) > 10*time.Second {
 				delay = 10 * time.Millisecond
@@ -143,7 +158,7 @@ func (d *dnsClient) connect() (net.Conn, error) {
 		conn.Close()
 		return nil, context.Cause(d.c.ctx)
 	}
-	if err := write(conn, wire.Message{Op: wire.OpState, State: state}, 5*dnsTimeout); err != nil {
+	if err := write(conn, wire.Message{Op: wire.OpState, State: state, Ack: true}, 5*dnsTimeout); err != nil {
 		conn.Close()
 		return nil, err
 	}
@@ -232,6 +247,31 @@ func (d *dnsClient) send(m wire.Message) {
 	if err := write(d.conn, m, dnsTimeout); err != nil {
 		d.conn.Close()
 		d.conn = nil
+	}
+}
+
+// sendWait tells the process of a change and waits until it has acted on it.
+// Controller.mu must not be held.
+func (d *dnsClient) sendWait(m wire.Message) {
+	d.ackMu.Lock()
+	defer d.ackMu.Unlock()
+	select {
+	case <-d.acks: // a late answer to somebody who went away
+	default:
+	}
+	m.Ack = true
+	d.send(m)
+	d.mu.Lock()
+	away := d.conn == nil
+	d.mu.Unlock()
+	if away {
+		return
+	}
+	select {
+	case <-d.acks:
+	case <-d.c.ctx.Done():
+	case <-time.After(dnsTimeout):
+		d.c.log.Warn("DNS process does not answer")
 	}
 }
 

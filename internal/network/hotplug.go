@@ -45,6 +45,9 @@ func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req
 	c.mu.Unlock()
 
 	err = writeJSON(c.contPath(r.ID), r, false)
+	if err == nil {
+		err = c.raiseSegments(ctx, []Endpoint{ep})
+	}
 	plugs := c.plugs(r.Endpoints)
 	if err == nil {
 		err = c.table.Guard(c.guards([]Endpoint{ep})...)

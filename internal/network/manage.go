@@ -69,7 +69,7 @@ func (n *netw) subnetFor(v4 bool) *subnet {
 
 // load makes the address plan of a record.
 func newNetw(rec netRecord) (*netw, error) {
-	n := &netw{rec: rec, eps: map[string]*Endpoint{}}
+	n := &netw{rec: rec, eps: map[string]*Endpoint{}, segments: make([]segment, 1)}
 	for _, cfg := range rec.IPAM.Config {
 		s, err := ipam.New(cfg.Subnet, cfg.IPRange)
 		if err != nil {
@@ -198,7 +198,9 @@ func (c *Controller) create(req CreateRequest, bridge string) (*netw, error) {
 		c.forget(n)
 		return nil, err
 	}
-	c.dns.send(wire.Message{Op: wire.OpNet, Network: ptr(n.dns())})
+	if n.isBridge() {
+		c.dns.sendWait(wire.Message{Op: wire.OpNet, Network: ptr(n.dns())})
+	}
 	return n, nil
 }
 
@@ -207,8 +209,14 @@ func ptr[T any](v T) *T { return &v }
 // forget removes a network's things and its record.
 func (c *Controller) forget(n *netw) {
 	if n.isBridge() {
-		if err := c.table.RemoveNet(n.rec.Bridge); err != nil {
-			c.log.Warn("network is left in the nftables table", "network", n.rec.Name, "err", err)
+		names := []string{n.rec.Bridge}
+		for seg := 1; seg < len(n.segments); seg++ {
+			names = append(names, c.segmentName(n.rec.ID, seg))
+		}
+		for _, name := range names {
+			if err := c.table.RemoveNet(name); err != nil {
+				c.log.Warn("network is left in the nftables table", "network", n.rec.Name, "err", err)
+			}
 		}
 		if err := c.lower(n); err != nil {
 			c.log.Warn("bridge is left; the next start removes it", "network", n.rec.Name, "err", err)
@@ -255,7 +263,8 @@ func (c *Controller) raise(n *netw) error {
 		}
 	}
 	c.mu.Lock()
-	n.index = links[i].Index
+	index := links[i].Index
+	n.segments[0].index = index
 	c.mu.Unlock()
 	v6 := "1"
 	if n.rec.EnableIPv6 {
@@ -273,12 +282,12 @@ func (c *Controller) raise(n *netw) error {
 	}
 	for _, s := range n.subnets {
 		if s.gateway.IsValid() {
-			b.AddAddr(n.index, netip.PrefixFrom(s.gateway, s.Prefix().Bits()))
+			b.AddAddr(index, netip.PrefixFrom(s.gateway, s.Prefix().Bits()))
 		}
 	}
-	b.SetUp(n.index)
+	b.SetUp(index)
 	if n.rec.EnableIPv6 {
-		b.AddLocal(n.index, netip.IPv6Loopback(), loopbackMetric)
+		b.AddLocal(index, netip.IPv6Loopback(), loopbackMetric)
 	}
 	return c.rtnl.Do(&b)
 }
@@ -295,10 +304,8 @@ func (c *Controller) lower(n *netw) error {
 		return err
 	}
 	var b link.Batch
-	for _, l := range links {
-		if l.Alias == c.bridgeAlias(n.rec.ID) {
-			b.DelLink(l.Name)
-		}
+	for _, name := range c.lowerLinks(links, n.rec.ID) {
+		b.DelLink(name)
 	}
 	return c.rtnl.Do(&b)
 }

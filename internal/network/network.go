@@ -202,6 +202,8 @@ type Endpoint struct {
 	// Requested addresses, kept for inspect.
 	WantIPv4, WantIPv6 netip.Addr
 	WantMAC            bool `json:",omitempty"`
+	// Segment is which of the network's bridges it is on.
+	Segment int `json:",omitempty"`
 }
 
 // Resolver is what a container's resolv.conf says.

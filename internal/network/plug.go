@@ -324,6 +324,9 @@ func (c *Controller) freeReady(r *ready) {
 
 // setup plugs a new namespace's endpoints in, their ports guarded before.
 func (c *Controller) setup(ctx context.Context, nsid string, eps []Endpoint) error {
+	if err := c.raiseSegments(ctx, eps); err != nil {
+		return err
+	}
 	if err := c.table.Guard(c.guards(eps)...); err != nil {
 		return err
 	}

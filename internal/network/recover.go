@@ -84,6 +84,12 @@ func (c *Controller) recoverState() error {
 				return fmt.Errorf("bridge of network %s: %w", n.rec.Name, err)
 			}
 			c.log.Warn("network is out of order", "network", n.rec.Name, "err", err)
+			continue
+		}
+		for seg := 1; seg < len(n.segments); seg++ {
+			if err := c.raiseSegment(n, seg); err != nil {
+				c.log.Warn("network is out of order", "network", n.rec.Name, "segment", seg, "err", err)
+			}
 		}
 	}
 	if err := c.replug(); err != nil {
@@ -98,6 +104,9 @@ func (c *Controller) installTable() error {
 	for _, n := range c.nets {
 		if n.isBridge() {
 			nets = append(nets, n.nft())
+			for seg := 1; seg < len(n.segments); seg++ {
+				nets = append(nets, n.nftSegment(c.segmentName(n.rec.ID, seg)))
+			}
 		}
 	}
 	var ports []nft.Port
@@ -147,6 +156,9 @@ func (c *Controller) adopt() {
 	for _, r := range v.adopt {
 		for i := range r.Endpoints {
 			e := &r.Endpoints[i]
+			if e.HostInterface != "" && c.nets[e.NetworkID].isBridge() && e.Segment >= 0 && e.Segment < maxSegments {
+				c.nets[e.NetworkID].occupyLocked(e.Segment)
+			}
 			for _, s := range c.nets[e.NetworkID].subnets {
 				for _, p := range []netip.Prefix{e.IPv4, e.IPv6} {
 					if p.IsValid() && s.Prefix().Contains(p.Addr()) {
@@ -182,8 +194,8 @@ func (c *Controller) replug() error {
 	want := map[string]int{}
 	for _, r := range c.conts {
 		for _, e := range r.Endpoints {
-			if n := c.nets[e.NetworkID]; n != nil && n.index != 0 {
-				want[e.HostInterface] = n.index
+			if n := c.nets[e.NetworkID]; n != nil && e.HostInterface != "" && n.segments[e.Segment].index != 0 {
+				want[e.HostInterface] = n.segments[e.Segment].index
 			}
 		}
 	}
@@ -195,9 +207,12 @@ func (c *Controller) replug() error {
 			}
 			continue
 		}
-		if c.ownsBridge(l) {
-			if n := c.nets[l.Alias[len(l.Alias)-64:]]; n == nil || n.rec.Bridge != l.Name {
+		if id, seg, ok := c.parseAlias(l.Alias); ok {
+			if n := c.nets[id]; n == nil || seg == 0 && n.rec.Bridge != l.Name {
 				b.DelLink(l.Name)
+				if seg > 0 {
+					b.DelLink(c.uplinkName(id, seg, "u"))
+				}
 			}
 		}
 	}

@@ -301,3 +301,29 @@ func (b *Batch) SetUpNoARP(name string) {
 	b.begin("bring up "+name, unix.RTM_NEWLINK, 0, ifinfo(0, flags, flags))
 	b.attrString(unix.IFLA_IFNAME, name)
 }
+
+// AddPair makes a veth pair in the namespace, both ends down.
+func (b *Batch) AddPair(a, z string, mtu int) {
+	b.begin("add veth "+a, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
+	b.attrString(unix.IFLA_IFNAME, a)
+	b.attr32(unix.IFLA_MTU, uint32(mtu))
+	b.open(unix.IFLA_LINKINFO)
+	b.attrString(unix.IFLA_INFO_KIND, "veth")
+	b.open(unix.IFLA_INFO_DATA)
+	b.open(vethInfoPeer)
+	b.buf = append(b.buf, ifinfo(0, 0, 0)...)
+	b.attrString(unix.IFLA_IFNAME, z)
+	b.attr32(unix.IFLA_MTU, uint32(mtu))
+	b.close()
+	b.close()
+	b.close()
+	for _, name := range []string{a, z} {
+		b.begin("set up veth "+name, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
+		b.attrString(unix.IFLA_IFNAME, name)
+		b.open(unix.IFLA_AF_SPEC)
+		b.open(unix.AF_INET6)
+		b.attr8(unix.IFLA_INET6_ADDR_GEN_MODE, addrGenNone)
+		b.close()
+		b.close()
+	}
+}

@@ -31,6 +31,8 @@ type Net struct {
 	Internal bool
 	// NoMasquerade leaves the source address of outgoing packets alone.
 	NoMasquerade bool
+	// Segment is a further bridge of a network: frames only pass through it.
+	Segment bool
 	// NoICC forbids traffic between the network's own endpoints.
 	NoICC bool
 }
@@ -184,6 +186,9 @@ func (p Port) key() portKey { return portKey{p.Proto, p.HostIP.Unmap(), p.HostPo
 func (t *Table) AddNet(n Net) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.t == nil {
+		return nil // Install is to come, with all networks
+	}
 	if err := t.netElements(n, true); err != nil {
 		return err
 	}
@@ -297,6 +302,13 @@ func (t *Table) apply(e elements, do func(*nftables.Set, []nftables.SetElement) 
 func (t *Table) netElements(n Net, add bool) error {
 	e := elements{}
 	br := ifname(n.Bridge)
+	if n.Segment {
+		e.add(setSegments, nftables.SetElement{Key: br})
+		if add {
+			return t.apply(e, t.conn.SetAddElements)
+		}
+		return t.apply(e, t.conn.SetDeleteElements)
+	}
 	e.add(setBridges, nftables.SetElement{Key: br})
 	if n.Internal {
 		e.add(setInternal, nftables.SetElement{Key: br})

@@ -12,6 +12,7 @@ import (
 //	table inet NAME {
 //	  set bridges  { type ifname }            # our bridges
 //	  set internal { type ifname }            # those of internal networks
+//	  set segments { type ifname }            # further bridges of large networks
 //	  set same     { type ifname . ifname }   # bridge . itself, unless icc is off
 //	  set net4     { type ipv4_addr; flags interval }  # our subnets
 //	  set masq4    { type ipv4_addr; flags interval }  # those that are masqueraded
@@ -21,6 +22,8 @@ import (
 //
 //	  chain guard { type filter hook prerouting priority raw
 //	    iifname @bridges ip daddr 127.0.0.0/8 drop    # route_localnet is on there
+//	    iifname @segments notrack                     # seen only with br_netfilter: all is
+//	                                                  # decided on the network's own bridge
 //	  }
 //	  chain pre { type nat hook prerouting priority dstnat
 //	    ip daddr 127.0.0.0/8 return                   # loopback only from inside
@@ -42,6 +45,7 @@ import (
 //	    oifname != @bridges ip saddr @masq4 masquerade
 //	  }
 //	  chain fwd { type filter hook forward priority filter; policy accept
+//	    iifname @segments accept
 //	    iifname . oifname @same accept
 //	    iifname @internal drop
 //	    oifname @internal drop
@@ -80,6 +84,7 @@ const (
 	setBridges  = "bridges"
 	setInternal = "internal"
 	setSame     = "same"
+	setSegments = "segments"
 	setNet      = "net"
 	setMasq     = "masq"
 	setDNS      = "dns"
@@ -114,6 +119,7 @@ func (t *Table) rules() {
 	ifn, svc, proto := nftables.TypeIFName, nftables.TypeInetService, nftables.TypeInetProto
 	t.addSet(&nftables.Set{Name: setBridges, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
 	t.addSet(&nftables.Set{Name: setInternal, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
+	t.addSet(&nftables.Set{Name: setSegments, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
 	t.addSet(&nftables.Set{Name: setSame, KeyType: concat(ifn, ifn), Concatenation: true})
 	for i, typ := range []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIP6Addr} {
 		v := []string{"4", "6"}[i]
@@ -155,6 +161,8 @@ func (t *Table) rules() {
 		t.rule(post, t.notOif(setBridges), f.is(), t.addrIn(f, f.src, setMasq), masquerade())
 	}
 
+	t.rule(guard, t.iif(setSegments), []expr.Any{&expr.Notrack{}})
+	t.rule(fwd, t.iif(setSegments), verdict(expr.VerdictAccept))
 	t.rule(fwd, t.sameBridge(), verdict(expr.VerdictAccept))
 	t.rule(fwd, t.iif(setInternal), verdict(expr.VerdictDrop))
 	t.rule(fwd, t.oif(setInternal), verdict(expr.VerdictDrop))
