@@ -177,7 +177,7 @@ func (m *making) readSpec() error {
 	if m.Cgroup, err = cgroupPath(m.spec.Linux.CgroupsPath, m.ID, m.app.systemd); err != nil {
 		return err
 	}
-	return os.WriteFile(m.path("config.json"), raw, 0o600)
+	return writeAtomic(m.path("config.json"), raw, 0o600)
 }
 
 // owner is the name of the calling user. Root is by far the usual one.

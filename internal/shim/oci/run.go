@@ -184,8 +184,9 @@ func (c *container) remove(a *app, s *specs.Spec) error {
 	if g, err := c.group(); err == nil {
 		ctx, cancel := context.WithTimeout(context.Background(), deleteTimeout)
 		defer cancel()
-		// Without a pid namespace of its own, processes outlive the first one.
-		if s == nil || !hasNamespace(s, specs.PIDNamespace) {
+		// Without a pid namespace of its own, processes outlive the first one;
+		// after an interrupted create, the first one may wait for its start.
+		if s == nil || c.Pid == 0 || !hasNamespace(s, specs.PIDNamespace) {
 			if err := g.Kill(unix.SIGKILL); err != nil {
 				return err
 			}
