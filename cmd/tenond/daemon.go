@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/moby/moby/api/types/events"
@@ -267,16 +269,40 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	}
 	ctx, quit := context.WithCancel(ctx)
 	defer quit()
+	var down atomic.Bool // everything was taken down at a client's wish
 	srv := server.New(server.Config{
 		Engine: d.engine, Images: d.images, Networks: d.networks, Version: version.Version,
 		Doctor: func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
-		Quit:   quit, Log: log,
+		Quit:   func() { down.Store(true); quit() }, Log: log,
 	})
 	notify("READY=1")
 	log.Info("serving", "hosts", cfg.Hosts, "root", cfg.Root, "version", version.Version)
 	err = srv.Serve(ctx, listeners)
-	log.Info("ending; containers go on")
-	return errors.Join(err, d.close())
+	if !down.Load() {
+		log.Info("ending; containers go on")
+		return errors.Join(err, d.close())
+	}
+	log.Info("ending; nothing is left running")
+	return errors.Join(err, d.close(), removeRunRoot(cfg.RunRoot))
+}
+
+// removeRunRoot removes the volatile state of an engine that was shut down,
+// unless something is mounted in it still: then it is named and left alone.
+func removeRunRoot(dir string) error {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); len(f) > 1 && strings.HasPrefix(f[1], dir+"/") {
+			return fmt.Errorf("%s is still mounted: umount it, then remove %s", f[1], dir)
+		}
+	}
+	entries, err := os.ReadDir(dir) // the directory itself may be the administrator's
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return err
 }
 
 // shutdown takes down what a former daemon left.
@@ -288,7 +314,10 @@ func shutdown(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.engine.Shutdown(ctx), d.close())
+	if err := errors.Join(d.engine.Shutdown(ctx), d.close()); err != nil {
+		return err
+	}
+	return removeRunRoot(cfg.RunRoot)
 }
 
 // notify tells systemd (sd_notify(3)); without it nobody listens.
