@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -46,8 +47,28 @@ var kernelVersion = sync.OnceValue(func() string {
 	return unix.ByteSliceToString(u.Release[:])
 })
 
+// vcs is the commit and its time, as the Go tool noted them in the program.
+var vcs = sync.OnceValues(func() (commit, at string) {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "", ""
+	}
+	for _, s := range info.Settings {
+		switch s.Key {
+		case "vcs.revision":
+			commit = s.Value[:min(len(s.Value), 12)]
+		case "vcs.time":
+			at = s.Value
+		}
+	}
+	return commit, at
+})
+
 func (a *API) version(c *call) error {
-	built := a.cfg.BuildTime
+	commit, built := a.cfg.GitCommit, a.cfg.BuildTime
+	if commit == "" && built == "" {
+		commit, built = vcs()
+	}
 	v := system.VersionResponse{
 		Platform:      system.PlatformInfo{Name: "Tenon"},
 		Version:       a.cfg.Version,
@@ -55,7 +76,7 @@ func (a *API) version(c *call) error {
 		MinAPIVersion: MinVersion.String(),
 		Os:            "linux",
 		Arch:          runtime.GOARCH,
-		GitCommit:     a.cfg.GitCommit,
+		GitCommit:     commit,
 		GoVersion:     runtime.Version(),
 		KernelVersion: kernelVersion(),
 		BuildTime:     built,
