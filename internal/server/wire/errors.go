@@ -74,8 +74,11 @@ func Message(err error) string {
 		errdefs.ErrNotImplemented, errdefs.ErrUnavailable, errdefs.ErrAlreadyExists, errdefs.ErrPermissionDenied:
 		return cut
 	case errdefs.ErrNotFound:
-		if l := strings.ToLower(cut); strings.Contains(l, "not found") || strings.Contains(l, "no such") {
-			return cut
+		l := strings.ToLower(cut)
+		for _, said := range []string{"not found", "no such", "not known", "unknown", "could not find"} {
+			if strings.Contains(l, said) {
+				return cut
+			}
 		}
 	}
 	return msg
