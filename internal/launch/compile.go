@@ -3,6 +3,7 @@ package launch
 import (
 	"fmt"
 	"path"
+	"sort"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -126,6 +127,17 @@ func (c *compiler) enter() error {
 	c.call(unix.SYS_SETSID)
 	c.keyring()
 	c.loopback()
+	if devs := c.spec.Linux.NetDevices; len(devs) > 0 {
+		c.p.NetDevices = map[string]string{}
+		var names []string
+		for host, d := range devs {
+			c.p.NetDevices[host] = d.Name
+			names = append(names, host)
+		}
+		sort.Strings(names)
+		c.step("network devices", strings.Join(names, " "))
+		c.call(OpPhase, num(PhaseNetDevices))
+	}
 	for _, ph := range c.opts.Phases {
 		if ph == PhaseNamespaces {
 			c.step("hooks createRuntime")

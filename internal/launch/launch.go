@@ -91,6 +91,7 @@ type ExecOptions struct {
 
 // These phases are served by package fork itself.
 const (
-	PhaseMaps   Phase = 100 + iota // the id maps are written
-	PhaseCopyUp                    // a directory is copied
+	PhaseMaps       Phase = 100 + iota // the id maps are written
+	PhaseCopyUp                        // a directory is copied
+	PhaseNetDevices                    // network devices are moved
 )

@@ -236,7 +236,7 @@ func (c *compiler) leave() error {
 	c.step("pivot to the root")
 	c.call(unix.SYS_FCHDIR, c.root.arg())
 	if c.opts.NoPivot {
-		c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH)).ignore(unix.EINVAL)
+		c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH)).ignore(unix.EINVAL, unix.ELOOP)
 		c.call(unix.SYS_CHROOT, str("."))
 		c.call(unix.SYS_CHDIR, str("/"))
 	} else {

@@ -1,13 +1,17 @@
 package fork
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"unsafe"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -553,5 +557,221 @@ func TestWorkdirOutside(t *testing.T) {
 			t.Errorf("%d: %v %v", fd, e, err)
 		}
 		p.Close()
+	}
+}
+
+func TestNetDevices(t *testing.T) {
+	root := busybox(t)
+	ip := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %v: %v: %s", args, err, out)
+		}
+	}
+	name := fmt.Sprintf("tnd%d", os.Getpid())
+	ip("link", "add", name, "type", "veth", "peer", "name", name+"p")
+	defer func() { _ = exec.Command("ip", "link", "del", name+"p").Run() }() // gone with the namespace, if all went well
+	ip("addr", "add", "10.213.77.1/24", "dev", name)
+	ip("addr", "add", "fd13:77::1/64", "dev", name, "nodad")
+	s := sh(root, "ip -o addr show dev lan | tr -s ' ' | cut -d' ' -f2-4; ip link show dev lan | grep -c ,UP")
+	s.Linux.NetDevices = map[string]specs.LinuxNetDevice{name: {Name: "lan"}}
+	out, e := run(t, s, launch.Options{})
+	if !strings.HasPrefix(out, "lan inet 10.213.77.1/24\nlan inet6 fd13:77::1/64\n") || !strings.HasSuffix(out, "\n1\n") || e.Code != 0 {
+		t.Errorf("%v %s", e, out)
+	}
+	s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"nonesuch0": {}}
+	if err := failure(t, s); err.Error() != "network device nonesuch0: no such device" {
+		t.Error(err)
+	}
+}
+
+func TestSeccompListener(t *testing.T) {
+	root := busybox(t)
+	for _, nnp := range []bool{true, false} {
+		s := sh(root, "mkdir /tmp/asked; echo $?")
+		s.Process.NoNewPrivileges = nnp
+		s.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerPath: "/run/agent", Syscalls: []specs.LinuxSyscall{
+			{Names: []string{"mkdir", "mkdirat"}, Action: specs.ActNotify},
+		}}
+		plan, err := launch.Compile(s, launch.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		p, err := Start(plan, Stdio{Out: w, Err: w})
+		w.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		if p.SeccompListener == nil {
+			t.Fatal("no listener")
+		}
+		// The agent: answers one question with EXFULL.
+		done := make(chan error, 1)
+		go func() { done <- answer(p.SeccompListener, unix.EXFULL) }()
+		if err := p.Exec(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		out, err := io.ReadAll(r)
+		if err != nil || string(out) != "mkdir: can't create directory '/tmp/asked': Exchange full\n1\n" {
+			t.Errorf("%q %v", out, err)
+		}
+		if _, err := p.Wait(); err != nil {
+			t.Error(err)
+		}
+		p.SeccompListener.Close()
+	}
+}
+
+// answer is an agent for one system call (seccomp_unotify(2)).
+func answer(f *os.File, errno unix.Errno) error {
+	req := make([]byte, 80)  // struct seccomp_notif
+	resp := make([]byte, 24) // struct seccomp_notif_resp
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), 0xc0502100, uintptr(unsafe.Pointer(&req[0]))); e != 0 {
+		return fmt.Errorf("receive: %w", e)
+	}
+	copy(resp, req[:8])
+	binary.NativeEndian.PutUint32(resp[16:], uint32(-int32(errno)))
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), 0xc0182101, uintptr(unsafe.Pointer(&resp[0]))); e != 0 {
+		return fmt.Errorf("send: %w", e)
+	}
+	return nil
+}
+
+// TestPropagation: what is shared is shared, and nothing else reaches the host.
+func TestPropagation(t *testing.T) {
+	root := busybox(t)
+	host := t.TempDir()
+	if err := unix.Mount("tmpfs", host, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(host, unix.MNT_DETACH)
+	if err := unix.Mount("", host, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"a", "b", "c"} {
+		if err := os.Mkdir(filepath.Join(host, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := sh(root, "mount -t tmpfs x /sh/a && mount -t tmpfs x /pr/b && mount -t tmpfs x /sl/c; echo ok; read x")
+	s.Process.Capabilities.Bounding = append([]string{"CAP_SYS_ADMIN"}, dockerCaps...)
+	s.Process.Capabilities.Effective, s.Process.Capabilities.Permitted = s.Process.Capabilities.Bounding, s.Process.Capabilities.Bounding
+	s.Linux.RootfsPropagation = "rshared"
+	for dest, opt := range map[string]string{"/sh": "rshared", "/pr": "rprivate", "/sl": "rslave"} {
+		s.Mounts = append(s.Mounts, specs.Mount{Destination: dest, Source: host, Options: []string{"rbind", opt}})
+	}
+	plan, err := launch.Compile(s, launch.Options{Bundle: filepath.Dir(root)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	in, inW, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	p, err := Start(plan, Stdio{In: in, Out: w, Err: w})
+	w.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if err := p.Exec(); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 100)
+	if n, err := r.Read(buf); err != nil || string(buf[:n]) != "ok\n" {
+		t.Fatalf("%q %v", buf[:n], err)
+	}
+	after, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fresh []string
+	for line := range strings.Lines(string(after)) {
+		if !strings.Contains(string(before), line) {
+			fresh = append(fresh, strings.Fields(line)[4])
+		}
+	}
+	if len(fresh) != 1 || fresh[0] != filepath.Join(host, "a") {
+		t.Errorf("new on the host: %v", fresh)
+	}
+	inW.Close()
+	if e, err := p.Wait(); err != nil || e.Code != 1 { // read ends
+		t.Error(e, err)
+	}
+	// The container's end takes nothing of the host's with it.
+	if b, err := os.ReadFile("/proc/self/mountinfo"); err != nil || string(b) != string(after) {
+		t.Errorf("the host's mounts changed: %v\n%s\nbefore\n%s", err, b, after)
+	}
+	_ = unix.Unmount(filepath.Join(host, "a"), unix.MNT_DETACH) // with host, below
+}
+
+func TestNoPivot(t *testing.T) {
+	root := busybox(t)
+	for _, opts := range []launch.Options{
+		{NoPivot: true},
+		{NoPivot: true, Rootfs: []launch.Mount{{Type: "bind", Source: root, Options: []string{"rbind"}}}},
+	} {
+		out, e := run(t, sh(root, "ls /; echo $$; ls /proc/1/root/ | wc -l"), opts)
+		if e.Code != 0 || !strings.HasPrefix(out, "bin\ndev\n") || !strings.Contains(out, "\n1\n") {
+			t.Errorf("%v %s", e, out)
+		}
+	}
+}
+
+// TestLongOverlay: more layers than a page has room for.
+func TestLongOverlay(t *testing.T) {
+	root := busybox(t)
+	base := t.TempDir()
+	var layers []string
+	for i := range 150 {
+		d := filepath.Join(base, fmt.Sprintf("layer-with-a-name-of-some-length-%d", i), "fs")
+		if err := os.MkdirAll(filepath.Join(d, fmt.Sprint("l", i)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		layers = append(layers, d)
+	}
+	layers = append(layers, root)
+	for _, d := range []string{"upper", "work"} {
+		if err := os.Mkdir(filepath.Join(base, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Upper and work may not be on an overlay; a tmpfs is always right.
+	if err := unix.Mount("tmpfs", filepath.Join(base, "upper"), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(filepath.Join(base, "upper"), unix.MNT_DETACH)
+	for _, d := range []string{"u", "w"} {
+		if err := os.Mkdir(filepath.Join(base, "upper", d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, e := run(t, sh(root, "ls -d /l* | wc -l; echo x > /made"), launch.Options{Rootfs: []launch.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+		"lowerdir=" + strings.Join(layers, ":"), "upperdir=" + filepath.Join(base, "upper/u"), "workdir=" + filepath.Join(base, "upper/w"),
+	}}}})
+	if e.Code != 0 || out != "150\n" {
+		t.Errorf("%v %s", e, out)
+	}
+	if _, err := os.Stat(filepath.Join(base, "upper/u/made")); err != nil {
+		t.Error(err)
 	}
 }

@@ -326,6 +326,8 @@ func (p *Process) phase(ph launch.Phase, stdio Stdio) error {
 		return p.writeMaps()
 	case launch.PhaseCopyUp:
 		return p.copyUp()
+	case launch.PhaseNetDevices:
+		return p.moveDevices()
 	}
 	if stdio.AtPhase == nil {
 		return nil
