@@ -38,6 +38,8 @@ func main() {
 		err = serve(os.Args[2:])
 	case shim.FilesCommand: // the shim's own child
 		os.Exit(files.Main())
+	case shim.BundleCommand: // too, on its way to an external runtime
+		err = shim.Bundle(os.Args[2:])
 	case "version", "--version":
 		fmt.Println("tenon-shim", shim.Version)
 	default:

@@ -58,6 +58,7 @@ func (t *taskService) Create(ctx context.Context, r *taskv3.CreateTaskRequest) (
 	}
 	c, err := s.newContainer(req)
 	s.free(r.Id, c)
+	s.touch()
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,7 @@ import (
 	"net"
 	"os"
 	"path"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -64,9 +65,11 @@ type Shim struct {
 	downOne sync.Once
 	work    sync.WaitGroup // background removal
 
-	mu    sync.Mutex
-	tasks map[string]*container
-	busy  map[string]chan struct{} // IDs whose container is being made or removed
+	mu     sync.Mutex
+	tasks  map[string]*container
+	tidy   *time.Timer
+	tidied time.Time
+	busy   map[string]chan struct{} // IDs whose container is being made or removed
 }
 
 // New returns a Shim without tasks.
@@ -93,6 +96,11 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 	}
 	taskv3.RegisterTaskService(srv, &taskService{s})
 	taskv1.RegisterKernelService(srv, &kernelService{s})
+	s.work.Add(1)
+	go func() {
+		defer s.work.Done()
+		s.reapOrphans()
+	}()
 	mux := channel.Listen(l, s.serveStream)
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ctx, mux) }()
@@ -102,6 +110,11 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 	case err = <-served:
 	}
 	s.cancel()
+	s.mu.Lock()
+	if s.tidy != nil {
+		s.tidy.Stop()
+	}
+	s.mu.Unlock()
 	_ = srv.Close()
 	if cerr := mux.Close(); err == nil && cerr != nil && !errors.Is(cerr, net.ErrClosed) {
 		err = cerr
@@ -112,6 +125,30 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 		err = nil
 	}
 	return err
+}
+
+const (
+	tidyAfter = 3 * time.Second  // of quiet
+	tidyEvery = 10 * time.Second // at most
+)
+
+// touch is called when something has been made or removed: some time later, if
+// it is quiet, what the Go runtime keeps for reuse goes back to the kernel.
+// Every resident page makes each fork slower, and memory is counted.
+func (s *Shim) touch() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	wait := max(tidyAfter, tidyEvery-time.Since(s.tidied))
+	if s.tidy == nil {
+		s.tidy = time.AfterFunc(wait, func() {
+			s.mu.Lock()
+			s.tidied = time.Now()
+			s.mu.Unlock()
+			debug.FreeOSMemory()
+		})
+		return
+	}
+	s.tidy.Reset(wait)
 }
 
 // cgroupPath says where a container lives in every hierarchy.
@@ -218,6 +255,7 @@ func (s *Shim) remove(c *container) {
 	s.removeGroup(c.group)
 	s.events.publish(&taskv1.Event{Type: taskv1.Event_DELETE, Id: c.id, ExitStatus: c.init.code})
 	s.free(c.id, nil)
+	s.touch()
 }
 
 const (

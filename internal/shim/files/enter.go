@@ -364,3 +364,7 @@ func setLowers(fs int, lowers []string) error {
 	}
 	return nil
 }
+
+// Mount mounts m at target, writable unless its options say otherwise. The
+// caller vouches for target.
+func Mount(m *taskv1.Mount, target string) error { return mount(m, target, true) }
