@@ -4,10 +4,13 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"testing"
 	"time"
+
+	"tenon.dev/tenon/internal/network/link"
 )
 
 func benchController(b *testing.B, pool int) *Controller {
@@ -80,5 +83,64 @@ func BenchmarkFifty(b *testing.B) {
 		}
 		time.Sleep(500 * time.Millisecond) // the kernel cleans up
 		b.StartTimer()
+	}
+}
+
+// BenchmarkThroughput is one TCP stream between two containers of a network,
+// with its ports guarded and without.
+func BenchmarkThroughput(b *testing.B) {
+	c := benchController(b, -1)
+	for _, guard := range []string{"true", "false"} {
+		if _, err := c.Create(b.Context(), CreateRequest{Name: "g" + guard, Options: map[string]string{optGuard: guard}}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for round := range 3 {
+		for _, guard := range []string{"true", "false"} {
+			b.Run(fmt.Sprintf("guard=%s/%d", guard, round), func(b *testing.B) {
+				var ns [2]*Namespace
+				for i := range ns {
+					var err error
+					id := fmt.Sprintf("%s%d%061d", guard[:1], i, round)
+					if ns[i], err = c.Connect(b.Context(), Request{ContainerID: id, Endpoints: []EndpointRequest{{Network: "g" + guard}}}); err != nil {
+						b.Fatal(err)
+					}
+					defer c.Disconnect(b.Context(), id)
+				}
+				var l net.Listener
+				if err := link.InNetns(ns[0].Path, func(int, *link.Socket) (err error) { l, err = net.Listen("tcp", ":9"); return }); err != nil {
+					b.Fatal(err)
+				}
+				defer l.Close()
+				go func() {
+					s, err := l.Accept()
+					if err != nil {
+						return
+					}
+					buf := make([]byte, 1<<20)
+					for {
+						if _, err := s.Read(buf); err != nil {
+							return
+						}
+					}
+				}()
+				var conn net.Conn
+				if err := link.InNetns(ns[1].Path, func(int, *link.Socket) (err error) {
+					conn, err = net.Dial("tcp", ns[0].Endpoints[0].IPv4.Addr().String()+":9")
+					return
+				}); err != nil {
+					b.Fatal(err)
+				}
+				defer conn.Close()
+				buf := make([]byte, 1<<20)
+				b.SetBytes(int64(len(buf)))
+				b.ResetTimer()
+				for range b.N {
+					if _, err := conn.Write(buf); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
 	}
 }

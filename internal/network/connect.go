@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,7 +20,12 @@ import (
 	"tenon.dev/tenon/internal/network/nft"
 )
 
-const optIfname = "com.docker.network.endpoint.ifname"
+const (
+	optIfname  = "com.docker.network.endpoint.ifname"
+	optSysctls = "com.docker.network.endpoint.sysctls"
+)
+
+var sysctlPattern = regexp.MustCompile(`^net\.(ipv4|ipv6|mpls)\.(conf|neigh)\.IFNAME\.[a-z0-9_]+=-?[0-9]+$`)
 
 // Connect makes a container's network. All of it or nothing is made. Errors:
 // InvalidArgument, NotFound (network), FailedPrecondition (no address left),
@@ -194,7 +200,7 @@ func (c *Controller) pooled(req Request) bool {
 	}
 	e := req.Endpoints[0]
 	n, err := c.findLocked(e.Network)
-	return err == nil && c.isDefault(n) && !e.IPv4.IsValid() && !e.IPv6.IsValid() && e.MAC == nil && e.DriverOpts[optIfname] == ""
+	return err == nil && c.isDefault(n) && !e.IPv4.IsValid() && !e.IPv6.IsValid() && e.MAC == nil && e.DriverOpts[optIfname] == "" && e.DriverOpts[optSysctls] == ""
 }
 
 // enterLocked makes the container visible.
@@ -223,6 +229,11 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 			return Endpoint{}, fmt.Errorf("bad interface name %q: %w", name, errdefs.ErrInvalidArgument)
 		}
 		ep.Interface = name
+	}
+	for _, kv := range splitSysctls(req.DriverOpts[optSysctls]) {
+		if !sysctlPattern.MatchString(kv) {
+			return Endpoint{}, fmt.Errorf("bad interface setting %q: want net.ipv4.conf.IFNAME.NAME=NUMBER: %w", kv, errdefs.ErrInvalidArgument)
+		}
 	}
 	defer func() {
 		if err != nil {
@@ -290,6 +301,10 @@ func (n *netw) releaseLocked(ep *Endpoint) {
 	}
 }
 
+func splitSysctls(s string) []string {
+	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
 // gateways picks the endpoints that have the default routes: highest
 // priority, then the network's name. -1 if none.
 func gateways(eps []Endpoint) (g4, g6 int) {
@@ -327,7 +342,7 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 			bridge = c.segmentName(n.rec.ID, e.Segment)
 		}
 		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, Interface: e.Interface,
-			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, Isolated: !n.optBool(optICC, true)}
+			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, Sysctls: splitSysctls(e.DriverOpts[optSysctls]), Isolated: !n.optBool(optICC, true)}
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]
 		}

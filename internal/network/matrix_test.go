@@ -231,12 +231,15 @@ func TestRootAddresses(t *testing.T) {
 			Gateway: netip.MustParseAddr("10.199.77.254"), AuxAddress: map[string]netip.Addr{"printer": netip.MustParseAddr("10.199.77.128")}}}}
 	})
 	mac, _ := net.ParseMAC("02:42:aa:bb:cc:dd")
-	a := n.connect("aa", Request{Endpoints: []EndpointRequest{{Network: "own", IPv4: netip.MustParseAddr("10.199.77.7"), MAC: mac, DriverOpts: map[string]string{optIfname: "lan0"}}}})
+	a := n.connect("aa", Request{Endpoints: []EndpointRequest{{Network: "own", IPv4: netip.MustParseAddr("10.199.77.7"), MAC: mac, DriverOpts: map[string]string{optIfname: "lan0", optSysctls: "net.ipv4.conf.IFNAME.log_martians=1"}}}})
 	b := n.connect("bb", Request{Endpoints: []EndpointRequest{{Network: "own", Links: []string{"aa:peer"}}}, ExtraHosts: []string{"me:host-gateway", "x=1.2.3.4"}})
 	if addr4(a, 0) != "10.199.77.7" || addr4(b, 0) != "10.199.77.129" || a.Endpoints[0].Gateway.String() != "10.199.77.254" {
 		t.Errorf("addresses %v %v", a.Endpoints, b.Endpoints)
 	}
 	if err := in(t, a.Path, func() error {
+		if v, err := os.ReadFile("/proc/sys/net/ipv4/conf/lan0/log_martians"); err != nil || string(v) != "1\n" {
+			t.Errorf("setting of the interface: %q %v", v, err)
+		}
 		i, err := net.InterfaceByName("lan0")
 		if err == nil && i.HardwareAddr.String() != mac.String() {
 			t.Errorf("mac %s", i.HardwareAddr)
@@ -254,7 +257,8 @@ func TestRootAddresses(t *testing.T) {
 	wantNames(t, b, "peer", "10.199.77.7")
 	serveTCP(t, a.Path, ":80", "web")
 	wantAnswer(t, b.Path, "tcp", "10.199.77.7:80", "web 10.199.77.129")
-	for _, bad := range []EndpointRequest{{Network: "own", IPv4: netip.MustParseAddr("10.199.77.7")}, {Network: "own", IPv4: netip.MustParseAddr("10.1.1.1")}, {Network: "own", IPv6: netip.MustParseAddr("fd00::1")}} {
+	for _, bad := range []EndpointRequest{{Network: "own", IPv4: netip.MustParseAddr("10.199.77.7")}, {Network: "own", IPv4: netip.MustParseAddr("10.1.1.1")}, {Network: "own", IPv6: netip.MustParseAddr("fd00::1")},
+		{Network: "own", DriverOpts: map[string]string{optSysctls: "net.ipv4.conf.all.forwarding=1"}}, {Network: "own", DriverOpts: map[string]string{optIfname: "../x"}}} {
 		if _, err := n.Connect(t.Context(), Request{ContainerID: fullID("cc"), Endpoints: []EndpointRequest{bad}}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v: %v", bad, err)
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"net/netip"
 	"strconv"
 	"time"
@@ -74,6 +75,16 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 	if v, ok := rec.Options[optHostIPv4]; ok {
 		if a, err := netip.ParseAddr(v); err != nil || !a.Is4() {
 			return bad("option %s: bad address %q", optHostIPv4, v)
+		}
+	}
+	if rec.Driver == "macvlan" {
+		if m := rec.Options["macvlan_mode"]; m != "" && m != "bridge" {
+			return bad("macvlan mode %q is not supported, only bridge", m)
+		}
+		if p := rec.Options[optParent]; !bridgePattern.MatchString(p) {
+			return bad("a macvlan network needs the option parent, the host's interface that it extends (-o parent=eth0)")
+		} else if _, err := net.InterfaceByName(p); err != nil {
+			return bad("parent interface %s: %w", p, err)
 		}
 	}
 	if rec.Driver == "bridge" {

@@ -8,7 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+
+	"github.com/containerd/errdefs"
 
 	"tenon.dev/tenon/internal/network/link"
 	"tenon.dev/tenon/internal/network/nft"
@@ -31,6 +34,8 @@ type Plug struct {
 	IPv6      netip.Prefix
 	// Default4 and Default6 are the gateways, where this endpoint has the default route.
 	Default4, Default6 netip.Addr
+	// Sysctls are "net.ipv4.conf.IFNAME.log_martians=1" settings of the interface.
+	Sysctls []string
 	// Isolated endpoints reach the host but not each other.
 	Isolated bool
 }
@@ -90,11 +95,15 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 	var host, in link.Batch
 	for _, pl := range plugs {
 		if pl.Parent != "" {
-			idx, err := net.InterfaceByName(pl.Parent)
+			links, err := p.rtnl.Links() // this thread is in the container's namespace
 			if err != nil {
-				return fmt.Errorf("parent interface %s: %w", pl.Parent, err)
+				return err
 			}
-			host.AddMacvlan(pl.HostInterface, idx.Index, fd, pl.MAC, 4)
+			i := slices.IndexFunc(links, func(l link.Info) bool { return l.Name == pl.Parent })
+			if i < 0 {
+				return fmt.Errorf("parent interface %s: %w", pl.Parent, errdefs.ErrNotFound)
+			}
+			host.AddMacvlan(pl.HostInterface, links[i].Index, fd, pl.MAC, 4)
 			continue
 		}
 		host.AddVeth(link.Veth{Host: pl.HostInterface, Bridge: pl.BridgeIndex, NetnsFD: fd, Peer: pl.Interface, MAC: pl.MAC, MTU: pl.MTU})
@@ -138,6 +147,12 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 			}
 			if err := link.Sysctl("net/ipv6/conf/"+pl.Interface+"/disable_ipv6", v); err != nil && !os.IsNotExist(err) {
 				return err
+			}
+		}
+		for _, kv := range pl.Sysctls {
+			k, v, _ := strings.Cut(strings.ReplaceAll(kv, "IFNAME", pl.Interface), "=")
+			if err := link.Sysctl(strings.ReplaceAll(k, ".", "/"), v); err != nil {
+				return fmt.Errorf("set %s: %w", k, err)
 			}
 		}
 		for _, a := range []netip.Prefix{pl.IPv4, pl.IPv6} {
