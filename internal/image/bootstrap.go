@@ -40,14 +40,18 @@ func (s *Store) BootstrapBusybox(ctx context.Context) (*Image, error) {
 		return nil, fmt.Errorf("bootstrap busybox: list applets: %w", err)
 	}
 	layerTar := busyboxTar(prog, strings.Fields(string(out)))
-	epoch := time.Unix(0, 0).UTC()
+	st, err := os.Stat(busyboxPath)
+	if err != nil {
+		return nil, fmt.Errorf("bootstrap busybox: %w", err)
+	}
+	created := st.ModTime().UTC().Truncate(time.Second) // the package's, not the installation's
 	img, err := s.make(ctx, makeOptions{
 		layer: bytes.NewReader(layerTar), names: []string{busyboxName}, source: "bootstrap",
 		config: dockerspec.DockerOCIImage{
-			Image:  ocispec.Image{Created: &epoch, Platform: *s.cfg.Platform},
+			Image:  ocispec.Image{Created: &created, Platform: *s.cfg.Platform},
 			Config: dockerspec.DockerOCIImageConfig{ImageConfig: ocispec.ImageConfig{Env: []string{defaultPath}, Cmd: []string{"sh"}}},
 		},
-		history: ocispec.History{Created: &epoch, CreatedBy: "busybox from Debian's busybox-static"},
+		history: ocispec.History{Created: &created, CreatedBy: "busybox from Debian's busybox-static"},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap busybox: %w", err)

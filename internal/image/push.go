@@ -323,39 +323,19 @@ func (s *Store) CheckAuth(ctx context.Context, auth registry.AuthConfig) (string
 	if err != nil {
 		return "", err
 	}
-	var last *http.Response
-	for range 3 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, rh.Scheme+"://"+rh.Host+"/v2/", nil)
-		if err != nil {
-			return "", fmt.Errorf("login: %w: %w", err, errdefs.ErrInvalidArgument)
-		}
-		for k, v := range rh.Header {
-			req.Header[k] = v
-		}
-		if rh.Authorizer != nil {
-			if err := rh.Authorizer.Authorize(ctx, req); err != nil {
-				return "", fmt.Errorf("login to %s: unauthorized: incorrect username or password: %w: %w", host, err, errdefs.ErrUnauthenticated)
-			}
-		}
-		resp, err := rh.Client.Do(req)
-		if err != nil {
-			return "", fmt.Errorf("login to %s: %w: %w", host, err, errdefs.ErrUnavailable)
-		}
-		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // so that the connection can be used again
-		resp.Body.Close()
-		last = resp
-		if resp.StatusCode == http.StatusOK {
-			return "Login Succeeded", nil
-		}
-		if resp.StatusCode != http.StatusUnauthorized || rh.Authorizer == nil {
-			break
-		}
-		if err := rh.Authorizer.AddResponses(ctx, []*http.Response{resp}); err != nil {
+	resp, err := s.get(ctx, rh, "/v2/")
+	if err != nil {
+		if st := httpStatus(err); st == http.StatusUnauthorized || st == http.StatusForbidden || st == 0 && refused(err) {
 			return "", fmt.Errorf("login to %s: unauthorized: incorrect username or password: %w: %w", host, err, errdefs.ErrUnauthenticated)
 		}
+		return "", registryError("login", host, err)
 	}
-	if last.StatusCode == http.StatusUnauthorized {
-		return "", fmt.Errorf("login to %s: unauthorized: incorrect username or password: %w", host, errdefs.ErrUnauthenticated)
-	}
-	return "", fmt.Errorf("login to %s: the registry answers %s: %w", host, last.Status, errdefs.ErrUnavailable)
+	resp.Body.Close()
+	return "Login Succeeded", nil
+}
+
+// refused tells whether it was the credentials that were not accepted, here or
+// at the token server.
+func refused(err error) bool {
+	return errdefs.IsUnauthorized(err) || errors.Is(err, docker.ErrInvalidAuthorization) || strings.Contains(err.Error(), "401 Unauthorized")
 }

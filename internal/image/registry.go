@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes"
@@ -24,6 +26,7 @@ import (
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/registry"
 	"github.com/sirupsen/logrus"
 )
@@ -115,8 +118,27 @@ func (s *Store) host(host, scheme string, auth *registry.AuthConfig, header http
 			return rh, nil
 		}
 	}
-	rh.Authorizer = docker.NewDockerAuthorizer(opts...)
+	rh.Authorizer = &oneAtATime{a: docker.NewDockerAuthorizer(opts...)}
 	return rh, nil
+}
+
+// oneAtATime keeps concurrent requests from racing in containerd's authorizer,
+// which reads a token's expiry while another request may set it.
+type oneAtATime struct {
+	mu sync.Mutex
+	a  docker.Authorizer
+}
+
+func (o *oneAtATime) Authorize(ctx context.Context, req *http.Request) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.a.Authorize(ctx, req)
+}
+
+func (o *oneAtATime) AddResponses(ctx context.Context, rs []*http.Response) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.a.AddResponses(ctx, rs)
 }
 
 // credentials returns user and password; no user means that the password is an
@@ -254,6 +276,89 @@ func (s *Store) certs(host string, tc *tls.Config) (own bool, err error) {
 		}
 	}
 	return own, nil
+}
+
+// Tags lists the tags of a repository at its registry, in its order.
+func (s *Store) Tags(ctx context.Context, repository string, auth *registry.AuthConfig) ([]string, error) {
+	named, err := reference.ParseNormalizedNamed(repository)
+	if err != nil {
+		return nil, fmt.Errorf("invalid reference format: %.200q: %w: %w", repository, err, errdefs.ErrInvalidArgument)
+	}
+	ctx = log.WithLogger(ctx, quiet)
+	ctx = docker.WithScope(ctx, "repository:"+reference.Path(named)+":pull")
+	hosts, err := s.hosts(reference.Domain(named), auth, nil)
+	if err != nil {
+		return nil, err
+	}
+	rh := hosts[len(hosts)-1] // mirrors need not have all tags
+	var out []string
+	next := "/" + reference.Path(named) + "/tags/list?n=1000"
+	for range maxTagPages {
+		var page struct {
+			Tags []string `json:"tags"`
+		}
+		resp, err := s.get(ctx, rh, rh.Path+next)
+		if err != nil {
+			return nil, registryError("pull", reference.FamiliarName(named), err)
+		}
+		err = json.NewDecoder(io.LimitReader(resp.Body, s.cfg.Limits.ManifestBytes)).Decode(&page)
+		resp.Body.Close()
+		if err != nil {
+			return nil, fmt.Errorf("tags of %s: %w", repository, err)
+		}
+		out = append(out, page.Tags...)
+		// Link: </v2/x/tags/list?last=…>; rel="next"
+		link, ok := strings.CutPrefix(resp.Header.Get("Link"), "<")
+		if link, _, ok2 := strings.Cut(link, ">"); ok && ok2 {
+			if u, err := url.Parse(link); err == nil && u.RawQuery != "" {
+				next = "/" + reference.Path(named) + "/tags/list?" + u.RawQuery
+				continue
+			}
+		}
+		break
+	}
+	return out, nil
+}
+
+// maxTagPages bounds a registry that always has more.
+const maxTagPages = 100
+
+// get asks a registry, with its ceremony of authorization. The caller closes
+// the body.
+func (s *Store) get(ctx context.Context, rh docker.RegistryHost, path string) (*http.Response, error) {
+	for range 3 {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, rh.Scheme+"://"+rh.Host+path, nil)
+		if err != nil {
+			return nil, err
+		}
+		for k, v := range rh.Header {
+			req.Header[k] = v
+		}
+		if rh.Authorizer != nil {
+			if err := rh.Authorizer.Authorize(ctx, req); err != nil {
+				return nil, err
+			}
+		}
+		resp, err := rh.Client.Do(req)
+		if err != nil {
+			return nil, err
+		}
+		if resp.StatusCode == http.StatusOK {
+			return resp, nil
+		}
+		err = remoteerrors.NewUnexpectedStatusErr(resp)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusUnauthorized || rh.Authorizer == nil {
+			if resp.StatusCode == http.StatusNotFound {
+				err = fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+			}
+			return nil, err
+		}
+		if aerr := rh.Authorizer.AddResponses(ctx, []*http.Response{resp}); aerr != nil {
+			return nil, fmt.Errorf("%w: %w", aerr, errdefs.ErrUnauthenticated)
+		}
+	}
+	return nil, fmt.Errorf("credentials refused: %w", errdefs.ErrUnauthenticated)
 }
 
 // registryError says what a registry's answer means for the user.

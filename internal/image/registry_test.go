@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -154,6 +155,18 @@ func TestPushPull(t *testing.T) {
 	if err := a.Push(ctx, addr+"/team/app:v1", PushOptions{}); err != nil {
 		t.Errorf("second push: %v", err)
 	}
+	if err := a.Tag(ctx, addr+"/team/app:v1", addr+"/team/app:v2"); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Push(ctx, addr+"/team/app:v2", PushOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if tags, err := b.Tags(ctx, addr+"/team/app", nil); err != nil || !slices.Equal(tags, []string{"v1", "v2"}) {
+		t.Errorf("%v %v", tags, err)
+	}
+	if _, err := b.Tags(ctx, addr+"/none", nil); !errdefs.IsNotFound(err) {
+		t.Errorf("%v", err)
+	}
 	d, err := b.Distribution(ctx, addr+"/team/app:v1", nil)
 	if err != nil || d.Descriptor.Digest.String() != img.ID || len(d.Platforms) != 1 || d.Platforms[0].Architecture != "amd64" {
 		t.Errorf("%+v %v", d, err)
@@ -260,6 +273,12 @@ func TestPullBearerToken(t *testing.T) {
 	}
 	if _, err := open(t).Pull(ctx, addr+"/x:1", PullOptions{Auth: auth}); err != nil {
 		t.Error(err)
+	}
+	if tags, err := open(t).Tags(ctx, addr+"/x", auth); err != nil || len(tags) != 1 {
+		t.Errorf("%v %v", tags, err)
+	}
+	if _, err := open(t).CheckAuth(ctx, registry.AuthConfig{Username: "u", Password: "no", ServerAddress: addr}); !errdefs.IsUnauthorized(err) {
+		t.Errorf("%v", err)
 	}
 	if asked.Load() == 0 {
 		t.Error("no token asked for")
