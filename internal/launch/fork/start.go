@@ -5,13 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/cgroup"
 	"tenon.dev/tenon/internal/launch"
 	"tenon.dev/tenon/internal/safepath"
 )
@@ -69,15 +72,30 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 	a.m.pidfd = -1
 	args.pidfd = uint64(uintptr(unsafe.Pointer(&a.m.pidfd)))
 	if plan.CgroupDir != "" {
-		fd, err := unix.Open(plan.CgroupDir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		fd, err := openCgroup(plan.CgroupDir)
 		if err != nil {
-			return nil, fmt.Errorf("open cgroup %s: %w", plan.CgroupDir, err)
+			return nil, err
 		}
 		defer unix.Close(fd)
 		args.flags |= unix.CLONE_INTO_CGROUP
 		args.cgroup = uint64(fd)
 	}
 	pid, errno := cloneIn(plan, a.m, args)
+	if (errno == unix.EBUSY || errno == unix.EOPNOTSUPP) && plan.CgroupDir != "" && plan.Target > 0 {
+		// The container has made groups of its own below and moved into one:
+		// its own group takes no process any more. Go where it is.
+		dir, err := targetCgroup(plan.Target)
+		if err != nil {
+			return nil, err
+		}
+		fd, err := openCgroup(dir)
+		if err != nil {
+			return nil, err
+		}
+		defer unix.Close(fd)
+		args.cgroup = uint64(fd)
+		pid, errno = cloneIn(plan, a.m, args)
+	}
 	runtime.KeepAlive(a)
 	if errno != 0 {
 		return nil, &StepError{Step: "clone", Errno: errno}
@@ -92,6 +110,36 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+func openCgroup(dir string) (int, error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &os.PathError{Op: "open cgroup", Path: dir, Err: err}
+	}
+	return fd, nil
+}
+
+// targetCgroup is the v2 group of the process.
+func targetCgroup(pidfd int) (string, error) {
+	pid, err := pidfdPid(pidfd)
+	if err != nil {
+		return "", err
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", fmt.Errorf("cgroup of %d: %w", pid, err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if p, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+			for _, h := range cgroup.Hierarchies() {
+				if h.V2 {
+					return filepath.Join(h.Path, p), nil
+				}
+			}
+		}
+	}
+	return "", fmt.Errorf("cgroup of %d: none on v2", pid)
 }
 
 // newPidfd makes the pidfd pollable.
@@ -401,6 +449,7 @@ func (p *Process) exec() error {
 		}
 		if !ok {
 			p.closeSock()
+			p.plan = nil // of no use to a program that runs for days
 			return nil
 		}
 		if m.kind == msgError {
