@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -209,5 +211,50 @@ func TestPowerCut(t *testing.T) {
 	}
 	if b, err := os.ReadFile(filepath.Join(dirs[0], "f")); err != nil || string(b) != "good:1" {
 		t.Errorf("layer not unpacked anew: %q %v", b, err)
+	}
+}
+
+// TestFullDisk: what does not fit is refused and leaves nothing, and what fits
+// still works.
+func TestFullDisk(t *testing.T) {
+	ctx := context.Background()
+	root := t.TempDir()
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=24m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(root, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	noise := make([]byte, 14<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise) // does not fail
+	big := dockerArchive(t, []string{"big:1"}, mkTar(t, fileEntry("f", string(noise))))
+	f := newFakeRegistry(t)
+	f.tags["1"] = f.image("amd64", mkTar(t, fileEntry("f", string(noise)))).Digest
+	for _, free := range []int64{1, 4 << 20} { // the kernel's limit, and ours before it
+		s := openAt(t, root, func(c *Config) { c.Limits.FreeBytes = free })
+		for range 2 {
+			if _, err := s.Load(ctx, bytes.NewReader(big), LoadOptions{}); !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("load: %v", err)
+			}
+			if _, err := s.Pull(ctx, f.addr+"/x:1", PullOptions{}); !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("pull: %v", err)
+			}
+			if _, err := s.Import(ctx, bytes.NewReader(mkTar(t, fileEntry("f", string(noise)))), ImportOptions{}); !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("import: %v", err)
+			}
+			empty(t, s)
+		}
+		s.emptyTrash()
+		if _, err := s.Load(ctx, bytes.NewReader(dockerArchive(t, []string{"small:1"}, mkTar(t, fileEntry("f", "x")))), LoadOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Remove(ctx, "small:1", RemoveOptions{}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

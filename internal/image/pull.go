@@ -334,6 +334,10 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 	}
 	var done chan result
 	id := shortDigest(d.Digest)
+	extracting := func(cur int64) {
+		p.progress.say(Progress{ID: id, Status: "Extracting", Current: cur, Total: d.Size})
+	}
+	var here atomic.Bool // all of the blob
 	fetched = !p.s.hasBlob(d.Digest, d.Size)
 	err = p.blob(ctx, d, func(w *ingest) {
 		if !unpack {
@@ -343,7 +347,11 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 		rd := w.reader(ctx)
 		go func() {
 			defer rd.Close()
-			u, err := p.s.unpackStream(ctx, rd)
+			u, err := p.s.unpackStream(ctx, &reportReader{r: rd, report: func(cur int64) {
+				if here.Load() {
+					extracting(cur)
+				}
+			}})
 			done <- result{u, err}
 		}()
 	}, func(cur int64) {
@@ -351,9 +359,7 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 	})
 	release() // the next one may be fetched while this one is unpacked
 	if done != nil {
-		if err == nil {
-			p.progress.say(Progress{ID: id, Status: "Extracting", Current: d.Size, Total: d.Size})
-		}
+		here.Store(err == nil)
 		r := <-done
 		if err != nil {
 			if r.u != nil {
@@ -364,15 +370,34 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 		if r.err != nil {
 			return nil, fetched, fmt.Errorf("unpack layer %s: %w", d.Digest, r.err)
 		}
+		extracting(d.Size)
 		return r.u, fetched, p.s.checkDiffID(r.u, d.Digest, diffID)
 	}
 	if err != nil || !unpack {
 		return nil, fetched, err
 	}
 	// The blob has been here.
-	p.progress.say(Progress{ID: id, Status: "Extracting", Current: 0, Total: d.Size})
+	extracting(0)
 	u, err = p.s.unpackBlob(ctx, d, diffID)
 	return u, fetched, err
+}
+
+// reportReader tells now and then how much has been read.
+type reportReader struct {
+	r      io.Reader
+	n      int64
+	last   time.Time
+	report func(int64)
+}
+
+func (r *reportReader) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p)
+	r.n += int64(n)
+	if now := time.Now(); now.Sub(r.last) >= progressEvery {
+		r.last = now
+		r.report(r.n)
+	}
+	return n, err
 }
 
 // blob fetches a blob unless it is here. started, if not nil, is given the
