@@ -29,6 +29,9 @@ func ResolveUser(text string, groupAdd []string, passwd, group []byte) (User, er
 		return User{}, invalid("%v", err)
 	}
 	u := User{UID: uint32(e.Uid), GID: uint32(e.Gid), Home: e.Home}
+	if u.Home == "" {
+		u.Home = "/"
+	}
 	gids := e.Sgids
 	if len(groupAdd) > 0 {
 		more, err := user.GetAdditionalGroups(groupAdd, reader(group))
