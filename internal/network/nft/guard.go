@@ -59,11 +59,13 @@ func (t *Table) Guard(list ...Guarded) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	batch := elements{}
 	for _, g := range list {
 		t.guards[g.Port] = g
-		if err := t.guardElements(g, t.conn.SetAddElements); err != nil {
-			return err
-		}
+		batch.guard(g)
+	}
+	if err := t.apply(batch, t.conn.SetAddElements); err != nil {
+		return err
 	}
 	return t.repairAfter(t.flush("guard ports"))
 }
@@ -72,33 +74,31 @@ func (t *Table) Guard(list ...Guarded) error {
 func (t *Table) Unguard(ports ...string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	some := false
+	batch := elements{}
 	for _, p := range ports {
 		g, ok := t.guards[p]
 		if !ok {
 			continue
 		}
-		some = true
 		delete(t.guards, p)
-		if err := t.guardElements(g, t.conn.SetDeleteElements); err != nil {
-			return err
-		}
+		batch.guard(g)
 	}
-	if !some {
+	if len(batch) == 0 {
 		return nil
+	}
+	if err := t.apply(batch, t.conn.SetDeleteElements); err != nil {
+		return err
 	}
 	return t.repairAfter(t.flush("release ports"))
 }
 
-func (t *Table) guardElements(g Guarded, do func(*nftables.Set, []nftables.SetElement) error) error {
-	e := elements{}
+func (e elements) guard(g Guarded) {
 	port := ifname(g.Port)
 	e.add(setPorts, nftables.SetElement{Key: port})
 	e.add(setMACs, nftables.SetElement{Key: pad4(port, g.MAC)})
 	for _, a := range g.Addrs {
 		e.add(setSrc+version(a), nftables.SetElement{Key: pad4(port, g.MAC, a.AsSlice())})
 	}
-	return t.apply(e, do)
 }
 
 func (t *Table) guardRules() {

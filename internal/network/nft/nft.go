@@ -17,6 +17,7 @@ import (
 	"sync"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -81,7 +82,10 @@ type Loop struct {
 // is changed before Install. Without a loop the host's input rules are not
 // asked about published ports.
 func Open(name string, loop Loop) (*Table, error) {
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		// Every message of a transaction is answered before any answer is read.
+		return c.SetReadBuffer(8 << 20)
+	}))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables socket: %w", err)
 	}
@@ -159,17 +163,13 @@ func (t *Table) installLocked() error {
 		t.conn.AddTable(tb)
 	}
 	t.rules()
+	batch := elements{}
 	for _, n := range t.nets {
-		if err := t.netElements(n, true); err != nil {
-			return err
-		}
+		batch.net(n)
 	}
 	for _, g := range t.guards {
-		if err := t.guardElements(g, t.conn.SetAddElements); err != nil {
-			return err
-		}
+		batch.guard(g)
 	}
-	batch := elements{}
 	for k, to := range t.ports {
 		batch.port(k, to)
 	}
@@ -189,7 +189,9 @@ func (t *Table) AddNet(n Net) error {
 	if t.t == nil {
 		return nil // Install is to come, with all networks
 	}
-	if err := t.netElements(n, true); err != nil {
+	batch := elements{}
+	batch.net(n)
+	if err := t.apply(batch, t.conn.SetAddElements); err != nil {
 		return err
 	}
 	if err := t.flush("add network " + n.Bridge); err != nil {
@@ -208,7 +210,9 @@ func (t *Table) RemoveNet(bridge string) error {
 		return nil
 	}
 	delete(t.nets, bridge)
-	if err := t.netElements(n, false); err != nil {
+	batch := elements{}
+	batch.net(n)
+	if err := t.apply(batch, t.conn.SetDeleteElements); err != nil {
 		return err
 	}
 	if err := t.flush("remove network " + bridge); err != nil {
@@ -299,15 +303,11 @@ func (t *Table) apply(e elements, do func(*nftables.Set, []nftables.SetElement) 
 	return nil
 }
 
-func (t *Table) netElements(n Net, add bool) error {
-	e := elements{}
+func (e elements) net(n Net) {
 	br := ifname(n.Bridge)
 	if n.Segment {
 		e.add(setSegments, nftables.SetElement{Key: br})
-		if add {
-			return t.apply(e, t.conn.SetAddElements)
-		}
-		return t.apply(e, t.conn.SetDeleteElements)
+		return
 	}
 	e.add(setBridges, nftables.SetElement{Key: br})
 	if n.Internal {
@@ -328,10 +328,6 @@ func (t *Table) netElements(n Net, add bool) error {
 	for _, g := range n.Gateways {
 		e.add(setDNS+version(g), nftables.SetElement{Key: g.AsSlice()})
 	}
-	if add {
-		return t.apply(e, t.conn.SetAddElements)
-	}
-	return t.apply(e, t.conn.SetDeleteElements)
 }
 
 func version(a netip.Addr) string {
