@@ -24,7 +24,9 @@ type tenond struct {
 	sock string
 	http *http.Client
 	pid  int
-	end  func() error
+	cmd  *exec.Cmd
+	tail func() string // of its log
+	end  func() error  // ends it and removes everything
 }
 
 var shared struct {
@@ -36,7 +38,7 @@ var shared struct {
 // daemon starts the shared daemon, with busybox in it.
 func daemon(t *testing.T) *tenond {
 	t.Helper()
-	shared.once.Do(func() { shared.d, shared.err = launch() })
+	shared.once.Do(func() { shared.d, shared.err = launch(0) })
 	if shared.err != nil {
 		t.Fatal(shared.err)
 	}
@@ -54,7 +56,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func launch() (_ *tenond, err error) {
+// launch starts a daemon; nth keeps those of one test program apart.
+func launch(nth int) (_ *tenond, err error) {
 	dir, err := os.MkdirTemp("", "tenon-server-")
 	if err != nil {
 		return nil, err
@@ -69,7 +72,7 @@ func launch() (_ *tenond, err error) {
 			return nil, fmt.Errorf("build: %w\n%s", err, out)
 		}
 	}
-	n := os.Getpid() % 60
+	n := os.Getpid()%30*2 + nth
 	d := &tenond{sock: filepath.Join(dir, "docker.sock")}
 	d.http = unixClient(d.sock)
 	args := []string{"--config", "/dev/null", "--root", dir + "/root", "--run-root", dir + "/run", "--host", "unix://" + d.sock,
@@ -86,10 +89,14 @@ func launch() (_ *tenond, err error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	d.pid = cmd.Process.Pid
+	d.pid, d.cmd = cmd.Process.Pid, cmd
+	d.tail = tail
 	d.end = func() error {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		werr := cmd.Wait()
+		var werr error
+		if cmd.ProcessState == nil {
+			_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+			werr = cmd.Wait()
+		}
 		out, err := exec.Command(filepath.Join(bin, "tenond"), append(args, "--shutdown")...).CombinedOutput()
 		if err != nil {
 			err = fmt.Errorf("tenond --shutdown: %w: %s", err, out)

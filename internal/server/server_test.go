@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/moby/moby/client"
+	"tenon.dev/tenon/internal/server/wire"
 )
 
 // start serves without an engine: enough for everything that doesn't ask it.
@@ -206,6 +207,53 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// TestActivated takes a socket from systemd, played by a shell: LISTEN_PID is the
+// child's own.
+func TestActivated(t *testing.T) {
+	if os.Getenv("SERVER_TEST_ACTIVATED") != "" {
+		ls, err := Listen(t.Context(), ListenConfig{Hosts: []string{"fd://"}})
+		if err != nil || len(ls) != 1 {
+			t.Fatalf("listeners %v, %v", ls, err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { _, _ = os.Stdin.Read(make([]byte, 1)); cancel() }()
+		if err := New(Config{}).Serve(ctx, ls); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	f, err := l.(*net.UnixListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" -test.run '^TestActivated$'`, os.Args[0])
+	cmd.Env = append(os.Environ(), "SERVER_TEST_ACTIVATED=1")
+	cmd.ExtraFiles = []*os.File{f}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if resp, body := do(t, unixClient(path), "GET", "http://d/_ping"); resp.StatusCode != 200 || body != "OK" {
+		t.Errorf("ping: %v %q", resp, body)
+	}
+	_ = in.Close()
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("child: %v\n%s", err, out.String())
+	}
+}
+
 // certs makes a CA and two certificates of it.
 func certs(t *testing.T) (files TLSFiles, pool *x509.CertPool, clientCert tls.Certificate) {
 	t.Helper()
@@ -301,5 +349,46 @@ func TestTCP(t *testing.T) {
 		if resp, body := do(t, c, "GET", tc.url+"/_ping", tc.headers...); resp.StatusCode != tc.status {
 			t.Errorf("%s: got %d %s, want %d", tc.name, resp.StatusCode, body, tc.status)
 		}
+	}
+}
+
+// TestTLSUpgrade: over TLS, too, a client may end its input and go on receiving.
+func TestTLSUpgrade(t *testing.T) {
+	files, pool, cert := certs(t)
+	ls, err := Listen(t.Context(), ListenConfig{Hosts: []string{"tcp://127.0.0.1:0"}, TLS: files})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s, _, err := wire.Hijack(w, r, "HTTP/1.1 101 UPGRADED\r\n\r\n")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer s.End()
+		b, err := io.ReadAll(s)
+		if err != nil {
+			t.Error(err)
+		}
+		if err := wire.NewFrames(s).WriteFrame(wire.Stdout, b); err != nil {
+			t.Error(err)
+		}
+	})}
+	done := make(chan struct{})
+	go func() { _ = srv.Serve(ls[0]); close(done) }()
+	defer func() { _ = srv.Close(); <-done }()
+	c, err := tls.Dial("tcp", ls[0].Addr().String(), &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{cert}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = io.WriteString(c, "POST /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nhello")
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(c)
+	if err != nil || string(b) != "HTTP/1.1 101 UPGRADED\r\n\r\n\x01\x00\x00\x00\x00\x00\x00\x05hello" {
+		t.Errorf("got %q, %v", b, err)
 	}
 }

@@ -7,8 +7,10 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/jsonstream"
 	"github.com/opencontainers/go-digest"
@@ -179,8 +181,41 @@ func (a *API) imagePush(c *call) error {
 	if err != nil {
 		return err
 	}
+	refs := []string{ref}
+	if c.str("tag") == "" && strings.HasSuffix(ref, ":latest") && !strings.HasSuffix(c.name(), ":latest") {
+		if refs, err = a.allTags(c.ctx, strings.TrimSuffix(ref, ":latest")); err != nil {
+			return err
+		}
+	}
 	m := c.messages()
-	return m.end(a.images.Push(c.ctx, ref, image.PushOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}))
+	for _, ref := range refs {
+		if err = a.images.Push(c.ctx, ref, image.PushOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}); err != nil {
+			break
+		}
+	}
+	return m.end(err)
+}
+
+// allTags lists the names that a repository's images have here; a push without
+// a tag means all of them.
+func (a *API) allTags(ctx context.Context, repo string) ([]string, error) {
+	list, err := a.images.List(ctx, image.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	var refs []string
+	for i := range list {
+		for _, tag := range list[i].RepoTags {
+			if named, err := reference.ParseNormalizedNamed(tag); err == nil && named.Name() == repo {
+				refs = append(refs, named.String())
+			}
+		}
+	}
+	if len(refs) == 0 {
+		return nil, errdefs.ErrNotFound.WithMessage("an image does not exist locally with the tag: " + repo)
+	}
+	slices.Sort(refs)
+	return refs, nil
 }
 
 func (a *API) imageLoad(c *call) error {
