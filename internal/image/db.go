@@ -47,6 +47,7 @@ type record struct {
 type layerRecord struct {
 	DiffID  digest.Digest `json:"diffID"`
 	Parent  digest.Digest `json:"parent,omitempty"` // chain ID
+	Dir     string        `json:"dir"`              // under layers/; short, for the sake of mount options
 	Size    int64         `json:"size"`
 	Entries int64         `json:"entries"`
 	Boot    string        `json:"boot,omitempty"`
@@ -94,7 +95,8 @@ func (s *Store) readDB() error {
 		}
 		return tx.Bucket(bucketLayers).ForEach(func(k, v []byte) error {
 			l := &layerRecord{saved: true}
-			if err := json.Unmarshal(v, l); err != nil {
+			if err := json.Unmarshal(v, l); err != nil || l.Dir == "" || filepath.Base(l.Dir) != l.Dir {
+				// It is unpacked again when needed.
 				s.log.Error("layer record unreadable", "layer", string(k), "err", err)
 				return nil
 			}

@@ -7,7 +7,7 @@
 //	<root>/images.db            bbolt: names, targets and layers; what it does not name does not exist
 //	<root>/content/blobs/…      blobs by digest, laid out as in containerd's content store
 //	<root>/content/ingest-t/…   blobs being written
-//	<root>/layers/<id>/         an unpacked layer, the id made from its chain ID
+//	<root>/layers/<id>/         an unpacked layer; the database knows its chain ID
 //	<root>/layers/tmp/…         layers being unpacked
 //
 // The registry client is containerd's, in process. containerd's metadata

@@ -74,13 +74,12 @@ func (s *Store) collect() (n int, err error) {
 		n++
 	}
 	dirs := map[string]bool{"tmp": true}
-	for c := range chains {
-		dirs[filepath.Base(s.layerDir(c))] = true
-	}
 	var gone []digest.Digest
 	s.mu.RLock()
-	for c := range s.layers {
-		if !chains[c] {
+	for c, l := range s.layers {
+		if chains[c] {
+			dirs[l.Dir] = true
+		} else {
 			gone = append(gone, c)
 		}
 	}
@@ -101,13 +100,6 @@ func (s *Store) collect() (n int, err error) {
 	if err != nil {
 		return n, err
 	}
-	s.mu.RLock()
-	for c := range chains {
-		if s.layers[c] == nil {
-			delete(dirs, filepath.Base(s.layerDir(c))) // no record: half-made
-		}
-	}
-	s.mu.RUnlock()
 	for _, e := range ents {
 		if !dirs[e.Name()] {
 			trash(filepath.Join(s.layersDir(), e.Name()))

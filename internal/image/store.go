@@ -83,6 +83,9 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if cfg.Root == "" {
 		return nil, fmt.Errorf("image store: no root directory: %w", errdefs.ErrInvalidArgument)
 	}
+	if strings.ContainsAny(cfg.Root, ":,\\\"") {
+		return nil, fmt.Errorf("image store %s: overlay cannot have layers in a directory with one of : , \\ \" in its name: %w", cfg.Root, errdefs.ErrInvalidArgument)
+	}
 	setDefault(&cfg.Limits.LayerBytes, defaultLayerBytes)
 	setDefault(&cfg.Limits.LayerEntries, defaultLayerEntries)
 	setDefault(&cfg.Limits.BlobBytes, defaultBlobBytes)
@@ -167,9 +170,14 @@ func (s *Store) blobPath(d digest.Digest) string {
 	return filepath.Join(s.blobDir(d.Algorithm()), d.Encoded())
 }
 
-// layerDir is short, so that some 60 of them fit the 4 KiB of mount options.
+// layerDir is where an unpacked layer lies; "" if the chain is not unpacked.
 func (s *Store) layerDir(chain digest.Digest) string {
-	return filepath.Join(s.layersDir(), chain.Encoded()[:32])
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if l := s.layers[chain]; l != nil {
+		return filepath.Join(s.layersDir(), l.Dir)
+	}
+	return ""
 }
 
 func bootID() string {

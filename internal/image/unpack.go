@@ -11,12 +11,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/layer"
 )
@@ -24,6 +26,9 @@ import (
 const (
 	chunkBytes = 256 << 10 // handed from decompression to unpacking
 	chunkQueue = 8
+	// layerNameLen gives names of 50 random bits, short so that many of them
+	// fit into the page that mount options may take.
+	layerNameLen = 10
 	// zstdMemory bounds the decoder's window: 128 MiB is zstd's --ultra limit.
 	zstdMemory = 128 << 20
 )
@@ -327,15 +332,13 @@ func (s *Store) publish(ctx context.Context, u *unpacked, diffs, chains []digest
 	if err := layer.Settle(u.dir, u.res, lowers); err != nil {
 		return err
 	}
-	dir := s.layerDir(chains[i])
-	// A directory without a record is what a killed process left.
-	if _, err := os.Lstat(dir); err == nil {
-		s.discard(dir)
+	name := strings.ToLower(rand.Text()[:layerNameLen])
+	dir := filepath.Join(s.layersDir(), name)
+	// Not onto anything: rename would replace an empty directory.
+	if err := unix.Renameat2(unix.AT_FDCWD, u.dir, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("layer %s: %w", chains[i], &os.LinkError{Op: "rename", Old: u.dir, New: dir, Err: err})
 	}
-	if err := os.Rename(u.dir, dir); err != nil {
-		return fmt.Errorf("layer %s: %w", chains[i], err)
-	}
-	rec := &layerRecord{DiffID: diffs[i], Size: u.res.Bytes, Entries: u.res.Entries, Boot: s.boot}
+	rec := &layerRecord{DiffID: diffs[i], Dir: name, Size: u.res.Bytes, Entries: u.res.Entries, Boot: s.boot}
 	if i > 0 {
 		rec.Parent = chains[i-1]
 	}

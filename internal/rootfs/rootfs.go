@@ -37,9 +37,6 @@ import (
 // ones are being made.
 const poolSize = 16
 
-// maxMountData is what mount(2) takes: a page, less the terminating zero.
-const maxMountData = 4095
-
 // Config configures a Store.
 type Config struct {
 	// Root is the state directory; see the package comment for what is in it.
@@ -91,6 +88,9 @@ type Root struct {
 func Open(cfg Config) (*Store, error) {
 	if cfg.Root == "" {
 		return nil, fmt.Errorf("rootfs store: no root directory: %w", errdefs.ErrInvalidArgument)
+	}
+	if strings.ContainsAny(cfg.Root, ":,\\\"") {
+		return nil, fmt.Errorf("rootfs store %s: overlay cannot have a directory with one of : , \\ \" in its name: %w", cfg.Root, errdefs.ErrInvalidArgument)
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -208,11 +208,7 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 	if err := s.pair(r, dir); err != nil {
 		return nil, fmt.Errorf("container %s: writable layer: %w", id, err)
 	}
-	m, err := overlay(r, opts)
-	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", id, err)
-	}
-	r.Mounts = []Mount{m}
+	r.Mounts = []Mount{overlay(r, opts)}
 	return r, nil
 }
 
@@ -267,14 +263,16 @@ func (s *Store) take(dir string) error {
 	return makePair(dir)
 }
 
-// overlay describes the root's mount.
-func overlay(r *Root, opts Options) (Mount, error) {
+// overlay describes the root's mount. Its options may be longer than the page
+// that mount(2) takes: then the mounter has to shorten the paths by a working
+// directory, or hand the layers over one by one (fsconfig, lowerdir+).
+func overlay(r *Root, opts Options) Mount {
 	if len(r.Lower) == 0 { // an image without layers
 		o := []string{"bind", "rw"}
 		if opts.ReadOnly {
 			o[1] = "ro"
 		}
-		return Mount{Type: "bind", Source: r.Upper, Options: o}, nil
+		return Mount{Type: "bind", Source: r.Upper, Options: o}
 	}
 	o := []string{
 		"lowerdir=" + strings.Join(r.Lower, ":"),
@@ -288,14 +286,7 @@ func overlay(r *Root, opts Options) (Mount, error) {
 	if opts.ReadOnly {
 		o = append(o, "ro")
 	}
-	n := 0
-	for _, s := range o {
-		n += len(s) + 1
-	}
-	if n > maxMountData {
-		return Mount{}, fmt.Errorf("image has %d layers, too many for the mount options of overlay: %w", len(r.Lower), errdefs.ErrFailedPrecondition)
-	}
-	return Mount{Type: "overlay", Source: "overlay", Options: o}, nil
+	return Mount{Type: "overlay", Source: "overlay", Options: o}
 }
 
 // Remove takes the container's writable layer away at once and deletes it in
