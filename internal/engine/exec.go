@@ -288,7 +288,7 @@ func (e *Engine) killExec(x *execution) {
 // execError is Docker's sentence for a command that can't be run.
 func execError(x *execution, err error) error {
 	text := strings.TrimPrefix(err.Error(), "task "+x.c.id+": ")
-	text = strings.TrimPrefix(text, "exec "+x.id+": ")
+	text = strings.TrimPrefix(text, "exec "+x.id+" of task "+x.c.id+": ")
 	text = "OCI runtime exec failed: " + commandText(x.c.id, remark{err, text})
 	switch {
 	case errdefs.IsNotFound(err), errdefs.IsPermissionDenied(err), errdefs.IsInvalidArgument(err):
