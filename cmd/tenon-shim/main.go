@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -36,6 +37,8 @@ func main() {
 	switch os.Args[1] {
 	case "serve":
 		err = serve(os.Args[2:])
+	case "reap":
+		err = reap(os.Args[2:])
 	case shim.FilesCommand: // the shim's own child
 		os.Exit(files.Main())
 	case shim.BundleCommand: // too, on its way to an external runtime
@@ -99,6 +102,11 @@ func serve(args []string) error {
 	if err := os.MkdirAll(*runDir, 0o700); err != nil {
 		return err
 	}
+	lock, err := shim.Lock(*runDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	if err := os.MkdirAll(filepath.Dir(*socket), 0o700); err != nil {
 		return err
 	}
@@ -121,6 +129,26 @@ func serve(args []string) error {
 	log.Info("serving", "socket", *socket, "pid", os.Getpid())
 	err = s.Serve(context.Background(), l)
 	log.Info("served", "err", err)
+	return err
+}
+
+// reap cleans up after a shim that was killed, and prints what it found.
+func reap(args []string) error {
+	fs := flag.NewFlagSet("tenon-shim reap", flag.ContinueOnError)
+	runDir := fs.String("run-dir", "", "the dead shim's --run-dir")
+	parent := fs.String("cgroup-parent", "tenon", "the dead shim's --cgroup-parent")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if *runDir == "" || *parent == "" {
+		return errors.New("--run-dir and --cgroup-parent are required")
+	}
+	list, err := shim.Reap(context.Background(), *runDir, *parent)
+	if list != nil {
+		if jerr := json.NewEncoder(os.Stdout).Encode(list); err == nil {
+			err = jerr
+		}
+	}
 	return err
 }
 

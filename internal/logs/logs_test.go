@@ -75,9 +75,6 @@ func TestRoundTrip(t *testing.T) {
 				c := config(t, d)
 				write(t, c, chunks...)
 				want := strings.Join(chunks, "")
-				if !strings.HasSuffix(want, "\n") {
-					want += "\n"
-				}
 				if got := read(t, c, ReadOptions{}); got != want {
 					t.Errorf("read %.200q, want %.200q (%d, %d bytes)", got, want, len(got), len(want))
 				}

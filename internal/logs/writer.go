@@ -263,15 +263,16 @@ func (s *Stream) next(last bool) partial {
 	return p
 }
 
-// Close keeps what is left of an unfinished line.
+// Close keeps what is left of an unfinished line, flagged as partial: there is
+// no newline to give back.
 func (s *Stream) Close() {
-	if s.w == nil || len(s.tail) == 0 && s.part.id == 0 {
+	if s.w == nil || len(s.tail) == 0 {
 		return
 	}
 	s.w.mu.Lock()
 	defer s.w.mu.Unlock()
 	b := s.w.beginLocked(s.source)
-	*b = s.w.enc.record(*b, s.tail, s.next(true))
+	*b = s.w.enc.record(*b, s.tail, s.next(false))
 	s.tail = nil
 	s.w.flushLocked(b, true)
 }

@@ -150,12 +150,17 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 		res = r.spec.Linux.Resources
 		r.spec.Linux.CgroupsPath = path
 	}
+	if err := s.recordCgroup(r.id, path); err != nil {
+		return nil, err
+	}
 	if c.group, err = cgroup.Create(path, res); err != nil {
+		s.forgetCgroup(r.id, path)
 		return nil, fmt.Errorf("cgroup: %w", err)
 	}
 	defer func() {
 		if err != nil {
 			s.removeGroup(c.group)
+			s.forgetCgroup(r.id, path)
 		}
 	}()
 	p := newProcess(c, "")

@@ -65,6 +65,14 @@ func startShim(t testing.TB) *shimProcess {
 		t: t, dir: dir, socket: filepath.Join(dir, "s"),
 		parent: fmt.Sprintf("tenon-shimtest-%d-%d", os.Getpid(), counter.Add(1)),
 	}
+	s.start()
+	t.Cleanup(s.stop)
+	return s
+}
+
+// start runs the program and connects to it.
+func (s *shimProcess) start() {
+	t, dir := s.t, s.dir
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -86,8 +94,6 @@ func startShim(t testing.TB) *shimProcess {
 	}
 	r.Close()
 	s.Client = s.dial()
-	t.Cleanup(s.stop)
-	return s
 }
 
 func (s *shimProcess) dial() *task.Client {
@@ -109,15 +115,9 @@ func (s *shimProcess) stop() {
 	if err := s.cmd.Wait(); err != nil {
 		s.t.Errorf("shim: %v", err)
 	}
-	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/" + s.parent + "/*")
-	for _, d := range dirs {
-		if st, err := os.Stat(d); err == nil && st.IsDir() {
-			s.t.Errorf("cgroup left behind: %s", d)
-		}
-	}
-	parents, _ := filepath.Glob("/sys/fs/cgroup/*/" + s.parent)
-	for _, d := range append(parents, "/sys/fs/cgroup/"+s.parent) {
-		_ = os.Remove(d)
+	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/" + s.parent)
+	if len(dirs) > 0 {
+		s.t.Errorf("cgroups left behind: %v", dirs)
 	}
 	b, err := os.ReadFile("/proc/self/mounts")
 	if err != nil || strings.Contains(string(b), s.dir) {

@@ -120,6 +120,9 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 		err = cerr
 	}
 	s.work.Wait()
+	if len(s.list()) == 0 {
+		removeParent(s.conf.CgroupParent)
+	}
 	s.poll.close()
 	if errors.Is(err, ttrpc.ErrServerClosed) {
 		err = nil
@@ -253,6 +256,7 @@ func (s *Shim) remove(c *container) {
 	}
 	c.poststop()
 	s.removeGroup(c.group)
+	s.forgetCgroup(c.id, c.group.Path())
 	s.events.publish(&taskv1.Event{Type: taskv1.Event_DELETE, Id: c.id, ExitStatus: c.init.code})
 	s.free(c.id, nil)
 	s.touch()

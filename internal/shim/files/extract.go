@@ -204,7 +204,9 @@ func (x *extractor) create(parent int, base string, h *tar.Header, r io.Reader, 
 // not undo the other.
 func (x *extractor) meta(parent, fd int, base string, h *tar.Header, mode uint32) error {
 	uid, gid := h.Uid, h.Gid
-	if x.s.f.CopyUidGid {
+	// As Docker has it: the container's user, but for root, whose copies keep
+	// the archive's owners.
+	if x.s.f.CopyUidGid && (x.s.r.UID != 0 || x.s.r.GID != 0) {
 		uid, gid = int(x.s.r.UID), int(x.s.r.GID)
 	}
 	uid, err := hostID(x.s.r.UIDMap, uid)
