@@ -4,6 +4,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 )
 
 func nftDo(t *testing.T, rules string) {
@@ -61,11 +62,19 @@ func TestRootFlush(t *testing.T) {
 	a := n.connect("aa", Request{Ports: []Binding{{Proto: "tcp", ContainerPort: 80, HostPort: 8080}}})
 	serveTCP(t, a.Path, ":80", "web")
 	wantAnswer(t, out, "tcp", host.String()+":8080", "web")
+	intact := func() {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); !n.table.Intact(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("not repaired")
+			}
+		}
+	}
 	nftDo(t, "flush ruleset")
-	n.repairTable()
+	intact()
 	wantAnswer(t, out, "tcp", host.String()+":8080", "web")
 	nftDo(t, "flush table inet "+n.cfg.Name)
-	n.repairTable()
+	intact()
 	wantNothing(t, out, "tcp", addr4(a, 0)+":80")
 	wantAnswer(t, out, "tcp", host.String()+":8080", "web")
 }

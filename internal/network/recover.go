@@ -313,18 +313,33 @@ func (c *Controller) Rename(ctx context.Context, containerID, newName string) er
 	return writeJSON(c.contPath(r.ID), r, false)
 }
 
-// watchTable repairs the nftables table when somebody else removes it.
+// watchTable repairs the nftables table when somebody else removes it: at once
+// by the kernel's news, and now and then in case they were missed.
 func (c *Controller) watchTable() {
-	c.wg.Add(1)
+	kick := make(chan struct{}, 1)
+	c.wg.Add(2)
 	go func() {
 		defer c.wg.Done()
-		tick := time.NewTicker(2 * time.Second)
+		err := nft.Watch(c.ctx, func() {
+			select {
+			case kick <- struct{}{}:
+			default:
+			}
+		})
+		if err != nil {
+			c.log.Warn("nftables is not watched; it is looked at now and then", "err", err)
+		}
+	}()
+	go func() {
+		defer c.wg.Done()
+		tick := time.NewTicker(30 * time.Second)
 		defer tick.Stop()
 		for {
 			select {
 			case <-c.ctx.Done():
 				return
 			case <-tick.C:
+			case <-kick:
 			}
 			c.repairTable()
 		}

@@ -389,11 +389,19 @@ func interval(p netip.Prefix) (lo, hi []byte) {
 func (t *Table) Intact() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, name := range []string{"fwd", "pre", "post"} {
-		rules, err := t.conn.GetRules(t.t, &nftables.Chain{Name: name, Table: t.t})
-		if errors.Is(err, unix.ENOENT) || err == nil && len(rules) == 0 {
+	check := func(tb *nftables.Table, chain string) bool {
+		rules, err := t.conn.GetRules(tb, &nftables.Chain{Name: chain, Table: tb})
+		return !errors.Is(err, unix.ENOENT) && (err != nil || len(rules) > 0)
+	}
+	for _, name := range []string{"fwd", "pre", "post", "out", "in"} {
+		if !check(t.t, name) {
 			return false
 		}
 	}
-	return true
+	for _, tb := range t.late {
+		if t.loop.In != "" && !check(tb, "late") {
+			return false
+		}
+	}
+	return check(t.bridge, "guard")
 }
