@@ -264,6 +264,8 @@ type ran struct {
 // finish reads to the last frame.
 func (r *runner) finish() (res ran) {
 	r.t.Helper()
+	var out, errs []byte
+	defer func() { res.out, res.errs = string(out), string(errs) }()
 	for {
 		typ, p, err := r.r.Next()
 		if err != nil {
@@ -274,9 +276,9 @@ func (r *runner) finish() (res ran) {
 			if res.id == "" {
 				r.t.Error("output before Created")
 			}
-			res.out += string(p)
+			out = append(out, p...)
 		case runproto.Stderr:
-			res.errs += string(p)
+			errs = append(errs, p...)
 		case runproto.Created:
 			var m runproto.CreatedMessage
 			if err := json.Unmarshal(p, &m); err != nil || len(m.ID) != 64 {
