@@ -108,7 +108,7 @@ func Default() *Config {
 		Name:             "tenon",
 		DefaultIsolation: "process",
 		DefaultRuntime:   "tenon",
-		Log:              Log{Driver: "local", MaxSize: "20m", MaxFiles: 5},
+		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
 		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", StopTimeout: 10, MaxLayerSize: "64g"},
 		Network: Network{
 			AddressPools:  []Pool{{Base: "172.20.0.0/14", Size: 24}, {Base: "192.168.96.0/20", Size: 24}},

@@ -21,7 +21,7 @@ func TestPrecedence(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := p.Config
-	if c.Name != "fromfile" || c.Root != "/flag" || c.Log.Driver != "json-file" || c.Log.MaxSize != "20m" {
+	if c.Name != "fromfile" || c.Root != "/flag" || c.Log.Driver != "json-file" || c.Log.MaxSize != "32m" {
 		t.Errorf("got %+v", c)
 	}
 	if diff := cmp.Diff([]string{"unix:///a", "unix:///b"}, c.Hosts); diff != "" {

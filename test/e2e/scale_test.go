@@ -13,10 +13,11 @@ import (
 func TestMillionLogLines(t *testing.T) {
 	d := NewDaemon(t, "--log-driver", "local")
 	d.Busybox(t)
+	// With the default bounds.
 	for _, driver := range []string{"local", "json-file"} {
 		t.Run(driver, func(t *testing.T) {
 			// 100 bytes a line: a number of 7 digits and 92 of filling.
-			d.Must(t, "run", "-d", "--name", driver, "--log-driver", driver, "--log-opt", "max-size=1g", "busybox", "sh", "-c",
+			d.Must(t, "run", "-d", "--name", driver, "--log-driver", driver, "busybox", "sh", "-c",
 				`seq -w 1 1000000 | sed "s/$/ `+strings.Repeat("x", 91)+`/"`)
 			if code := d.Must(t, "wait", driver); code != "0" {
 				t.Fatalf("exit %s", code)
