@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -69,6 +70,7 @@ func (s *Store) openDB() error {
 
 func (s *Store) readDB() error {
 	known := false
+	var stale [][]byte
 	err := s.db.View(func(tx *bolt.Tx) error {
 		m := tx.Bucket(bucketMeta)
 		if m == nil {
@@ -97,15 +99,26 @@ func (s *Store) readDB() error {
 			l := &layerRecord{saved: true}
 			if err := json.Unmarshal(v, l); err != nil || l.Dir == "" || filepath.Base(l.Dir) != l.Dir {
 				// It is unpacked again when needed.
-				s.log.Error("layer record unreadable", "layer", string(k), "err", err)
+				s.log.Warn("layer record unreadable", "layer", string(k), "err", err)
+				stale = append(stale, bytes.Clone(k))
 				return nil
 			}
 			s.layers[digest.Digest(k)] = l
 			return nil
 		})
 	})
-	if err != nil || known {
+	if err != nil || known && len(stale) == 0 {
 		return err
+	}
+	if known {
+		return s.db.Update(func(tx *bolt.Tx) error {
+			for _, k := range stale {
+				if err := tx.Bucket(bucketLayers).Delete(k); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 	}
 	return s.db.Update(func(tx *bolt.Tx) error {
 		for _, n := range [][]byte{bucketMeta, bucketImages, bucketLayers} {

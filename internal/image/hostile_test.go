@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -342,19 +341,8 @@ func FuzzLoad(f *testing.F) {
 	o.image(f, "amd64", "a:1", l)
 	f.Add(o.bytes(f))
 	f.Add(gz(dockerArchive(f, []string{"a:1"}, gz(l))))
-	var s *Store
-	var once sync.Once
+	s := open(f, func(c *Config) { c.Limits = Limits{LayerBytes: 1 << 20, LayerEntries: 100, BlobBytes: 1 << 20} })
 	f.Fuzz(func(t *testing.T, b []byte) {
-		once.Do(func() {
-			dir, err := os.MkdirTemp("", "fuzz-load")
-			if err != nil {
-				t.Fatal(err)
-			}
-			s, err = Open(context.Background(), Config{Root: dir, Limits: Limits{LayerBytes: 1 << 20, LayerEntries: 100, BlobBytes: 1 << 20}})
-			if err != nil {
-				t.Fatal(err)
-			}
-		})
 		got, err := s.Load(context.Background(), bytes.NewReader(b), LoadOptions{})
 		if err != nil {
 			return

@@ -23,6 +23,8 @@ import (
 const (
 	// maxArchiveEntries is far more than any archive of images has.
 	maxArchiveEntries = 100_000
+	// maxDocuments bounds the bytes of JSON documents held in memory.
+	maxDocuments = 256 << 20
 	// maxLoadedImages bounds one archive's images.
 	maxLoadedImages = 10_000
 
@@ -61,6 +63,7 @@ type loader struct {
 	s        *Store
 	ctx      context.Context
 	files    map[string]*archiveFile
+	held     int64 // bytes of documents in memory
 	group    errgroup.Group
 	progress ProgressFunc
 }
@@ -127,7 +130,7 @@ func (l *loader) load(r io.Reader, platform *ocispec.Platform) ([]Loaded, error)
 func (l *loader) read(r io.Reader) error {
 	tr := tar.NewReader(r)
 	buf := make([]byte, 1<<20)
-	for {
+	for n := 0; ; n++ {
 		if err := l.ctx.Err(); err != nil {
 			return context.Cause(l.ctx)
 		}
@@ -139,7 +142,7 @@ func (l *loader) read(r io.Reader) error {
 			return fmt.Errorf("archive: %w: %w", err, errdefs.ErrInvalidArgument)
 		}
 		name := strings.TrimPrefix(path.Clean("/"+hdr.Name), "/")
-		if len(l.files) >= maxArchiveEntries {
+		if n >= maxArchiveEntries {
 			return fmt.Errorf("archive has more than %d files: %w", maxArchiveEntries, errdefs.ErrResourceExhausted)
 		}
 		var f *archiveFile
@@ -180,6 +183,9 @@ func (l *loader) file(name string, size int64, r io.Reader, buf []byte) (*archiv
 	}
 	format := sniff(head)
 	if format == unknownFormat && size <= l.s.cfg.Limits.ManifestBytes {
+		if l.held += size; l.held > maxDocuments {
+			return nil, fmt.Errorf("archive has more than %d bytes of documents: %w", maxDocuments, errdefs.ErrResourceExhausted)
+		}
 		b := make([]byte, size)
 		copy(b, head)
 		if _, err := io.ReadFull(r, b[len(head):]); err != nil {

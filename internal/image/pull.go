@@ -98,6 +98,9 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 		return nil, registryError("pull", show, err)
 	}
 	desc, err := p.manifest(ctx, target, opts)
+	if errors.Is(err, errNoPlatform) {
+		return nil, fmt.Errorf("pull %s: %w", show, err)
+	}
 	if err != nil {
 		return nil, registryError("pull", show, err)
 	}
@@ -122,6 +125,9 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	s.event("pull", img.ID, show, nil)
 	return img, nil
 }
+
+// errNoPlatform: the registry has the image, but not for the platform.
+var errNoPlatform = fmt.Errorf("no such platform: %w", errdefs.ErrNotFound)
 
 // document fetches an index, manifest or config.
 func (p *puller) document(ctx context.Context, d ocispec.Descriptor) error {
@@ -170,7 +176,7 @@ func (p *puller) manifest(ctx context.Context, target ocispec.Descriptor, opts P
 			names = append(names, platforms.Format(c.platform))
 		}
 		return target, fmt.Errorf("no matching manifest for %s in the manifest list entries: there is %s: %w",
-			platforms.Format(*want), strings.Join(names, ", "), errdefs.ErrUnavailable)
+			platforms.Format(*want), strings.Join(names, ", "), errNoPlatform)
 	}
 	for _, m := range flat {
 		main := m.Digest == chosen.Digest

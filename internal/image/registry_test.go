@@ -486,7 +486,7 @@ func TestPullIndex(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	arm64 := &ocispec.Platform{OS: "linux", Architecture: "arm64"}
-	if _, err := s.Pull(ctx, f.addr+"/m:1", PullOptions{Platform: &ocispec.Platform{OS: "linux", Architecture: "s390x"}}); err == nil || !strings.Contains(err.Error(), "linux/arm64") {
+	if _, err := s.Pull(ctx, f.addr+"/m:1", PullOptions{Platform: &ocispec.Platform{OS: "linux", Architecture: "s390x"}}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), "linux/arm64") {
 		t.Errorf("%v", err)
 	}
 	img2, err := s.Pull(ctx, f.addr+"/m:1", PullOptions{Platform: arm64})
