@@ -42,6 +42,7 @@ func (e *Engine) create(ctx context.Context, o CreateOptions) (_ *ctr, res Creat
 	if err != nil {
 		return nil, res, err
 	}
+	defer e.cfg.Images.Hold(img.ID)() // until the record says that it is used
 	r, warnings, err := e.newRecord(ctx, o, img)
 	if err != nil {
 		return nil, res, err

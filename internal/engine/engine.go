@@ -166,6 +166,8 @@ type API interface {
 	VolumeInspect(ctx context.Context, name string) (*volume.Volume, error)
 	VolumeList(ctx context.Context, f Filters) ([]volume.Volume, []string, error)
 	VolumeRemove(ctx context.Context, name string, force bool) error
+	// VolumeUsage is what one takes on the disk and how many containers use it.
+	VolumeUsage(ctx context.Context, name string) (*volume.UsageData, error)
 	VolumePrune(ctx context.Context, f Filters) (volume.PruneReport, error)
 
 	// Events subscribes: past ones since (zero: none), then live until until

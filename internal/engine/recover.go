@@ -210,11 +210,11 @@ func (e *Engine) act(ctx context.Context, client *task.Client, c *ctr, v verdict
 		e.exited(client, c, c.runOrNew(), exitFacts{code: int(t.ExitStatus), at: time.Unix(0, t.ExitedAt), oom: t.OomKilled})
 		return nil
 	case lost:
-		why := "the machine was restarted while the container ran"
-		if c.record().Facts.BootID == e.cfg.Kernel.Facts().BootID {
-			why = "the container's shim was killed, and the container with it"
+		x := exitFacts{code: 255, at: time.Now(), unknown: "the machine was restarted while the container ran"}
+		if c.record().Facts.BootID == e.cfg.Kernel.Facts().BootID { // what is left of it is killed when a new shim starts
+			x.code, x.unknown = 137, "the container's shim was killed, and the container with it"
 		}
-		e.exited(client, c, c.runOrNew(), exitFacts{code: 255, at: time.Now(), unknown: why})
+		e.exited(client, c, c.runOrNew(), x)
 		return nil
 	}
 	var errs []error

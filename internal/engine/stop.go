@@ -161,6 +161,7 @@ func (e *Engine) signal(ctx context.Context, c *ctr, sig syscall.Signal) error {
 	if err := client.Kill(ctx, c.id, "", sig, all); err != nil {
 		return err
 	}
+	e.emit(c, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(sig))})
 	if c.record().Facts.Paused {
 		// The shim wakes it itself for SIGKILL; it may also have ended by now.
 		if err := client.Resume(ctx, c.id); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsFailedPrecondition(err) {
@@ -216,7 +217,9 @@ func (e *Engine) Kill(ctx context.Context, ref, signal string) error {
 	if err != nil {
 		return fmt.Errorf("cannot kill container: %s: %w", ref, err)
 	}
-	e.emit(c, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(sig))})
+	if !(ending && r.Facts.Paused) {
+		e.emit(c, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(sig))})
+	}
 	if sig == syscall.SIGKILL { // as Docker: the call returns when it is dead
 		c.mu.Lock()
 		rn := c.run

@@ -226,6 +226,15 @@ func (e *Engine) VolumeRemove(ctx context.Context, name string, force bool) erro
 	return nil
 }
 
+// VolumeUsage counts a volume's blocks and users.
+func (e *Engine) VolumeUsage(ctx context.Context, name string) (*mobyvolume.UsageData, error) {
+	size, err := e.cfg.Volumes.Size(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return &mobyvolume.UsageData{Size: size, RefCount: int64(len(e.volumeUsers(name, "")))}, nil
+}
+
 // VolumePrune removes unused anonymous volumes, with the filter all=true also
 // named ones.
 func (e *Engine) VolumePrune(ctx context.Context, f Filters) (mobyvolume.PruneReport, error) {

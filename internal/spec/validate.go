@@ -88,12 +88,11 @@ func validateNamespaces(cfg *container.Config, h *container.HostConfig) error {
 		}
 	}
 	switch {
-	case h.UsernsMode == "" || h.UsernsMode == "host" || h.UsernsMode == "auto":
+	case h.UsernsMode == "" || h.UsernsMode == "host":
+	case h.UsernsMode == "auto":
+		return errdefs.ErrNotImplemented.WithMessage("--userns=auto is not available in this release; nothing was started")
 	default:
-		return invalid("invalid user namespace mode: %v (use host, or auto for a range of ids of the container's own)", h.UsernsMode)
-	}
-	if h.UsernsMode == "auto" && (h.Privileged || h.NetworkMode.IsHost() || h.PidMode.IsHost()) {
-		return invalid("privileged mode and host namespaces are incompatible with user namespaces. Run with --userns=host")
+		return invalid("invalid user namespace mode: %v", h.UsernsMode)
 	}
 	if !h.Cgroup.Valid() || h.Cgroup != "" {
 		return errdefs.ErrNotImplemented.WithMessage("sharing a control group with another container is not available")
@@ -130,8 +129,6 @@ func validateSysctl(name string, h *container.HostConfig) error {
 		if h.NetworkMode.IsHost() {
 			return invalid("sysctl '%s' not allowed in host network namespace", name)
 		}
-		return nil
-	case strings.HasPrefix(name, "user.") && h.UsernsMode == "auto":
 		return nil
 	}
 	return invalid("sysctl '%s' is not whitelisted", name)

@@ -126,8 +126,11 @@ func (h *Host) start(ctx context.Context) (*task.Client, error) {
 		return nil, fmt.Errorf("shim: %w", err)
 	}
 	defer logFile.Close()
-	if err := h.reap(ctx, logFile); err != nil {
-		h.cfg.Log.Warn("what a killed shim left is still there", "err", err)
+	// A socket without a listener is what a killed shim leaves.
+	if _, err := os.Lstat(h.Socket()); err == nil {
+		if err := h.reap(ctx, logFile); err != nil {
+			h.cfg.Log.Warn("what a killed shim left is still there", "err", err)
+		}
 	}
 	ready, theirs, err := os.Pipe()
 	if err != nil {

@@ -356,9 +356,9 @@ func (a *API) volumeUsage(c *call) (*volume.DiskUsage, error) {
 	u := &volume.DiskUsage{Items: list, TotalCount: int64(len(list))}
 	for i := range list {
 		if list[i].UsageData == nil {
-			// The list is cheap and has no sizes; inspect may know them.
-			if v, err := a.eng.VolumeInspect(c.ctx, list[i].Name); err == nil && v.UsageData != nil {
-				list[i].UsageData = v.UsageData
+			// The list is cheap and has no sizes.
+			if d, err := a.eng.VolumeUsage(c.ctx, list[i].Name); err == nil {
+				list[i].UsageData = d
 			}
 		}
 		d := list[i].UsageData
