@@ -21,6 +21,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 
 	"tenon.dev/tenon/internal/engine"
 	"tenon.dev/tenon/internal/image"
@@ -44,7 +45,7 @@ type API struct {
 	images *image.Store
 	nets   *network.Controller
 	log    *slog.Logger
-	mux    *http.ServeMux
+	mux    func() *http.ServeMux
 	server string // Server header
 }
 
@@ -57,12 +58,21 @@ func New(cfg Config) *API {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	a := &API{cfg: cfg, eng: cfg.Engine, images: cfg.Images, nets: cfg.Networks, log: cfg.Log,
-		mux: http.NewServeMux(), server: "Tenon/" + cfg.Version + " (linux)"}
-	for _, rt := range routes {
-		a.mux.Handle(rt.Method+" "+rt.Pattern, &handler{api: a, route: rt})
-	}
-	a.mux.HandleFunc("/", notFound)
+		server: "Tenon/" + cfg.Version + " (linux)"}
+	// ServeMux compares each pattern with the others: 2 ms that a daemon's start
+	// need not wait for.
+	a.mux = sync.OnceValue(a.routes)
 	return a
+}
+
+// routes makes the multiplexer of the table.
+func (a *API) routes() *http.ServeMux {
+	mux := http.NewServeMux()
+	for _, rt := range routes {
+		mux.Handle(rt.Method+" "+rt.Pattern, &handler{api: a, route: rt})
+	}
+	mux.HandleFunc("/", notFound)
+	return mux
 }
 
 // ServeHTTP implements http.Handler.
@@ -84,7 +94,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	r2 := r.WithContext(context.WithValue(r.Context(), versionKey{}, v))
 	r2.URL = &u
-	a.mux.ServeHTTP(w, r2)
+	a.mux().ServeHTTP(w, r2)
 }
 
 type versionKey struct{}
