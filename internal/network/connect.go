@@ -104,6 +104,12 @@ func (c *Controller) checkRequest(req *Request) error {
 	if req.Mode == "" {
 		req.Mode = ModeBridge
 	}
+	if len(req.DNS) == 0 {
+		req.DNS = c.cfg.DNS
+	}
+	if len(req.DNSSearch) == 0 {
+		req.DNSSearch = c.cfg.DNSSearch
+	}
 	switch req.Mode {
 	case ModeBridge:
 		if len(req.Endpoints) == 0 {

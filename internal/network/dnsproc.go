@@ -93,6 +93,7 @@ func (d *dnsClient) keep(conn net.Conn) {
 		if conn != nil {
 			began := time.Now()
 			for in := bufio.NewScanner(conn); in.Scan(); { // ends when the process does
+				d.heard(in.Bytes())
 				select {
 				case d.acks <- struct{}{}:
 				default:
@@ -121,6 +122,22 @@ func (d *dnsClient) keep(conn net.Conn) {
 		} else {
 			d.c.log.Warn("DNS process was gone and has been started again")
 		}
+	}
+}
+
+// heard works on an answer: where port 53 of a gateway is taken by another
+// program of the host, containers are redirected to the port used instead.
+func (d *dnsClient) heard(line []byte) {
+	var r wire.Reply
+	if err := json.Unmarshal(line, &r); err != nil {
+		d.c.log.Warn("DNS process sent something odd", "err", err)
+		return
+	}
+	if r.Err != "" {
+		d.c.log.Warn("DNS process does not listen everywhere", "err", r.Err)
+	}
+	if err := d.c.table.RedirectDNS(r.Ports); err != nil {
+		d.c.log.Warn("containers are not redirected to the DNS process", "err", err)
 	}
 }
 

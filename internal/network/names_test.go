@@ -125,3 +125,26 @@ func TestRootNames(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 	}
 }
+
+// TestRootNamesBesideAnotherServer: a program of the host has port 53.
+func TestRootNamesBesideAnotherServer(t *testing.T) {
+	other := serveUDP(t, "", "0.0.0.0:53", "another server")
+	l, err := net.Listen("tcp", ":53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := openTest(t)
+	n.create("closed", func(r *CreateRequest) { r.Internal = true })
+	a := n.connect("aa", Request{})
+	b := n.connect("bb", Request{Endpoints: []EndpointRequest{{Network: "closed"}}})
+	wantNames(t, a, "aa", addr4(a, 0))
+	wantNames(t, b, "bb", addr4(b, 0))
+	n.reopen()
+	if err := n.Restore(t.Context(), []string{a.ContainerID, b.ContainerID}); err != nil {
+		t.Fatal(err)
+	}
+	wantNames(t, a, "aa", addr4(a, 0))
+	wantAnswer(t, "", "udp", "127.0.0.1:53", "another server")
+	other.Close()
+	l.Close()
+}

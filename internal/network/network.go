@@ -84,6 +84,10 @@ type Config struct {
 	// program; if there is none, names do not resolve and containers get the
 	// host's resolvers.
 	DNSBinary string
+	// DNS and DNSSearch are for containers that ask for none of their own;
+	// empty means the host's.
+	DNS       []netip.Addr
+	DNSSearch []string
 	// HostBindingIPv4 is the address that ports are published on when the
 	// binding names none. Default: all addresses.
 	HostBindingIPv4 netip.Addr

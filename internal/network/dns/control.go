@@ -116,6 +116,7 @@ func (s *Server) control(conn *net.UnixConn) error {
 				reply.Err = err.Error()
 			}
 		}
+		reply.Ports = s.ports()
 		for _, m := range acks {
 			if m.Op == wire.OpQuit {
 				return ErrQuit

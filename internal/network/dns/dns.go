@@ -222,6 +222,7 @@ func (s *Server) delLocked(id string) {
 
 // listener is one gateway's address, by UDP and TCP.
 type listener struct {
+	port    int
 	servers []*dns.Server
 }
 
@@ -260,7 +261,30 @@ func (s *Server) listen() error {
 	return errors.Join(errs...)
 }
 
+// open listens on the address: on the usual port, or, where a program of the
+// host has that, on any other (the daemon redirects containers there).
 func (s *Server) open(a netip.Addr) (*listener, error) {
+	l, err := s.openPort(a, s.cfg.Port)
+	for i := 0; i < 10 && errors.Is(err, unix.EADDRINUSE); i++ {
+		l, err = s.openPort(a, 0)
+	}
+	return l, err
+}
+
+// ports are the listeners on other ports than the usual one.
+func (s *Server) ports() map[netip.Addr]uint16 {
+	s.lmu.Lock()
+	defer s.lmu.Unlock()
+	out := map[netip.Addr]uint16{}
+	for a, l := range s.listeners {
+		if l.port != s.cfg.Port {
+			out[a] = uint16(l.port)
+		}
+	}
+	return out
+}
+
+func (s *Server) openPort(a netip.Addr, port int) (*listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
 		cerr := c.Control(func(fd uintptr) {
@@ -274,18 +298,18 @@ func (s *Server) open(a netip.Addr) (*listener, error) {
 		})
 		return errors.Join(cerr, err)
 	}}
-	at := netip.AddrPortFrom(a, uint16(s.cfg.Port)).String()
-	pc, err := lc.ListenPacket(context.Background(), "udp", at)
+	pc, err := lc.ListenPacket(context.Background(), "udp", netip.AddrPortFrom(a, uint16(port)).String())
 	if err != nil {
 		return nil, err
 	}
+	at := pc.LocalAddr().String()
 	tl, err := lc.Listen(context.Background(), "tcp", at)
 	if err != nil {
 		pc.Close()
 		return nil, err
 	}
 	handle := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) { s.serve(w, q, a) })
-	l := &listener{servers: []*dns.Server{
+	l := &listener{port: pc.LocalAddr().(*net.UDPAddr).Port, servers: []*dns.Server{
 		{PacketConn: pc, Handler: handle, UDPSize: 4096},
 		{Listener: &limited{Listener: tl, tokens: make(chan struct{}, maxTCP)}, Handler: handle,
 			ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: func() time.Duration { return 10 * time.Second }},

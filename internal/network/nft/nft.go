@@ -13,6 +13,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"sync"
 
@@ -59,6 +60,7 @@ type Table struct {
 	late   [2]*nftables.Table
 	bridge *nftables.Table
 	guards map[string]Guarded
+	dnsTo  map[netip.Addr]uint16
 	nets   map[string]Net
 	ports  map[portKey]netip.AddrPort
 }
@@ -167,6 +169,9 @@ func (t *Table) installLocked() error {
 	for _, n := range t.nets {
 		batch.net(n)
 	}
+	for a, port := range t.dnsTo {
+		batch.dns(a, port)
+	}
 	for _, g := range t.guards {
 		batch.guard(g)
 	}
@@ -228,6 +233,37 @@ func (t *Table) repairAfter(err error) error {
 		return err
 	}
 	return t.installLocked()
+}
+
+// RedirectDNS has containers' questions to port 53 of the addresses answered at
+// other ports of theirs; it replaces what was said before.
+func (t *Table) RedirectDNS(to map[netip.Addr]uint16) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if maps.Equal(t.dnsTo, to) {
+		return nil
+	}
+	was, will := elements{}, elements{}
+	for a, port := range t.dnsTo {
+		was.dns(a, port)
+	}
+	for a, port := range to {
+		will.dns(a, port)
+	}
+	t.dnsTo = maps.Clone(to)
+	if err := t.apply(was, t.conn.SetDeleteElements); err != nil {
+		return err
+	}
+	if err := t.apply(will, t.conn.SetAddElements); err != nil {
+		return err
+	}
+	return t.repairAfter(t.flush("redirect names"))
+}
+
+func (e elements) dns(a netip.Addr, port uint16) {
+	for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+		e.add(mapDNS+version(a), nftables.SetElement{Key: pad4(a.AsSlice(), []byte{proto}, be16(53)), Val: pad4(a.AsSlice(), be16(port))})
+	}
 }
 
 // Publish adds ports in one transaction.

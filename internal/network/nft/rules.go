@@ -18,6 +18,7 @@ import (
 //	  set masq4    { type ipv4_addr; flags interval }  # those that are masqueraded
 //	  set dns4     { type ipv4_addr }         # gateways, where our DNS listens
 //	  map addr4    { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service }
+//	  map dnsto4   { … }                      # port 53 of a gateway to another one of it
 //	  map any4     { type inet_proto . inet_service : ipv4_addr . inet_service }
 //
 //	  chain guard { type filter hook prerouting priority raw
@@ -27,6 +28,7 @@ import (
 //	  }
 //	  chain pre { type nat hook prerouting priority dstnat
 //	    ip daddr 127.0.0.0/8 return                   # loopback only from inside
+//	    iifname @bridges dnat ip to ip daddr . meta l4proto . th dport map @dnsto4
 //	    th dport 53 ip daddr @dns4 return
 //	    iifname != @bridges iifname != LOOP goto ask  # the host's firewall first
 //	    dnat ip to ip daddr . meta l4proto . th dport map @addr4
@@ -56,6 +58,7 @@ import (
 //	  chain in { type filter hook input priority filter; policy accept
 //	    iifname @internal ct state established,related accept
 //	    iifname @internal th dport 53 ip daddr @dns4 accept
+//	    iifname @internal ct status dnat accept       # to dnsto4
 //	    iifname @internal meta l4proto icmpv6 accept  # neighbour discovery
 //	    iifname @internal drop
 //	  }
@@ -90,6 +93,7 @@ const (
 	setDNS      = "dns"
 	mapAddr     = "addr"
 	mapAny      = "any"
+	mapDNS      = "dnsto"
 )
 
 func (t *Table) tables() []*nftables.Table {
@@ -128,6 +132,8 @@ func (t *Table) rules() {
 		t.addSet(&nftables.Set{Name: setDNS + v, KeyType: typ})
 		t.addSet(&nftables.Set{Name: mapAddr + v, IsMap: true, Concatenation: true,
 			KeyType: concat(typ, proto, svc), DataType: concat(typ, svc)})
+		t.addSet(&nftables.Set{Name: mapDNS + v, IsMap: true, Concatenation: true,
+			KeyType: concat(typ, proto, svc), DataType: concat(typ, svc)})
 		t.addSet(&nftables.Set{Name: mapAny + v, IsMap: true, Concatenation: true,
 			KeyType: concat(proto, svc), DataType: concat(typ, svc)})
 	}
@@ -143,6 +149,7 @@ func (t *Table) rules() {
 	for _, f := range []fam{v4, v6} {
 		t.rule(guard, t.iif(setBridges), f.is(), f.loop(f.dst), verdict(expr.VerdictDrop))
 		t.rule(pre, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
+		t.rule(pre, t.iif(setBridges), f.is(), t.lookup(f, mapDNS), []expr.Any{f.dnat()})
 		t.rule(pre, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictReturn))
 		if t.loop.In != "" {
 			t.rule(pre, f.is(), t.notIif(setBridges), notIifname(t.loop.Out), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: ask.Name}})
@@ -174,6 +181,7 @@ func (t *Table) rules() {
 	for _, f := range []fam{v4, v6} {
 		t.rule(in, t.iif(setInternal), f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictAccept))
 	}
+	t.rule(in, t.iif(setInternal), dnatted(), verdict(expr.VerdictAccept)) // only names are turned to the host
 	t.rule(in, t.iif(setInternal), l4proto(unix.IPPROTO_ICMPV6), verdict(expr.VerdictAccept))
 	t.rule(in, t.iif(setInternal), verdict(expr.VerdictDrop))
 	if t.loop.In != "" {
@@ -311,8 +319,11 @@ func (t *Table) dnatAddr(f fam) []expr.Any { return append(t.lookupAddr(f), f.dn
 func (t *Table) dnatAny(f fam) []expr.Any { return append(t.lookupAny(f), f.dnat()) }
 
 // lookupAddr matches what is published on its destination address.
-func (t *Table) lookupAddr(f fam) []expr.Any {
-	s := t.sets[mapAddr+f.set]
+func (t *Table) lookupAddr(f fam) []expr.Any { return t.lookup(f, mapAddr) }
+
+// lookup matches destination address, protocol and port in a map of addresses.
+func (t *Table) lookup(f fam, name string) []expr.Any {
+	s := t.sets[name+f.set]
 	next := reg32 + f.size/4
 	return []expr.Any{f.load(f.dst, reg1), &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: next}, dport(next + 1),
 		&expr.Lookup{SourceRegister: reg1, DestRegister: reg1, IsDestRegSet: true, SetName: s.Name, SetID: s.ID}}

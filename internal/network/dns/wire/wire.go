@@ -39,6 +39,9 @@ type Message struct {
 type Reply struct {
 	PID int    `json:"pid"`
 	Err string `json:"err,omitempty"`
+	// Ports are the addresses where port 53 was taken by another program of
+	// the host, and the port that is used there instead.
+	Ports map[netip.Addr]uint16 `json:"ports,omitempty"`
 }
 
 // State is everything that the DNS process knows.
