@@ -22,7 +22,7 @@ import (
 
 // AnnotationHealthOnFailure carries --health-on-failure, which the Docker API
 // has no field for: "none", "kill", "restart" or "stop".
-const AnnotationHealthOnFailure = "dev.tenon.health-on-failure"
+const AnnotationHealthOnFailure = "tenon.health-on-failure"
 
 // request turns the flags and arguments (IMAGE [COMMAND] [ARG...]) into the
 // body of POST /containers/create.
