@@ -79,8 +79,8 @@ func TestPushAndPull(t *testing.T) {
 	a, b := NewDaemon(t), NewDaemon(t)
 	a.Busybox(t)
 	ref := reg.addr + "/team/app:1"
-	a.Must(t, "run", "--name", "c", "busybox", "sh", "-c", "head -c 300000 /dev/urandom >/blob; echo v1 >/version")
-	a.Must(t, "commit", "c", ref)
+	a.Must(t, "run", "--name", "c1", "busybox", "sh", "-c", "head -c 300000 /dev/urandom >/blob; echo v1 >/version")
+	a.Must(t, "commit", "c1", ref)
 	out := a.Must(t, "push", ref)
 	at := strings.Index(out, "sha256:")
 	if at < 0 {
@@ -114,8 +114,8 @@ func TestFlippedByteIsRefused(t *testing.T) {
 	a, b := NewDaemon(t), NewDaemon(t)
 	a.Busybox(t)
 	ref := reg.addr + "/app:1"
-	a.Must(t, "run", "--name", "c", "busybox", "sh", "-c", "head -c 300000 /dev/urandom >/blob")
-	a.Must(t, "commit", "c", ref)
+	a.Must(t, "run", "--name", "c1", "busybox", "sh", "-c", "head -c 300000 /dev/urandom >/blob")
+	a.Must(t, "commit", "c1", ref)
 	a.Must(t, "push", ref)
 	flipped := false
 	_ = filepath.Walk(reg.dir, func(path string, info os.FileInfo, err error) error {
