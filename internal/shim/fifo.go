@@ -2,9 +2,11 @@ package shim
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -41,16 +43,14 @@ func (s *stdio) openFIFOs(stdin, stdout, stderr string) error {
 	if err != nil {
 		return err
 	}
+	s.fifoIn = f
 	go func() {
 		for {
 			b, n, err := readPooled(raw, 0)
-			if n > 0 {
-				if in := s.stdinFile(); in != nil {
-					_, _ = in.Write((*b)[:n]) // closed by the process: discard
-				}
-			}
-			if b != nil {
-				pumpBuffers.Put(b)
+			s.toStdin(b, n)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				s.lastStdin(raw)
+				return
 			}
 			if err != nil || n == 0 {
 				return
@@ -58,6 +58,31 @@ func (s *stdio) openFIFOs(stdin, stdout, stderr string) error {
 		}
 	}()
 	return nil
+}
+
+// toStdin hands on n bytes and gives b back.
+func (s *stdio) toStdin(b *[]byte, n int) {
+	if b == nil {
+		return
+	}
+	if in := s.stdinFile(); in != nil && n > 0 {
+		_, _ = in.Write((*b)[:n]) // closed by the process: discard
+	}
+	pumpBuffers.Put(b)
+}
+
+// lastStdin hands on what is in the FIFO now, and ends the process's stdin.
+func (s *stdio) lastStdin(raw syscall.RawConn) {
+	for {
+		b := pumpBuffers.Get().(*[]byte)
+		n := 0
+		err := raw.Control(func(fd uintptr) { n, _ = unix.Read(int(fd), *b) }) // EAGAIN: it is empty
+		s.toStdin(b, n)
+		if err != nil || n <= 0 {
+			s.endStdin()
+			return
+		}
+	}
 }
 
 func openFIFO(path string) (*os.File, error) {

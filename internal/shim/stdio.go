@@ -44,6 +44,7 @@ type stdio struct {
 	console *os.File
 	outs    []*os.File
 	fifos   []*os.File // containerd's way: output copied there
+	fifoIn  *os.File
 	closers []io.Closer
 
 	pumps sync.WaitGroup
@@ -271,8 +272,19 @@ func (s *stdio) stdinFile() *os.File {
 	return s.stdin
 }
 
-// closeStdin ends the process's stdin; a terminal has no such end.
+// closeStdin ends the process's stdin, after what a FIFO still holds for it; a
+// terminal has no such end.
 func (s *stdio) closeStdin() {
+	s.mu.Lock()
+	fifo := s.fifoIn
+	s.mu.Unlock()
+	if fifo != nil && fifo.SetReadDeadline(time.Unix(1, 0)) == nil {
+		return // its reader does it
+	}
+	s.endStdin()
+}
+
+func (s *stdio) endStdin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.stdin != nil && s.stdin != s.console {
