@@ -33,6 +33,7 @@ func (s *Store) collector() {
 		if !s.gcWanted.Load() || !s.gate.TryLock() {
 			continue // the end of the operation kicks again
 		}
+		s.keepBudget()
 		s.gcWanted.Store(false)
 		n, err := s.collect()
 		s.gate.Unlock()

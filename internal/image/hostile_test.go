@@ -15,9 +15,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/zstd"
+	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -196,6 +198,73 @@ func TestForeignURLs(t *testing.T) {
 	f.tags["1"] = f.manifest("amd64", []digest.Digest{digest.FromBytes(l)}, []ocispec.Descriptor{d}).Digest
 	if _, err := open(t).Pull(context.Background(), f.addr+"/x:1", PullOptions{}); err == nil || asked.Load() {
 		t.Errorf("asked another server: %v, %v", asked.Load(), err)
+	}
+}
+
+// TestSlowLoris: a registry that sends nothing more is given up.
+func TestSlowLoris(t *testing.T) {
+	f := newFakeRegistry(t)
+	f.tags["1"] = f.image("amd64", mkTar(t, fileEntry("f", "x"))).Digest
+	f.bend = func(w http.ResponseWriter, r *http.Request, d digest.Digest, b []byte) bool {
+		if !bytes.HasPrefix(b, []byte{0x1f, 0x8b}) {
+			return false
+		}
+		_, _ = w.Write(b[:5])
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		return true
+	}
+	s := open(t)
+	s.stall = 20 * time.Millisecond
+	if _, err := s.Pull(context.Background(), f.addr+"/x:1", PullOptions{}); !errors.Is(err, errStalled) {
+		t.Errorf("%v", err)
+	}
+	empty(t, s)
+}
+
+// TestRedirectKeepsCredentials: who is redirected to does not get them, and a
+// verified registry does not get us to speak plain HTTP.
+func TestRedirectKeepsCredentials(t *testing.T) {
+	var leaked atomic.Value
+	other := newFakeRegistry(t)
+	l := mkTar(t, fileEntry("f", "x"))
+	other.put(ocispec.MediaTypeImageLayerGzip, gz(l))
+	other.bend = func(w http.ResponseWriter, r *http.Request, d digest.Digest, b []byte) bool {
+		if a := r.Header.Get("Authorization"); a != "" {
+			leaked.Store(a)
+		}
+		return false
+	}
+	f := newFakeRegistry(t)
+	f.tags["1"] = f.image("amd64", l).Digest
+	f.bend = func(w http.ResponseWriter, r *http.Request, d digest.Digest, b []byte) bool {
+		if _, _, ok := r.BasicAuth(); !ok {
+			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}
+		if bytes.HasPrefix(b, []byte{0x1f, 0x8b}) {
+			_, port, _ := strings.Cut(other.addr, ":")
+			http.Redirect(w, r, "http://localhost:"+port+r.URL.Path, http.StatusTemporaryRedirect)
+			return true
+		}
+		return false
+	}
+	s := open(t)
+	if _, err := s.Pull(context.Background(), f.addr+"/x:1", PullOptions{Auth: &registry.AuthConfig{Username: "u", Password: "p"}}); err != nil {
+		t.Error(err)
+	}
+	if a := leaked.Load(); a != nil {
+		t.Errorf("credentials sent elsewhere: %v", a)
+	}
+	c, err := s.client("registry.invalid", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	from, _ := http.NewRequest(http.MethodGet, "https://registry.invalid/", nil)
+	to, _ := http.NewRequest(http.MethodGet, "http://registry.invalid/", nil)
+	if c.CheckRedirect(to, []*http.Request{from}) == nil {
+		t.Error("redirected from https to http")
 	}
 }
 

@@ -97,6 +97,10 @@ type Config struct {
 	// Downloads and Unpacks are the numbers of layers fetched and unpacked at
 	// the same time; 4 and the number of CPUs by default.
 	Downloads, Unpacks int
+	// Budget, in bytes of disk, is what images may take before those that nobody
+	// has used for longest are removed; 0 is without a limit. Images that InUse
+	// names stay.
+	Budget int64
 	// OnEvent, when set, is told of each change after it is durable in memory
 	// and in the database. It must not block and must not call the Store.
 	OnEvent func(Event)

@@ -373,3 +373,52 @@ func TestConcurrent(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestBudget: images that nobody uses go when there are too many, oldest use
+// first, and those in use never.
+func TestBudget(t *testing.T) {
+	ctx := context.Background()
+	var mu sync.Mutex
+	inUse := ""
+	s := open(t, func(c *Config) {
+		c.Budget = 1 << 20
+		c.InUse = func(id string) []string {
+			mu.Lock()
+			defer mu.Unlock()
+			if id == inUse {
+				return []string{"c"}
+			}
+			return nil
+		}
+	})
+	ids := map[string]string{}
+	for i := range 3 {
+		n := fmt.Sprintf("i%d:1", i)
+		load(t, s, dockerArchive(t, []string{n}, mkTar(t, fileEntry("f", strings.Repeat(n, 20_000))))) // 80 kB, twice
+		ids[n] = resolve(t, s, n).ID
+	}
+	mu.Lock()
+	inUse = ids["i0:1"]
+	mu.Unlock()
+	if _, err := s.Layers(ctx, resolve(t, s, "i1:1")); err != nil { // used later than i2
+		t.Fatal(err)
+	}
+	load(t, s, dockerArchive(t, []string{"big:1"}, mkTar(t, fileEntry("f", strings.Repeat("x", 350_000)))))
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		l, err := s.List(ctx, ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(l) == 3 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d images left", len(l))
+		}
+	}
+	for n, there := range map[string]bool{"i0:1": true, "i1:1": true, "i2:1": false, "big:1": true} {
+		if _, err := s.Resolve(ctx, n, nil); (err == nil) != there {
+			t.Errorf("%s: %v", n, err)
+		}
+	}
+}

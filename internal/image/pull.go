@@ -31,6 +31,8 @@ const (
 	slowAfter    = 5 * time.Minute
 	slowRate     = 1 << 10
 
+	resolveTimeout = 5 * time.Minute
+
 	progressEvery = 100 * time.Millisecond
 )
 
@@ -76,7 +78,7 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	} else if d, ok := named.(reference.Digested); ok {
 		tag = d.Digest().String()
 	}
-	resolved, target, err := res.Resolve(ctx, name)
+	resolved, target, err := resolveRef(ctx, res, name)
 	if err != nil {
 		return nil, registryError("pull", show, err)
 	}
@@ -124,6 +126,14 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	}
 	s.event("pull", img.ID, show, nil)
 	return img, nil
+}
+
+// resolveRef asks for a name's digest, within a time that leaves room for
+// several mirrors.
+func resolveRef(ctx context.Context, r remotes.Resolver, name string) (string, ocispec.Descriptor, error) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	return r.Resolve(ctx, name)
 }
 
 // errNoPlatform: the registry has the image, but not for the platform.
@@ -485,7 +495,7 @@ var errStalled = errors.New("the registry has stopped sending")
 func (p *puller) attempt(ctx context.Context, d ocispec.Descriptor, w *ingest, report func(int64)) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	watch := time.AfterFunc(stallTimeout, func() { cancel(errStalled) })
+	watch := time.AfterFunc(p.s.stall, func() { cancel(errStalled) })
 	defer watch.Stop()
 	fail := func(err error) error {
 		if context.Cause(ctx) == errStalled {
@@ -515,7 +525,7 @@ func (p *puller) attempt(ctx context.Context, d ocispec.Descriptor, w *ingest, r
 			return fmt.Errorf("blob %s: more than the %d bytes announced: %w", d.Digest, d.Size, errdefs.ErrInvalidArgument)
 		}
 		if n > 0 {
-			watch.Reset(stallTimeout)
+			watch.Reset(p.s.stall)
 			if _, err := w.Write(buf[:n]); err != nil {
 				return err
 			}

@@ -261,7 +261,7 @@ func (s *Store) Distribution(ctx context.Context, ref string, auth *registry.Aut
 	ctx = log.WithLogger(ctx, quiet)
 	show := reference.FamiliarString(named)
 	res := s.resolver(auth, nil)
-	name, target, err := res.Resolve(ctx, canonical(named))
+	name, target, err := resolveRef(ctx, res, canonical(named))
 	if err != nil {
 		return nil, registryError("pull", show, err)
 	}

@@ -485,6 +485,7 @@ func (s *Store) Layers(ctx context.Context, img *Image) ([]string, error) {
 	s.mu.RLock()
 	dirs := s.lowers[img.ChainID]
 	s.mu.RUnlock()
+	s.touch(img.ID)
 	if dirs != nil {
 		return dirs, nil
 	}

@@ -49,6 +49,9 @@ type Store struct {
 	clientMu sync.Mutex
 	clients  map[string]*http.Client // by scheme and host
 
+	stall time.Duration // stallTimeout, but for tests
+	used  sync.Map      // image ID to time.Time
+
 	mu     sync.RWMutex
 	recs   map[digest.Digest]*record      // by target
 	names  map[string]digest.Digest       // canonical name to target
@@ -101,7 +104,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		cfg.Platform = &p
 	}
 	s := &Store{
-		cfg: cfg, log: cfg.Log, boot: bootID(),
+		cfg: cfg, log: cfg.Log, boot: bootID(), stall: stallTimeout,
 		fetches: make(chan struct{}, cfg.Downloads), unpacks: make(chan struct{}, cfg.Unpacks),
 		gcKick: make(chan struct{}, 1), flush: make(chan struct{}, 1),
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
@@ -197,6 +200,9 @@ func (s *Store) begin() (end func(), err error) {
 	s.gate.RLock()
 	return sync.OnceFunc(func() {
 		s.gate.RUnlock()
+		if s.cfg.Budget > 0 {
+			s.gcWanted.Store(true)
+		}
 		if s.gcWanted.Load() {
 			s.kick()
 		}
@@ -206,6 +212,7 @@ func (s *Store) begin() (end func(), err error) {
 // Hold keeps an image (by its ID) from being removed until release is called:
 // for the time between resolving it and recording the container that uses it.
 func (s *Store) Hold(id string) (release func()) {
+	s.touch(id)
 	s.mu.Lock()
 	s.held[id]++
 	s.mu.Unlock()
