@@ -65,7 +65,7 @@ func (c *compiler) devices() error {
 	}
 	c.step("links in /dev")
 	dev := c.builder.slot()
-	c.target("/dev", dev, dirTarget, nil, resolveRoot)
+	c.target("/dev", dev, dirTarget, nil, resolveRoot, noLabel)
 	for _, l := range defaultLinks {
 		if l[1] == "ptmx" {
 			// A ptmx of the image's would open the host's terminals.
@@ -109,7 +109,7 @@ func (c *compiler) device(d *specs.LinuxDevice) error {
 	}
 	c.step("device "+p, fmt.Sprintf("%s %d:%d %#o", d.Type, d.Major, d.Minor, mode&0o7777))
 	parent := c.builder.slot()
-	c.target(dir, parent, dirTarget, nil, resolveRoot)
+	c.target(dir, parent, dirTarget, nil, resolveRoot, noLabel)
 	if c.userns && d.Type != "p" {
 		return c.deviceBind(d, parent, name)
 	}
@@ -169,7 +169,7 @@ func (c *compiler) console() error {
 	}
 	c.step("bind the terminal → /dev/console")
 	t, tree := c.builder.slot(), c.builder.slot()
-	c.target("/dev/console", t, fileTarget, nil, resolveRoot|unix.RESOLVE_NO_SYMLINKS)
+	c.target("/dev/console", t, fileTarget, nil, resolveRoot|unix.RESOLVE_NO_SYMLINKS, noLabel)
 	c.call(unix.SYS_OPEN_TREE, slave.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())

@@ -94,4 +94,7 @@ const (
 	PhaseMaps       Phase = 100 + iota // the id maps are written
 	PhaseCopyUp                        // a directory is copied
 	PhaseNetDevices                    // network devices are moved
+	// A mount point is made, Plan.Targets[phase>>8].
+	PhaseTargetDir
+	PhaseTargetFile
 )

@@ -41,46 +41,65 @@ const (
 	likeStat // as the stat buffer says
 )
 
-// target opens dest below the root into t, and makes it when it is missing.
-func (c *compiler) target(dest string, t slot, kind targetKind, st []byte, resolve uint64) {
-	done, missing := c.label(), c.label()
+// target opens dest below the root into t, and makes it when it is missing: the
+// last component here, all else (missing parents, links that lead nowhere) by
+// the parent, which is asked. It goes to made, if that is not noLabel, when
+// dest was missing.
+func (c *compiler) target(dest string, t slot, kind targetKind, st []byte, resolve uint64, made label) {
+	done, missing, ask := c.label(), c.label(), c.label()
 	c.open(c.root, dest, pathFlags, resolve).out(t).on(unix.ENOENT, missing).to(done)
 	c.mark(missing)
-	parts := components(dest)
-	cur := c.root
-	for i := range parts {
-		last := i == len(parts)-1
-		prefix := strings.Join(parts[:i+1], "/")
-		next, here := c.label(), c.label()
-		d := t
-		if !last {
-			d = c.builder.slot()
-			c.open(c.root, prefix, pathFlags|unix.O_DIRECTORY, resolve).out(d).on(unix.ENOENT, here).to(next)
-			c.mark(here)
-		}
-		mkdir := func() { c.call(unix.SYS_MKDIRAT, cur.arg(), str(parts[i]), num(0o755)).ignore(unix.EEXIST) }
-		mkfile := func() {
-			c.call(unix.SYS_MKNODAT, cur.arg(), str(parts[i]), num(unix.S_IFREG|0o755), num(0)).ignore(unix.EEXIST)
-		}
-		switch {
-		case !last || kind == dirTarget:
-			mkdir()
-		case kind == fileTarget:
-			mkfile()
-		default:
-			isDir, made := c.label(), c.label()
-			c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(isDir)
-			mkfile()
-			c.call(OpJump).to(made)
-			c.mark(isDir)
-			mkdir()
-			c.mark(made)
-		}
-		c.open(c.root, prefix, pathFlags, resolve).out(d)
-		c.mark(next)
-		cur = d
+	if len(components(dest)) == 0 {
+		c.call(OpFail, num(unix.ENOENT))
+		c.mark(ask)
+		c.mark(done)
+		return
 	}
+	dir, base := path.Split(path.Clean("/" + dest))
+	parent := c.builder.slot()
+	c.open(c.root, dir, pathFlags|unix.O_DIRECTORY, resolve).out(parent).on(unix.ENOENT, ask)
+	isDir, open := c.label(), c.label()
+	if kind == likeStat {
+		c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(isDir)
+	}
+	if kind != dirTarget {
+		c.call(unix.SYS_MKNODAT, parent.arg(), str(base), num(unix.S_IFREG|0o755), num(0)).on(unix.EEXIST, ask)
+		c.call(OpJump).to(open)
+	}
+	c.mark(isDir)
+	if kind != fileTarget {
+		c.call(unix.SYS_MKDIRAT, parent.arg(), str(base), num(0o755)).on(unix.EEXIST, ask)
+	}
+	c.mark(open)
+	c.call(unix.SYS_CLOSE, parent.arg())
+	c.open(c.root, dest, pathFlags, resolve).out(t).to(c.orDone(made, done))
+
+	c.mark(ask)
+	c.call(OpSendFD, num(0), c.root.arg(), num(0), num(FDRoot))
+	n := len(c.p.Targets)
+	c.p.Targets = append(c.p.Targets, dest)
+	asDir, asked := c.label(), c.label()
+	if kind == likeStat {
+		c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(asDir)
+	}
+	if kind != dirTarget {
+		c.call(OpPhase, num(int(PhaseTargetFile)|n<<8)).to(asked)
+	}
+	c.mark(asDir)
+	if kind != fileTarget {
+		c.call(OpPhase, num(int(PhaseTargetDir)|n<<8))
+	}
+	c.mark(asked)
+	c.open(c.root, dest, pathFlags, resolve).out(t).to(c.orDone(made, done))
 	c.mark(done)
+}
+
+// orDone is l, or done if there is no l.
+func (c *compiler) orDone(l, done label) label {
+	if l == noLabel {
+		return done
+	}
+	return l
 }
 
 // mountAt compiles one mount.
@@ -117,10 +136,20 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 	}
 	c.step("mount "+typ+" → "+dest, o.describe())
 	t := c.builder.slot()
-	c.target(dest, t, dirTarget, nil, resolve)
 	if len(components(dest)) == 0 {
 		return fmt.Errorf("destination is the root")
 	}
+	made := c.label()
+	c.target(dest, t, dirTarget, nil, resolve, made)
+	// A tmpfs over a directory of the image has its mode, if no other is asked for.
+	keepMode := typ == "tmpfs" && !hasData(o.data, "mode")
+	mode := c.builder.slot()
+	if keepMode {
+		st := make([]byte, statSize)
+		c.call(unix.SYS_NEWFSTATAT, t.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
+		c.call(OpLoad, mem(st), num(statMode), num(4), num(0o7777)).out(mode)
+	}
+	c.mark(made)
 	flags := o.flags
 	readonly := typ == "tmpfs" && flags&unix.MS_RDONLY != 0
 	if readonly {
@@ -158,8 +187,28 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		c.mark(done)
 	}
 	c.call(unix.SYS_CLOSE, t.arg())
+	if keepMode {
+		done := c.label()
+		top := c.builder.slot()
+		c.call(OpTestSlot, mode.arg(), num(0)).to(done)
+		c.open(c.root, dest, pathFlags, resolve).out(top)
+		c.call(unix.SYS_FCHDIR, top.arg())
+		c.call(unix.SYS_CHMOD, str("."), mode.arg())
+		c.call(unix.SYS_CLOSE, top.arg())
+		c.mark(done)
+	}
 	c.afterMount(dest, resolve, o, readonly)
 	return nil
+}
+
+// hasData tells whether an option of the file system is given.
+func hasData(data []string, key string) bool {
+	for _, d := range data {
+		if strings.HasPrefix(d, key+"=") {
+			return true
+		}
+	}
+	return false
 }
 
 // afterMount sets what mount(2) could not, on the mount that is now at dest.
@@ -235,7 +284,7 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 	if len(components(dest)) == 0 {
 		return fmt.Errorf("destination is the root")
 	}
-	c.target(dest, t, likeStat, st, resolve)
+	c.target(dest, t, likeStat, st, resolve, noLabel)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
 	c.call(unix.SYS_CLOSE, t.arg())
@@ -274,7 +323,7 @@ func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 	}
 	c.step("mount cgroup → "+dest, o.describe())
 	t := c.builder.slot()
-	c.target(dest, t, dirTarget, nil, resolveRoot)
+	c.target(dest, t, dirTarget, nil, resolveRoot, noLabel)
 	c.call(unix.SYS_FCHDIR, t.arg())
 	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(uint64(o.flags&^unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), str("mode=755"))
 	top := c.builder.slot()

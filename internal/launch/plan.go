@@ -37,6 +37,11 @@ type Plan struct {
 	IDMaps []IDMapFD
 	// Maps is set when the child asks the parent to write its id maps.
 	Maps *IDMaps
+	// Targets are mount points that the child may ask to have made; those that
+	// are made belong to MapRoot.
+	Targets []string
+	// MapRoot is the host's uid and gid of the container's root.
+	MapRoot [2]int
 	// Preserve is the number of extra descriptors that the program inherits.
 	Preserve int
 	// Gate says that the barrier is on the caller's descriptors.
@@ -92,6 +97,7 @@ const (
 	OpClone                      // (clone_args): the clone goes on, the caller reports its pid and exits
 	OpReport                     // (kind, value): reports a value to the parent
 	OpDefaultSig                 // (): all signals to their defaults
+	OpLoad                       // (buffer, offset, size 4, mask): its result is what the buffer has
 	OpCloseRest                  // (): closes all descriptors but those of the program and the barrier
 )
 
@@ -101,6 +107,7 @@ const (
 	FDConsole      = 1
 	FDCopyFrom     = 2 // a directory and the one that it is copied to
 	FDCopyTo       = 3
+	FDRoot         = 4 // the container's root
 )
 
 // Instr is one system call (or pseudo call) of the child.

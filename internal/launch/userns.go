@@ -66,7 +66,10 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 		c.step("id maps", strings.ReplaceAll("uid "+mapText(l.UIDMappings)+"gid "+mapText(l.GIDMappings), "\n", "; "))
 		c.p.Maps = &IDMaps{UID: mapText(l.UIDMappings), GID: mapText(l.GIDMappings)}
 		c.call(OpPhase, num(PhaseMaps))
-		root = mapsRoot(l.UIDMappings) && mapsRoot(l.GIDMappings)
+		uid, okUID := mapsRoot(l.UIDMappings)
+		gid, okGID := mapsRoot(l.GIDMappings)
+		root = okUID && okGID
+		c.p.MapRoot = [2]int{uid, gid}
 	}
 	if root {
 		c.step("root of the user namespace")
@@ -103,13 +106,14 @@ func mapText(maps []specs.LinuxIDMapping) string {
 	return s.String()
 }
 
-func mapsRoot(maps []specs.LinuxIDMapping) bool {
+// mapsRoot gives the host's id of the container's root.
+func mapsRoot(maps []specs.LinuxIDMapping) (int, bool) {
 	for _, m := range maps {
 		if m.ContainerID == 0 && m.Size > 0 {
-			return true
+			return int(m.HostID), true
 		}
 	}
-	return false
+	return 0, false
 }
 
 // openSource opens the source of spec.Mounts[i], if it is a bind, with the

@@ -267,3 +267,43 @@ func FuzzOpen(f *testing.F) {
 		}
 	})
 }
+
+func TestMakeTarget(t *testing.T) {
+	root, outside := hostile(t)
+	for name, to := range map[string]string{"d/resolv.conf": "../run/systemd/resolve/stub", "to-abs": "/var/new/dir", "up2": "../../../../x/y", "d/mid": "/nowhere"} {
+		if err := os.Symlink(to, filepath.Join(root.Name(), name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		dir   bool
+		there string
+	}{
+		{"/d/resolv.conf", false, "run/systemd/resolve/stub"},
+		{"to-abs", true, "var/new/dir"},
+		{"up2/z", false, "x/y/z"},
+		{"d/mid/a/b", true, "nowhere/a/b"},
+		{"in/plain", false, "real/plain"},
+		{"abs/inside", true, strings.TrimPrefix(outside, "/") + "/inside"},
+		{"../../e", true, "e"},
+	} {
+		if err := MakeTarget(root, c.name, c.dir, 12, 34); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(filepath.Join(root.Name(), c.there), &st); err != nil || st.Uid != 12 || (st.Mode&unix.S_IFMT == unix.S_IFDIR) != c.dir {
+			t.Errorf("%s: %v %+v", c.there, err, st)
+		}
+		if err := MakeTarget(root, c.name, c.dir, 0, 0); err != nil {
+			t.Errorf("%s again: %v", c.name, err)
+		}
+	}
+	if err := MakeTarget(root, "loop/x", true, 0, 0); !errors.Is(err, unix.ELOOP) {
+		t.Error(err)
+	}
+	if names, err := os.ReadDir(outside); err != nil || len(names) != 2 {
+		t.Errorf("outside: %v %v", names, err)
+	}
+}

@@ -198,8 +198,8 @@ func exit(code uintptr) {
 	}
 }
 
-// pseudo does a pseudo call; taken says whether to go to in.ok rather than to
-// the next instruction.
+// pseudo does a pseudo call; without an error, taken says whether to go to in.ok
+// (all but tests that do not hold) or to the next instruction.
 //
 //go:norace
 //go:nosplit
@@ -231,18 +231,21 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 		} else {
 			*(*uint64)(p) = uint64(a[3])
 		}
-		return 0, 0, false
+		return 0, 0, true
+	case opLoad:
+		p := unsafe.Add(*(*unsafe.Pointer)(unsafe.Pointer(&a[0])), a[1])
+		return uintptr(*(*uint32)(p)) & a[3], 0, true
 	case opFail:
 		return 0, syscall.Errno(a[0]), false
 	case opPhase:
 		say(m, m.sock, msgPhase, in.step, uint64(a[0]))
 		hear(m, m.sock)
-		return 0, 0, false
+		return 0, 0, true
 	case opBarrier:
 		say(m, m.sock, msgBarrier, in.step, 0)
 		m.passed = true
 		hear(m, m.gate)
-		return 0, 0, false
+		return 0, 0, true
 	case opSendFD:
 		// a[0] is a msghdr whose iovec is m.msg's and whose control message
 		// has room for one descriptor at a[2].
@@ -251,7 +254,7 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 		m.msg.value = uint64(a[3])
 		*(*int32)(*(*unsafe.Pointer)(unsafe.Pointer(&a[2]))) = int32(a[1])
 		_, _, e = syscall.RawSyscall(syscall.SYS_SENDMSG, m.sock, a[0], 0)
-		return 0, e, false
+		return 0, e, true
 	case opClone:
 		pid, _, e := syscall.RawSyscall(sysClone3, a[0], unsafe.Sizeof(cloneArgs{}), 0)
 		if e != 0 {
@@ -263,10 +266,10 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 		}
 		// The parent must know whom it hears before the next message.
 		hear(m, m.sock)
-		return 0, 0, false
+		return 0, 0, true
 	case opReport:
 		say(m, m.sock, msgReport, in.step, uint64(a[0])<<32|uint64(uint32(a[1])))
-		return 0, 0, false
+		return 0, 0, true
 	case opCloseRest:
 		for i := uintptr(0); i < m.gapsLen; i += 2 {
 			from := *(*uintptr)(unsafe.Add(m.gaps, i*8))
@@ -275,12 +278,12 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 				return 0, e, false
 			}
 		}
-		return 0, 0, false
+		return 0, 0, true
 	case opDefaultSig:
 		for sig := uintptr(1); sig < 65; sig++ {
 			syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&m.sa)), 0, 8, 0, 0)
 		}
-		return 0, 0, false
+		return 0, 0, true
 	}
 	return 0, syscall.ENOSYS, false
 }

@@ -38,6 +38,7 @@ const (
 	opReport     = launch.OpReport
 	opDefaultSig = launch.OpDefaultSig
 	opCloseRest  = launch.OpCloseRest
+	opLoad       = launch.OpLoad
 )
 
 // process is the part of a Process that is not exported.
@@ -47,7 +48,7 @@ type process struct {
 	mu   sync.Mutex
 	// below mu
 	lifted   bool
-	copy     [2]*os.File // what a copy-up is from and to
+	copy     [3]*os.File // what a copy-up is from and to, and the root
 	waitOnce sync.Once
 	exit     Exit
 	exitErr  error
@@ -246,7 +247,7 @@ func (p *Process) take(kind, fd int) error {
 			p.Console.Close()
 		}
 		p.Console = console(fd)
-	case launch.FDCopyFrom, launch.FDCopyTo:
+	case launch.FDCopyFrom, launch.FDCopyTo, launch.FDRoot:
 		i := kind - launch.FDCopyFrom
 		if p.copy[i] != nil {
 			p.copy[i].Close()
@@ -280,7 +281,7 @@ func (p *Process) report(value uint64) error {
 // copyUp copies a directory for the child.
 func (p *Process) copyUp() error {
 	from, to := p.copy[0], p.copy[1]
-	p.copy = [2]*os.File{}
+	p.copy[0], p.copy[1] = nil, nil
 	if from == nil || to == nil {
 		return errors.New("fork: nothing to copy")
 	}
@@ -288,6 +289,20 @@ func (p *Process) copyUp() error {
 	defer to.Close()
 	if err := safepath.CopyTree(from, to); err != nil {
 		return fmt.Errorf("copy what was below a tmpfs: %w", err)
+	}
+	return nil
+}
+
+// makeTarget makes a mount point below the container's root.
+func (p *Process) makeTarget(name string, dir bool) error {
+	root := p.copy[2]
+	p.copy[2] = nil
+	if root == nil {
+		return errors.New("fork: no root to make a mount point in")
+	}
+	defer root.Close()
+	if err := safepath.MakeTarget(root, name, dir, p.plan.MapRoot[0], p.plan.MapRoot[1]); err != nil {
+		return fmt.Errorf("make the mount point %s: %w", name, err)
 	}
 	return nil
 }
@@ -369,7 +384,9 @@ func (p *Process) second(pid int) error {
 
 // phase does the parent's part of a phase.
 func (p *Process) phase(ph launch.Phase, stdio Stdio) error {
-	switch ph {
+	switch ph & 0xff {
+	case launch.PhaseTargetDir, launch.PhaseTargetFile:
+		return p.makeTarget(p.plan.Targets[ph>>8], ph&0xff == launch.PhaseTargetDir)
 	case launch.PhaseMaps:
 		return p.writeMaps()
 	case launch.PhaseCopyUp:
@@ -415,7 +432,7 @@ func (p *Process) writeMaps() error {
 func (p *Process) abort() {
 	_ = p.Signal(syscall.SIGKILL) // gone already is as good
 	_, _ = p.Wait()               // the caller's error says more
-	for _, f := range []*os.File{p.Console, p.SeccompListener, p.copy[0], p.copy[1]} {
+	for _, f := range []*os.File{p.Console, p.SeccompListener, p.copy[0], p.copy[1], p.copy[2]} {
 		if f != nil {
 			f.Close()
 		}
