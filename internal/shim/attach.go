@@ -15,6 +15,8 @@ import (
 
 // serveStream is the channel.Handler of the shim.
 func (s *Shim) serveStream(ctx context.Context, conn channel.Conn, h *taskv1.StreamHeader) {
+	stop := context.AfterFunc(ctx, func() { conn.Close() }) // the shim ends
+	defer stop()
 	switch k := h.Kind.(type) {
 	case *taskv1.StreamHeader_Attach:
 		s.serveAttach(conn, k.Attach)

@@ -188,3 +188,41 @@ func TestNothingLeft(t *testing.T) {
 		}
 	}
 }
+
+// TestShutdown shuts down with everything under way: tasks in every state,
+// attached clients, removals.
+func TestShutdown(t *testing.T) {
+	s := startShim(t)
+	ctx := testContext(t)
+	root := rootfs(t)
+	for i := range 8 {
+		id := fmt.Sprint("c", i)
+		r := task.CreateRequest{ID: id, AutoDelete: i%2 == 0, Spec: spec(root, nil, "sleep", "1000")}
+		if i < 4 {
+			r.Spec = spec(root, nil, "true")
+		}
+		if _, err := s.Create(ctx, r); err != nil {
+			t.Fatal(err)
+		}
+		c, err := s.OpenAttach(ctx, task.AttachRequest{ID: id, Stdout: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if i == 7 {
+			continue // stays created
+		}
+		if _, err := s.Start(ctx, id, ""); err != nil {
+			t.Fatal(err)
+		}
+		if i < 4 {
+			if _, err := s.Wait(ctx, id, ""); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if err := s.Shutdown(ctx, false); err == nil {
+		t.Error("shut down with tasks")
+	}
+	// The end of the test shuts down with them.
+}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 
@@ -371,20 +372,50 @@ func (t *taskService) Connect(_ context.Context, r *taskv3.ConnectRequest) (*tas
 
 func (t *taskService) Shutdown(ctx context.Context, r *taskv3.ShutdownRequest) (*emptypb.Empty, error) {
 	s := t.s
-	list := s.list()
-	if len(list) > 0 && !r.Now {
-		return nil, fmt.Errorf("shim has %d tasks: %w", len(list), errdefs.ErrFailedPrecondition)
+	ctx, cancel := context.WithTimeout(ctx, shutdownTime)
+	defer cancel()
+	if n := len(s.list()); n > 0 && !r.Now {
+		return nil, fmt.Errorf("shim has %d tasks: %w", n, errdefs.ErrFailedPrecondition)
 	}
-	var errs []error
-	for _, c := range list {
-		errs = append(errs, s.destroy(ctx, c))
-	}
-	if err := errors.Join(errs...); err != nil {
+	s.close(true)
+	if err := s.destroyAll(ctx); err != nil {
+		s.close(false)
 		return nil, err
 	}
 	s.downOne.Do(func() { time.AfterFunc(answerTime, func() { close(s.down) }) })
 	return empty, nil
 }
+
+// destroyAll ends and removes everything, also what is being made or removed.
+func (s *Shim) destroyAll(ctx context.Context) error {
+	if err := s.idle(ctx); err != nil {
+		return fmt.Errorf("tasks are still being made or removed: %w", err)
+	}
+	list := s.list()
+	errs := make([]error, len(list))
+	var wg sync.WaitGroup
+	for i, c := range list {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			errs[i] = s.destroy(ctx, c)
+		}()
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return s.idle(ctx)
+}
+
+func (s *Shim) close(closing bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closing = closing
+}
+
+// shutdownTime bounds the end of all tasks.
+const shutdownTime = 30 * time.Second
 
 // answerTime is what the answer to Shutdown gets to go out; ttrpc does not say
 // when it has.

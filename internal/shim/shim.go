@@ -63,13 +63,15 @@ type Shim struct {
 	cancel  context.CancelFunc
 	down    chan struct{} // closed by Shutdown
 	downOne sync.Once
-	work    sync.WaitGroup // background removal
+	work    sync.WaitGroup // all goroutines of its own
+	groups  sync.WaitGroup // those of them that remove cgroups
 
-	mu     sync.Mutex
-	tasks  map[string]*container
-	tidy   *time.Timer
-	tidied time.Time
-	busy   map[string]chan struct{} // IDs whose container is being made or removed
+	mu      sync.Mutex
+	tasks   map[string]*container
+	closing bool // by Shutdown: no new tasks
+	tidy    *time.Timer
+	tidied  time.Time
+	busy    map[string]chan struct{} // IDs whose container is being made or removed
 }
 
 // New returns a Shim without tasks.
@@ -187,6 +189,10 @@ func (s *Shim) process(id, execID string) (*process, error) {
 func (s *Shim) reserve(ctx context.Context, id string) error {
 	for {
 		s.mu.Lock()
+		if s.closing {
+			s.mu.Unlock()
+			return fmt.Errorf("task %s: the shim is being shut down: %w", id, errdefs.ErrUnavailable)
+		}
 		if s.tasks[id] != nil {
 			s.mu.Unlock()
 			return fmt.Errorf("task %s: %w", id, errdefs.ErrAlreadyExists)
@@ -203,6 +209,38 @@ func (s *Shim) reserve(ctx context.Context, id string) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+	}
+}
+
+// idle waits until no container is being made or removed.
+func (s *Shim) idle(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		var wait chan struct{}
+		for _, c := range s.busy {
+			wait = c
+			break
+		}
+		s.mu.Unlock()
+		if wait == nil {
+			break
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	gone := make(chan struct{})
+	go func() {
+		s.groups.Wait()
+		close(gone)
+	}()
+	select {
+	case <-gone:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
@@ -275,8 +313,10 @@ func (s *Shim) removeGroup(g *cgroup.Group) {
 		return
 	}
 	s.work.Add(1)
+	s.groups.Add(1)
 	go func() {
 		defer s.work.Done()
+		defer s.groups.Done()
 		var err error
 		for range groupTries {
 			if err = removeGroup(s.ctx, g, groupRetry); err == nil {
