@@ -234,7 +234,8 @@ func (d *Daemon) Leftovers() []string {
 	}
 	links, _ := os.ReadDir("/sys/class/net")
 	for _, l := range links {
-		if strings.HasPrefix(l.Name(), d.Name+"-") || strings.HasPrefix(l.Name(), d.Name+"b") {
+		alias, _ := os.ReadFile(filepath.Join("/sys/class/net", l.Name(), "ifalias")) // gone meanwhile: not left
+		if strings.HasPrefix(string(alias), "tenon:"+d.Name+":") {
 			left = append(left, "interface "+l.Name())
 		}
 	}
