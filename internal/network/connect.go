@@ -57,7 +57,13 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 			err = fmt.Errorf("connect container %s: %w", shortID(r.ID), err)
 		}
 	}()
-	if err = c.claimPorts(r); err != nil {
+	held, err := c.claimPorts(r)
+	defer func() {
+		if err != nil {
+			closeAll(held)
+		}
+	}()
+	if err != nil {
 		return nil, fmt.Errorf("driver failed programming external connectivity on endpoint %s: %w", r.Name, err)
 	}
 	r.Resolver = c.resolverFor(r, req)
@@ -77,6 +83,7 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.sendDNSLocked(r)
+	c.dns.hold(r.ID, held)
 	for i := range r.Endpoints {
 		if n := c.nets[r.Endpoints[i].NetworkID]; n != nil {
 			defer c.emitLater("connect", n.rec, r.ID)
@@ -364,9 +371,10 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 }
 
 // claimPorts reserves the host's ports for the record's bindings.
-func (c *Controller) claimPorts(r *contRecord) error {
+// The sockets that hold them are the caller's, after an error as well.
+func (c *Controller) claimPorts(r *contRecord) (held []*os.File, err error) {
 	if len(r.Bindings) == 0 {
-		return nil
+		return nil, nil
 	}
 	c.mu.Lock()
 	g4, g6 := c.publishEnds(r)
@@ -378,7 +386,7 @@ func (c *Controller) claimPorts(r *contRecord) error {
 	}
 	c.mu.Unlock()
 	if g4 < 0 && g6 < 0 {
-		return nil // only internal networks: like Docker, nothing is published
+		return nil, nil // only internal networks: like Docker, nothing is published
 	}
 	for _, b := range r.Bindings {
 		var ips []netip.Addr
@@ -397,13 +405,14 @@ func (c *Controller) claimPorts(r *contRecord) error {
 		}
 		for _, ip := range ips {
 			if ip.Is4() && g4 < 0 || ip.Is6() && g6 < 0 {
-				return fmt.Errorf("port %d/%s cannot be published on %s: the container has no address of that family (create its network with --ipv6): %w", b.ContainerPort, b.Proto, ip, errdefs.ErrInvalidArgument)
+				return held, fmt.Errorf("port %d/%s cannot be published on %s: the container has no address of that family (create its network with --ipv6): %w", b.ContainerPort, b.Proto, ip, errdefs.ErrInvalidArgument)
 			}
 		}
-		got, err := c.claim(b, ips, r.ID)
+		got, files, err := c.claim(b, ips, r.ID)
 		if err != nil {
-			return err
+			return held, err
 		}
+		held = append(held, files...)
 		for _, p := range got {
 			g := g4
 			if p.HostIP.Is6() {
@@ -412,7 +421,7 @@ func (c *Controller) claimPorts(r *contRecord) error {
 			r.Ports = append(r.Ports, portRecord{p, r.Endpoints[g].NetworkID})
 		}
 	}
-	return nil
+	return held, nil
 }
 
 // publishEnds are the endpoints that published ports lead to.
@@ -499,6 +508,7 @@ func (c *Controller) dismiss(r *contRecord) {
 	}
 	if r.NSID != "" || r.Shared != "" {
 		c.dns.send(wire.Message{Op: wire.OpDel, ID: r.ID})
+		c.dns.release(r.ID)
 	}
 	c.mu.Unlock()
 	if err := os.Remove(c.contPath(r.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"tenon.dev/tenon/internal/network/dns/wire"
 )
 
@@ -27,6 +29,9 @@ type dnsClient struct {
 	mu   sync.Mutex
 	conn net.Conn
 	ok   bool
+	// kept are the sockets that hold published ports while there is no process
+	// to give them to.
+	kept map[string][]*os.File
 
 	ackMu sync.Mutex    // held by the one who waits for an answer
 	acks  chan struct{} // the process has answered
@@ -38,7 +43,7 @@ const dnsTimeout = time.Second
 // startDNS connects to the DNS process or starts it. Without a binary names do
 // not resolve, and the client only swallows messages.
 func startDNS(c *Controller) *dnsClient {
-	d := &dnsClient{c: c, binary: c.cfg.DNSBinary, socket: filepath.Join(c.cfg.RunDir, "dns.sock"), acks: make(chan struct{}, 1)}
+	d := &dnsClient{c: c, binary: c.cfg.DNSBinary, socket: filepath.Join(c.cfg.RunDir, "dns.sock"), acks: make(chan struct{}, 1), kept: map[string][]*os.File{}}
 	if d.binary == "" {
 		if exe, err := os.Executable(); err == nil {
 			if p := filepath.Join(filepath.Dir(exe), "tenon-dns"); exists(p) {
@@ -180,7 +185,74 @@ func (d *dnsClient) connect() (net.Conn, error) {
 		return nil, err
 	}
 	d.conn, d.ok = conn, true
+	for _, r := range d.c.conts {
+		if len(r.Ports) > 0 {
+			d.holdAgainLocked(r)
+		}
+	}
 	return conn, nil
+}
+
+// holdAgainLocked gives the process the sockets for a container's ports, but
+// for those that it has.
+func (d *dnsClient) holdAgainLocked(r *contRecord) {
+	files := d.kept[r.ID]
+	delete(d.kept, r.ID)
+	for _, p := range r.Ports {
+		if f, err := bindPort(p.Proto, p.HostIP, p.HostPort); err == nil && f != nil {
+			files = append(files, f)
+		}
+	}
+	d.holdLocked(r.ID, files)
+}
+
+// hold gives the process the sockets that keep a container's published ports,
+// so that they are kept while the daemon is away. They are the client's from now.
+func (d *dnsClient) hold(id string, files []*os.File) {
+	if len(files) == 0 {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.holdLocked(id, files)
+}
+
+// maxFiles go with one message: the kernel's limit.
+const maxFiles = 253
+
+func (d *dnsClient) holdLocked(id string, files []*os.File) {
+	for len(files) > 0 && d.conn != nil {
+		n := min(len(files), maxFiles)
+		fds := make([]int, n)
+		for i, f := range files[:n] {
+			fds[i] = int(f.Fd())
+		}
+		b, err := json.Marshal(wire.Message{Op: wire.OpHold, ID: id, Files: n})
+		if err == nil {
+			err = d.conn.SetWriteDeadline(time.Now().Add(dnsTimeout))
+		}
+		if err == nil {
+			_, _, err = d.conn.(*net.UnixConn).WriteMsgUnix(append(b, '\n'), unix.UnixRights(fds...), nil)
+		}
+		if err != nil {
+			d.conn.Close()
+			d.conn = nil
+			break
+		}
+		closeAll(files[:n])
+		files = files[n:]
+	}
+	if len(files) > 0 {
+		d.kept[id] = append(d.kept[id], files...)
+	}
+}
+
+// release closes the sockets that are kept here for a container.
+func (d *dnsClient) release(id string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	closeAll(d.kept[id])
+	delete(d.kept, id)
 }
 
 // start runs the process with the listening socket as descriptor 3, so that
@@ -295,6 +367,10 @@ func (d *dnsClient) sendWait(m wire.Message) {
 func (d *dnsClient) close() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	for id, files := range d.kept {
+		closeAll(files)
+		delete(d.kept, id)
+	}
 	if d.conn != nil {
 		d.conn.Close()
 		d.conn = nil

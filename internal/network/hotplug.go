@@ -146,9 +146,12 @@ func (c *Controller) republish(r *contRecord) error {
 	}
 	c.mu.Unlock()
 	if len(r.Ports) == 0 {
-		if err := c.claimPorts(r); err != nil {
+		held, err := c.claimPorts(r)
+		if err != nil {
+			closeAll(held)
 			return err
 		}
+		c.dns.hold(r.ID, held)
 	}
 	after := tablePorts(r)
 	if slices.Equal(before, after) {

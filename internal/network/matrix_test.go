@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -141,6 +142,21 @@ func TestRootPorts(t *testing.T) {
 	wantAnswer(t, "", "tcp", first, "first")
 	wantAnswer(t, "", "udp", "127.0.0.1:53", "dgram")
 	wantNames(t, a, "aa", addr4(a, 0)) // the published port 53 does not hide the name server
+	// The numbers are taken for everybody else on the host, and another engine
+	// finds others.
+	for _, p := range a.Ports {
+		if p.HostPort == 53 {
+			continue
+		}
+		if f, err := bindPort(p.Proto, p.HostIP, p.HostPort); !errors.Is(err, unix.EADDRINUSE) {
+			t.Errorf("%v can be bound by others: %v %v", p, f, err)
+		}
+	}
+	n2 := openTest(t, func(c *Config) { c.Pools = []Pool{{netip.MustParsePrefix("10.197.0.0/16"), 24}} })
+	o := n2.connect("aa", Request{Ports: []Binding{{Proto: "tcp", ContainerPort: 80}}})
+	if slices.ContainsFunc(a.Ports, func(p Published) bool { return p.HostPort == o.Ports[0].HostPort }) {
+		t.Errorf("two engines publish %d", o.Ports[0].HostPort)
+	}
 	// All is free again afterwards, and nothing is in the table.
 	if err := n.Disconnect(t.Context(), fullID("aa")); err != nil {
 		t.Fatal(err)

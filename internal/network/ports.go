@@ -10,6 +10,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/network/dns/wire"
 )
 
 // portTable knows which ports of the host are ours. Guarded by Controller.mu.
@@ -63,9 +65,22 @@ func protoNumber(proto string) (uint8, error) {
 	return 0, fmt.Errorf("invalid protocol %q: tcp, udp or sctp: %w", proto, errdefs.ErrInvalidArgument)
 }
 
-// testBind says whether a program on the host has the port. Our own DNS
+// bindPort finds out whether a program on the host has the port, by taking it:
+// as long as the socket is open nobody else gets it, neither a program nor
+// another engine. Nobody listens on it, so where the table is missing a client
+// is refused. The file is nil where there are no such sockets. Our own DNS
 // server shares port 53 by SO_REUSEPORT and does not count.
-func testBind(proto string, ip netip.Addr, port uint16) error {
+func bindPort(proto string, ip netip.Addr, port uint16) (*os.File, error) {
+	f, err := bindSocket(proto, ip, port, false)
+	if errors.Is(err, unix.EADDRINUSE) && proto == "tcp" && port != 53 {
+		// Only connections of a program that is gone may be in the way. The
+		// socket then does not keep everybody else out, which is no harm.
+		f, err = bindSocket(proto, ip, port, true)
+	}
+	return f, err
+}
+
+func bindSocket(proto string, ip netip.Addr, port uint16, reuse bool) (*os.File, error) {
 	fam, typ, num := unix.AF_INET, unix.SOCK_STREAM, 0
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(port), Addr: [4]byte(ip.AsSlice()[:4])}
 	if ip.Is6() {
@@ -80,23 +95,26 @@ func testBind(proto string, ip netip.Addr, port uint16) error {
 	fd, err := unix.Socket(fam, typ|unix.SOCK_CLOEXEC, num)
 	if err != nil {
 		if proto == "sctp" || fam == unix.AF_INET6 {
-			return nil // nobody can listen where there are no such sockets
+			return nil, nil // nobody can listen where there are no such sockets
 		}
-		return os.NewSyscallError("socket", err)
+		return nil, os.NewSyscallError("socket", err)
 	}
-	defer unix.Close(fd)
 	if fam == unix.AF_INET6 {
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
 	}
 	if port == 53 {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
-	} else if typ == unix.SOCK_STREAM {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) // old connections are no listener
+	} else if reuse {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	}
+	if typ == unix.SOCK_DGRAM {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1) // nobody reads
 	}
 	if err := unix.Bind(fd, sa); err != nil {
-		return os.NewSyscallError("bind", err)
+		unix.Close(fd)
+		return nil, os.NewSyscallError("bind", err)
 	}
-	return nil
+	return os.NewFile(uintptr(fd), proto+" port"), nil
 }
 
 // ephemeral is the range that free ports are picked from.
@@ -118,7 +136,8 @@ func ephemeral() (lo, hi uint16) {
 }
 
 // claim finds host ports for a binding on all of its addresses at once.
-func (c *Controller) claim(b Binding, ips []netip.Addr, owner string) ([]Published, error) {
+// The sockets that hold them are the caller's.
+func (c *Controller) claim(b Binding, ips []netip.Addr, owner string) ([]Published, []*os.File, error) {
 	lo, hi := b.HostPort, max(b.HostPort, b.HostPortEnd)
 	free := lo == 0
 	start := lo
@@ -134,29 +153,31 @@ func (c *Controller) claim(b Binding, ips []netip.Addr, owner string) ([]Publish
 	var last error
 	for i := range int(hi-lo) + 1 {
 		port := lo + uint16((int(start-lo)+i)%(int(hi-lo)+1))
-		got, err := c.claimPort(b, ips, port, owner)
+		got, held, err := c.claimPort(b, ips, port, owner)
 		if err == nil {
 			if free {
 				c.mu.Lock()
 				c.ports.next = port + 1
 				c.mu.Unlock()
 			}
-			return got, nil
+			return got, held, nil
 		}
 		last = err
 		if !errors.Is(err, errdefs.ErrConflict) {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	if hi > lo {
 		last = fmt.Errorf("all ports are allocated in the range %d-%d: %w", lo, hi, last)
 	}
-	return nil, last
+	return nil, nil, last
 }
 
-func (c *Controller) claimPort(b Binding, ips []netip.Addr, port uint16, owner string) (out []Published, err error) {
+func (c *Controller) claimPort(b Binding, ips []netip.Addr, port uint16, owner string) (out []Published, held []*os.File, err error) {
 	defer func() {
 		if err != nil {
+			closeAll(held)
+			held = nil
 			c.mu.Lock()
 			for _, p := range out {
 				c.ports.release(p.Proto, p.HostIP, p.HostPort, owner)
@@ -170,16 +191,31 @@ func (c *Controller) claimPort(b Binding, ips []netip.Addr, port uint16, owner s
 		ok := c.ports.reserve(b.Proto, ip, port, owner)
 		c.mu.Unlock()
 		if !ok {
-			return out, fmt.Errorf("Bind for %s failed: port is already allocated: %w", netip.AddrPortFrom(ip, port), errdefs.ErrConflict)
+			return out, held, fmt.Errorf("Bind for %s failed: port is already allocated: %w", netip.AddrPortFrom(ip, port), errdefs.ErrConflict)
 		}
 		out = append(out, Published{b.Proto, b.ContainerPort, ip, port})
-		if err := testBind(b.Proto, ip, port); errors.Is(err, unix.EADDRINUSE) {
-			return out, fmt.Errorf("failed to bind host port %s/%s: address already in use: %w", netip.AddrPortFrom(ip, port), b.Proto, errdefs.ErrConflict)
+		f, err := bindPort(b.Proto, ip, port)
+		if errors.Is(err, unix.EADDRINUSE) {
+			// One that was ours a moment ago may still be on its way out.
+			c.dns.sendWait(wire.Message{Op: wire.OpPing})
+			f, err = bindPort(b.Proto, ip, port)
+		}
+		if f != nil {
+			held = append(held, f)
+		}
+		if errors.Is(err, unix.EADDRINUSE) {
+			return out, held, fmt.Errorf("failed to bind host port %s/%s: address already in use: %w", netip.AddrPortFrom(ip, port), b.Proto, errdefs.ErrConflict)
 		} else if errors.Is(err, unix.EADDRNOTAVAIL) {
-			return out, fmt.Errorf("failed to bind host port %s/%s: cannot assign requested address: %w", netip.AddrPortFrom(ip, port), b.Proto, errdefs.ErrInvalidArgument)
+			return out, held, fmt.Errorf("failed to bind host port %s/%s: cannot assign requested address: %w", netip.AddrPortFrom(ip, port), b.Proto, errdefs.ErrInvalidArgument)
 		} else if err != nil {
-			return out, fmt.Errorf("failed to bind host port %s/%s: %w", netip.AddrPortFrom(ip, port), b.Proto, err)
+			return out, held, fmt.Errorf("failed to bind host port %s/%s: %w", netip.AddrPortFrom(ip, port), b.Proto, err)
 		}
 	}
-	return out, nil
+	return out, held, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
 }

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"errors"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -8,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/network/link"
 )
@@ -106,6 +109,9 @@ func TestRootRestart(t *testing.T) {
 	}
 	if _, err := n.Namespace(fullID("cc")); err == nil {
 		t.Error("a container that ended is still there")
+	}
+	if f, err := bindPort("tcp", netip.IPv4Unspecified(), 8080); !errors.Is(err, unix.EADDRINUSE) {
+		t.Errorf("the published port can be bound by others: %v %v", f, err)
 	}
 	_, err = n.Connect(t.Context(), Request{ContainerID: fullID("ee"), Ports: []Binding{{Proto: "tcp", ContainerPort: 80, HostPort: 8080}}})
 	if err == nil {

@@ -28,6 +28,7 @@ type control struct {
 	conn *net.UnixConn
 	raw  syscall.RawConn
 	buf  []byte
+	fds  []int // that came and belong to an OpHold to come
 }
 
 // Serve takes the daemon's connections until one asks to quit (ErrQuit) or the
@@ -79,6 +80,12 @@ func (s *Server) control(conn *net.UnixConn) error {
 		s.cmu.Unlock()
 	}()
 	chunk := make([]byte, 64<<10)
+	oob := make([]byte, unix.CmsgSpace(4*maxFiles))
+	defer func() {
+		for _, fd := range c.fds {
+			unix.Close(fd)
+		}
+	}()
 	for {
 		var acks []wire.Message
 		relisten := false
@@ -86,7 +93,7 @@ func (s *Server) control(conn *net.UnixConn) error {
 		err := raw.Read(func(fd uintptr) bool {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			n, err := unix.Read(int(fd), chunk)
+			n, oobn, _, _, err := unix.Recvmsg(int(fd), chunk, oob, unix.MSG_CMSG_CLOEXEC)
 			switch {
 			case err == unix.EAGAIN || err == unix.EINTR:
 				return false
@@ -95,10 +102,16 @@ func (s *Server) control(conn *net.UnixConn) error {
 			case n == 0:
 				fail = io.EOF
 			default:
+				c.rights(oob[:oobn])
 				c.buf = append(c.buf, chunk[:n]...)
 				var msgs []wire.Message
 				msgs, fail = c.lines()
 				for _, m := range msgs {
+					if m.Op == wire.OpHold {
+						n := max(0, min(m.Files, len(c.fds)))
+						s.holds[m.ID] = append(s.holds[m.ID], c.fds[:n]...)
+						c.fds = c.fds[n:]
+					}
 					relisten = s.applyLocked(m) || relisten
 					if m.Ack || m.Op == wire.OpQuit {
 						acks = append(acks, m)
@@ -131,6 +144,22 @@ func (s *Server) control(conn *net.UnixConn) error {
 			if _, err := conn.Write(append(b, '\n')); err != nil {
 				return err
 			}
+		}
+	}
+}
+
+// maxFiles come with one message: the kernel's limit.
+const maxFiles = 253
+
+// rights keeps the descriptors that came along.
+func (c *control) rights(oob []byte) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return
+	}
+	for i := range msgs {
+		if fds, err := unix.ParseUnixRights(&msgs[i]); err == nil {
+			c.fds = append(c.fds, fds...)
 		}
 	}
 }

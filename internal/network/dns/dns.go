@@ -56,6 +56,7 @@ type Server struct {
 	nets    map[string]*network
 	conts   map[string]wire.Container
 	sources map[netip.Addr]string // address to container
+	holds   map[string][]int      // container to sockets that keep its ports
 	perSrc  sync.Map              // netip.Addr to *atomic.Int32: questions being forwarded
 
 	lmu       sync.Mutex
@@ -104,7 +105,7 @@ func New(cfg Config) *Server {
 	}
 	return &Server{cfg: cfg, log: cfg.Log, host: &resolvConf{path: cfg.ResolvConf}, forwards: make(chan struct{}, maxForwards),
 		nets: map[string]*network{}, conts: map[string]wire.Container{}, sources: map[netip.Addr]string{},
-		listeners: map[netip.Addr]*listener{}, controls: map[*control]struct{}{}}
+		holds: map[string][]int{}, listeners: map[netip.Addr]*listener{}, controls: map[*control]struct{}{}}
 }
 
 // Apply changes what the server knows.
@@ -131,6 +132,11 @@ func (s *Server) applyLocked(m wire.Message) (relisten bool) {
 		for _, c := range m.State.Containers {
 			s.setLocked(c)
 		}
+		for id := range s.holds {
+			if _, ok := s.conts[id]; !ok {
+				s.releaseLocked(id)
+			}
+		}
 		return true
 	case wire.OpNet:
 		if m.Network == nil {
@@ -148,8 +154,16 @@ func (s *Server) applyLocked(m wire.Message) (relisten bool) {
 		}
 	case wire.OpDel:
 		s.delLocked(m.ID)
+		s.releaseLocked(m.ID)
 	}
 	return false
+}
+
+func (s *Server) releaseLocked(id string) {
+	for _, fd := range s.holds[id] {
+		unix.Close(fd)
+	}
+	delete(s.holds, id)
 }
 
 func (s *Server) setNetLocked(n wire.Network) {

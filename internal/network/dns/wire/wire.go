@@ -18,6 +18,10 @@ const (
 	OpNet = "net"
 	// OpNetDel removes the network Message.ID.
 	OpNetDel = "netdel"
+	// OpHold hands over Message.Files sockets, which came along as SCM_RIGHTS:
+	// they keep the published ports of the container Message.ID, and are
+	// closed by OpDel, or by an OpState without the container.
+	OpHold = "hold"
 	// OpPing only asks for a reply.
 	OpPing = "ping"
 	// OpQuit ends the process.
@@ -31,6 +35,7 @@ type Message struct {
 	State     *State     `json:"state,omitempty"`
 	Container *Container `json:"container,omitempty"`
 	Network   *Network   `json:"network,omitempty"`
+	Files     int        `json:"files,omitempty"`
 	// Ack asks for a reply.
 	Ack bool `json:"ack,omitempty"`
 }
