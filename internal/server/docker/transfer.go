@@ -47,6 +47,8 @@ type messages struct {
 }
 
 func (c *call) messages() *messages {
+	// Messages go out while the body (an archive) still comes in.
+	_ = http.NewResponseController(c.w).EnableFullDuplex() // HTTP/1 always can
 	s := wire.NewStream(c.w, "application/json", true)
 	return &messages{s, json.NewEncoder(s)}
 }

@@ -1,0 +1,64 @@
+package docker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/moby/api/types/jsonstream"
+)
+
+// TestMessagesDuplex: messages go out while the archive still comes in (net/http
+// alone closes the body at the first byte of an answer).
+func TestMessagesDuplex(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 2 << 20
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := &call{w: w, r: r, ctx: r.Context(), v: MaxVersion, q: r.URL.Query()}
+		m := c.messages()
+		m.send(jsonstream.Message{Status: "begun"})
+		n, err := io.Copy(io.Discard, r.Body)
+		if err == nil && n != size {
+			err = fmt.Errorf("%d bytes", n)
+		}
+		m.send(jsonstream.Message{Status: "read"})
+		_ = m.end(errors.Join(err, errors.New("the end")))
+	})}
+	done := make(chan struct{})
+	go func() { _ = srv.Serve(l); close(done) }()
+	defer func() { _ = srv.Close(); <-done }()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Length: %d\r\n\r\n", size)
+	var got []byte
+	buf := make([]byte, 4096)
+	for !bytes.Contains(got, []byte("begun")) {
+		n, err := c.Read(buf)
+		if err != nil {
+			t.Fatalf("%v after %q", err, got)
+		}
+		got = append(got, buf[:n]...)
+	}
+	if _, err := c.Write(make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	rest, err := io.ReadAll(c)
+	if err != nil || !strings.Contains(string(rest), `{"status":"read"}`) || !strings.Contains(string(rest), `{"errorDetail":{"message":"the end"},"error":"the end"}`) {
+		t.Errorf("got %q %v", rest, err)
+	}
+}
