@@ -38,6 +38,9 @@ func run(resolv string, log *slog.Logger) error {
 	if !ok {
 		return errors.New("descriptor 3 is no unix socket")
 	}
+	if err := dns.DropPrivileges(); err != nil {
+		log.Warn("goes on with more rights than it needs", "err", err)
+	}
 	s := dns.New(dns.Config{ResolvConf: resolv, Log: log})
 	defer s.Close()
 	if err := s.Serve(ul); err != nil && !errors.Is(err, dns.ErrQuit) {

@@ -2,12 +2,17 @@ package network
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"tenon.dev/tenon/internal/network/dns/wire"
 )
 
 // lookup asks the gateway's name server from the namespace.
@@ -147,4 +152,37 @@ func TestRootNamesBesideAnotherServer(t *testing.T) {
 	wantAnswer(t, "", "udp", "127.0.0.1:53", "another server")
 	other.Close()
 	l.Close()
+}
+
+// TestRootDNSProcessIsNobody: the process that reads what containers send has
+// no rights but that of low ports.
+func TestRootDNSProcessIsNobody(t *testing.T) {
+	n := openTest(t)
+	conn, err := net.Dial("unix", n.dns.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte(`{"op":"ping","ack":true}` + "\n")); err != nil {
+		t.Fatal(err)
+	}
+	var r wire.Reply
+	if err := json.NewDecoder(conn).Decode(&r); err != nil {
+		t.Fatal(err)
+	}
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", r.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/status", r.PID, task.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{"Uid:\t65534\t65534\t65534\t65534\n", "CapEff:\t0000000000000400\n", "CapPrm:\t0000000000000400\n", "NoNewPrivs:\t1\n"} {
+			if !strings.Contains(string(b), want) {
+				t.Errorf("thread %s: no %q in\n%s", task.Name(), want, b)
+			}
+		}
+	}
 }

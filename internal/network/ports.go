@@ -68,11 +68,19 @@ func protoNumber(proto string) (uint8, error) {
 // bindPort finds out whether a program on the host has the port, by taking it:
 // as long as the socket is open nobody else gets it, neither a program nor
 // another engine. Nobody listens on it, so where the table is missing a client
-// is refused. The file is nil where there are no such sockets. Our own DNS
-// server shares port 53 by SO_REUSEPORT and does not count.
+// is refused. The file is nil where there are no such sockets.
 func bindPort(proto string, ip netip.Addr, port uint16) (*os.File, error) {
+	if port == 53 && ip.IsUnspecified() {
+		// Our own name server has this port on the gateways' addresses, so all
+		// addresses at once cannot be had; loopback stands for them.
+		loop := netip.IPv6Loopback()
+		if ip.Is4() {
+			loop = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		}
+		ip = loop
+	}
 	f, err := bindSocket(proto, ip, port, false)
-	if errors.Is(err, unix.EADDRINUSE) && proto == "tcp" && port != 53 {
+	if errors.Is(err, unix.EADDRINUSE) && proto == "tcp" {
 		// Only connections of a program that is gone may be in the way. The
 		// socket then does not keep everybody else out, which is no harm.
 		f, err = bindSocket(proto, ip, port, true)
@@ -102,9 +110,7 @@ func bindSocket(proto string, ip netip.Addr, port uint16, reuse bool) (*os.File,
 	if fam == unix.AF_INET6 {
 		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
 	}
-	if port == 53 {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
-	} else if reuse {
+	if reuse {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 	}
 	if typ == unix.SOCK_DGRAM {

@@ -300,17 +300,14 @@ func (s *Server) ports() map[netip.Addr]uint16 {
 
 func (s *Server) openPort(a netip.Addr, port int) (*listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var err error
 		cerr := c.Control(func(fd uintptr) {
-			// The bridge's address may come later; the engine's own test of
-			// port 53 must not find us.
+			// The bridge's address may come later.
 			_ = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
 			if a.Is6() {
 				_ = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
 			}
-			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 		})
-		return errors.Join(cerr, err)
+		return cerr
 	}}
 	pc, err := lc.ListenPacket(context.Background(), "udp", netip.AddrPortFrom(a, uint16(port)).String())
 	if err != nil {
