@@ -218,11 +218,17 @@ func (l *loader) file(name string, size int64, r io.Reader, buf []byte) (*archiv
 			return nil
 		})
 	}
+	id := hexPrefix(path.Base(name))
+	if path.Base(name) == "layer.tar" {
+		id = hexPrefix(path.Base(path.Dir(name)))
+	}
 	err = func() error {
 		if _, err := w.Write(head); err != nil {
 			return err
 		}
-		n, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, buf)
+		n, err := io.CopyBuffer(struct{ io.Writer }{w}, &reportReader{r: r, report: func(n int64) {
+			l.progress.say(Progress{ID: id, Status: "Loading layer", Current: n, Total: size})
+		}}, buf)
 		if err == nil && n != size-int64(len(head)) {
 			err = io.ErrUnexpectedEOF
 		}
@@ -235,7 +241,7 @@ func (l *loader) file(name string, size int64, r io.Reader, buf []byte) (*archiv
 	if f.desc.Digest, err = w.commit(want, size); err != nil {
 		return f, err
 	}
-	l.progress.say(Progress{ID: shortDigest(f.desc.Digest), Status: "Loading layer", Current: size, Total: size})
+	l.progress.say(Progress{ID: id, Status: "Loading layer", Current: size, Total: size})
 	return f, nil
 }
 

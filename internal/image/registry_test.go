@@ -30,6 +30,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -459,6 +460,64 @@ func (f *fakeRegistry) manifest(arch string, diffs []digest.Digest, layers []oci
 	m := f.putJSON(ocispec.MediaTypeImageManifest, map[string]any{"schemaVersion": 2, "mediaType": ocispec.MediaTypeImageManifest, "config": conf, "layers": layers})
 	m.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
 	return m
+}
+
+// TestPullDockerList pulls what Docker's registries of old hold: a manifest list
+// of schema 2 manifests.
+func TestPullDockerList(t *testing.T) {
+	ctx := context.Background()
+	f := newFakeRegistry(t)
+	const list, man = "application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json"
+	var ms []ocispec.Descriptor
+	for _, p := range []ocispec.Platform{{OS: "linux", Architecture: "arm", Variant: "v7"}, {OS: "linux", Architecture: "amd64"}, {OS: "windows", Architecture: "amd64"}} {
+		l := mkTar(t, fileEntry("arch", p.Architecture))
+		conf := f.putJSON("application/vnd.docker.container.image.v1+json", ocispec.Image{Platform: p, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{digest.FromBytes(l)}}})
+		d := f.putJSON(man, map[string]any{"schemaVersion": 2, "mediaType": man, "config": conf, "layers": []ocispec.Descriptor{f.put("application/vnd.docker.image.rootfs.diff.tar.gzip", gz(l))}})
+		d.Platform = &p
+		ms = append(ms, d)
+	}
+	idx := f.putJSON(list, map[string]any{"schemaVersion": 2, "mediaType": list, "manifests": ms})
+	f.tags["1"] = idx.Digest
+	s := open(t)
+	for plat, want := range map[string]int{"": 1, "linux/arm/v7": 0, "linux/arm": 0} {
+		var p *ocispec.Platform
+		if plat != "" {
+			parsed, err := platforms.Parse(plat)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p = &parsed
+		}
+		img, err := s.Pull(ctx, f.addr+"/m:1", PullOptions{Platform: p})
+		if err != nil || img.ID != idx.Digest.String() || img.Manifest.Digest != ms[want].Digest {
+			t.Errorf("%s: %+v %v", plat, img, err)
+		}
+	}
+	// A part of the list can be pushed, as the image it is.
+	real := startRegistry(t)
+	if err := s.Tag(ctx, f.addr+"/m:1", real+"/m:1"); err != nil {
+		t.Fatal(err)
+	}
+	var said []string
+	if err := s.Push(ctx, real+"/m:1", PushOptions{Progress: func(p Progress) { said = append(said, p.Status) }}); err != nil {
+		t.Fatal(err)
+	}
+	if img, err := open(t).Pull(ctx, real+"/m:1", PullOptions{}); err != nil || img.ID != ms[1].Digest.String() {
+		t.Errorf("%+v %v", img, err)
+	}
+	if !strings.HasPrefix(said[len(said)-1], "Not all multiplatform-content") {
+		t.Errorf("%q", said)
+	}
+	// All of it is pushed as the list.
+	if _, err := s.Pull(ctx, f.addr+"/m:1", PullOptions{AllPlatforms: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Push(ctx, real+"/m:1", PushOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if img, err := open(t).Pull(ctx, real+"/m:1", PullOptions{}); err != nil || img.ID != idx.Digest.String() {
+		t.Errorf("%+v %v", img, err)
+	}
 }
 
 func TestPullIndex(t *testing.T) {
