@@ -12,8 +12,7 @@ func TestRootCopy(t *testing.T) {
 	e := realEngine(t)
 	name := e.unique(t, "")
 	e.ok(t, "run", "-d", "--name", name, "busybox", "sh", "-c", "mkdir -p /c/dst /c/src/sub; echo a >/c/src/a; echo b >/c/src/sub/b; ln -s a /c/src/l; ln -s /c/src /c/ls; echo ok; sleep 1000")
-	for e.ok(t, "logs", name) != "ok" {
-	}
+	e.until(t, func(out string) bool { return out == "ok" }, "logs", name)
 	for _, x := range []struct {
 		cp   string
 		want string // what is then in the working directory, or in /c/dst

@@ -97,14 +97,24 @@ func launch() (_ *engine, err error) {
 	return e, nil
 }
 
-// end shuts the daemon down by the command's own verb.
+// end shuts the daemon down by the command's own verb, and by force if it does
+// not answer.
 func (e *engine) end() error {
-	out, err := exec.Command(e.tenon, "-H", e.host, "system", "shutdown", "--force").CombinedOutput()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, e.tenon, "-H", e.host, "system", "shutdown", "--force").CombinedOutput()
 	if err != nil {
-		err = fmt.Errorf("shutdown: %w: %s", err, out)
-		_ = e.cmd.Process.Signal(syscall.SIGTERM)
+		_ = e.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines into the log
+		_ = e.cmd.Wait()
+		log, _ := os.ReadFile(e.dir + "/log")
+		err = fmt.Errorf("shutdown: %w: %s\n%s", err, out, log[max(0, len(log)-20000):])
+		down, derr := exec.Command(e.cmd.Path, append(e.cmd.Args[1:], "--shutdown")...).CombinedOutput()
+		if derr != nil {
+			derr = fmt.Errorf("tenond --shutdown: %w: %s", derr, down)
+		}
+		return errors.Join(err, derr, os.RemoveAll(e.dir))
 	}
-	return errors.Join(err, e.cmd.Wait(), os.RemoveAll(e.dir))
+	return errors.Join(e.cmd.Wait(), os.RemoveAll(e.dir))
 }
 
 // command is "tenon ARGS..." against the daemon, ended after a minute.
@@ -138,6 +148,20 @@ func (e *engine) ok(t *testing.T, args ...string) string {
 		t.Fatalf("tenon %s: exit code %d\n%s%s", strings.Join(args, " "), code, out, errOut)
 	}
 	return strings.TrimSuffix(out, "\n")
+}
+
+// until repeats a command until its output is as wanted.
+func (e *engine) until(t *testing.T, wanted func(out string) bool, args ...string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		out := e.ok(t, args...)
+		if wanted(out) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("tenon %s: still %q", strings.Join(args, " "), out)
+		}
+	}
 }
 
 // unique returns a name of this test's own, and removes the container of that
@@ -237,12 +261,10 @@ func TestRootLifeCycle(t *testing.T) {
 	status("running")
 	e.ok(t, "restart", "-t", "0", name)
 	status("running")
+	e.until(t, func(out string) bool { return strings.Count(out, "started") == 3 }, "logs", name)
 	e.ok(t, "kill", "-s", "KILL", name)
 	if got := e.ok(t, "wait", name); got != "137" {
 		t.Errorf("wait after kill: %q", got)
-	}
-	if got := e.ok(t, "logs", name); strings.Count(got, "started") != 3 {
-		t.Errorf("logs: %q", got)
 	}
 	other := e.unique(t, "-renamed")
 	e.ok(t, "rename", name, other)
