@@ -368,3 +368,27 @@ func BenchmarkWrite(b *testing.B) {
 		})
 	}
 }
+
+func BenchmarkRead(b *testing.B) {
+	for _, d := range drivers {
+		b.Run(d, func(b *testing.B) {
+			c := config(b, d)
+			w, err := Open(c, nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			s := w.Stream(Stdout)
+			chunk := bytes.Repeat([]byte(strings.Repeat("x", 99)+"\n"), 655)
+			for range 100 {
+				s.Write(chunk)
+			}
+			w.Close()
+			b.SetBytes(int64(100 * len(chunk)))
+			for b.Loop() {
+				if err := Read(b.Context(), c, ReadOptions{}, func(*Message) error { return nil }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
