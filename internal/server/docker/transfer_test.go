@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ func TestMessagesDuplex(t *testing.T) {
 	}
 	defer func() { _ = c.Close() }()
 	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
-	_, _ = fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: t\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+	_, _ = fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
 	var got []byte
 	buf := make([]byte, 4096)
 	for !bytes.Contains(got, []byte("begun")) {
@@ -57,8 +58,13 @@ func TestMessagesDuplex(t *testing.T) {
 	if _, err := fmt.Fprintf(c, "%x\r\n%s\r\n0\r\n\r\n", size-1, make([]byte, size-1)); err != nil {
 		t.Fatal(err)
 	}
-	rest, err := io.ReadAll(c)
-	if err != nil || !strings.Contains(string(rest), `{"status":"read"}`) || !strings.Contains(string(rest), `{"errorDetail":{"message":"the end"},"error":"the end"}`) {
-		t.Errorf("got %q %v", rest, err)
+	resp, err := http.ReadResponse(bufio.NewReader(io.MultiReader(bytes.NewReader(got), c)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	all, err := io.ReadAll(resp.Body)
+	if err != nil || !strings.Contains(string(all), `{"status":"read"}`) || !strings.Contains(string(all), `{"errorDetail":{"message":"the end"},"error":"the end"}`) {
+		t.Errorf("got %q %v", all, err)
 	}
 }
