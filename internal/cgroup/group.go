@@ -251,12 +251,43 @@ func (d dir) enable(p string) {
 		return
 	}
 	ctl := filepath.Join(p, "cgroup.subtree_control")
-	if writeFile(ctl, strings.Join(missing, " ")) == nil {
+	err = writeFile(ctl, strings.Join(missing, " "))
+	if errors.Is(err, unix.EBUSY) && p == d.mount {
+		// The root of a container's cgroup namespace, with the processes that
+		// run there: they make room by going one down.
+		if d.makeRoom() == nil {
+			err = writeFile(ctl, strings.Join(missing, " "))
+		}
+	}
+	if err == nil {
 		return
 	}
 	for _, c := range missing {
 		_ = writeFile(ctl, c) // one that is refused must not hold back the others
 	}
+}
+
+// roomGroup is where the processes of a cgroup namespace's root go.
+const roomGroup = "tenon.init"
+
+// makeRoom moves the processes of the mount point's group into a group below,
+// since a group with processes cannot give controllers to others (cgroup-v2.rst,
+// "No Internal Process Constraint").
+func (d dir) makeRoom() error {
+	to := filepath.Join(d.mount, roomGroup)
+	if err := os.Mkdir(to, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	pids, err := readPids(filepath.Join(d.mount, "cgroup.procs"))
+	if err != nil {
+		return err
+	}
+	for _, pid := range pids {
+		if err := writeFile(filepath.Join(to, "cgroup.procs"), strconv.Itoa(pid)); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+	}
+	return nil
 }
 
 func contains(list []string, s string) bool {

@@ -165,6 +165,9 @@ func TestRefused(t *testing.T) {
 		`spec: mounts[0] (/x): option "size=1": a bind takes no data`: func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/x", Source: "/y", Options: []string{"bind", "size=1"}}}
 		},
+		"spec: mounts[0] (/tmp/../proc/self/attr): destination is inside /proc": func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Destination: "/tmp/../proc/self/attr", Type: "tmpfs"}}
+		},
 		"spec: mounts[0] (/): destination is the root": func(s *specs.Spec) {
 			s.Mounts = []specs.Mount{{Destination: "/", Source: "/y", Options: []string{"bind"}}}
 		},

@@ -102,10 +102,38 @@ func (c *compiler) orDone(l, done label) label {
 	return l
 }
 
+// procFiles are the files of /proc that may be covered: those by which lxcfs and
+// the like show a container its limits.
+var procFiles = map[string]bool{
+	"/proc/cpuinfo": true, "/proc/diskstats": true, "/proc/meminfo": true, "/proc/stat": true, "/proc/swaps": true,
+	"/proc/uptime": true, "/proc/loadavg": true, "/proc/slabinfo": true, "/proc/sys/kernel/ns_last_pid": true,
+	"/proc/sys/crypto/fips_enabled": true,
+}
+
+// notProc fails the step if t lies in procfs, where a link of the image may have
+// led to: what covers files there could take the place of those that the
+// runtime writes to.
+func (c *compiler) notProc(t slot, dest string) {
+	if procFiles[path.Clean("/"+dest)] {
+		return
+	}
+	buf := make([]byte, 128)
+	bad, ok := c.label(), c.label()
+	c.call(unix.SYS_FSTATFS, t.arg(), mem(buf))
+	c.call(OpTestMem, mem(buf), num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(bad)
+	c.call(OpJump).to(ok)
+	c.mark(bad)
+	c.call(OpFail, num(unix.EPERM))
+	c.mark(ok)
+}
+
 // mountAt compiles one mount.
 func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mount) error {
 	if o.remount {
 		return fmt.Errorf("option remount: a mount of the container cannot be one of the host's changed")
+	}
+	if d := path.Clean("/" + dest); strings.HasPrefix(d, "/proc/") && !procFiles[d] {
+		return fmt.Errorf("destination is inside /proc")
 	}
 	if o.bind || typ == "bind" {
 		return c.bind(source, dest, o, m)
@@ -150,6 +178,9 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		c.call(OpLoad, mem(st), num(statMode), num(4), num(0o7777)).out(mode)
 	}
 	c.mark(made)
+	if typ != "proc" {
+		c.notProc(t, dest)
+	}
 	flags := o.flags
 	readonly := typ == "tmpfs" && flags&unix.MS_RDONLY != 0
 	if readonly {
@@ -285,6 +316,7 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 		return fmt.Errorf("destination is the root")
 	}
 	c.target(dest, t, likeStat, st, resolve, noLabel)
+	c.notProc(t, dest)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
 	c.call(unix.SYS_CLOSE, t.arg())

@@ -180,17 +180,20 @@ func (b *builder) securityLabels(p *specs.Process) error {
 		return nil
 	}
 	b.step("AppArmor profile " + p.ApparmorProfile)
-	fd := b.slot()
+	proc, fd := b.slot(), b.slot()
 	data := "exec " + p.ApparmorProfile
-	// Only procfs itself may be written to: fd 0 of the container's /proc could
-	// be anything.
-	b.call(unix.SYS_OPENAT2, fdcwd, str("/proc/thread-self/attr/apparmor/exec"), mem(openHow(unix.O_WRONLY|unix.O_CLOEXEC, unix.RESOLVE_NO_MAGICLINKS)), num(24)).out(fd)
+	// Only procfs itself may be written to, and nothing that is mounted over its
+	// files: a label that goes elsewhere is a label lost.
+	b.call(unix.SYS_OPENAT, fdcwd, str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(proc)
 	st := make([]byte, 128)
 	ok := b.label()
-	b.call(unix.SYS_FSTATFS, fd.arg(), mem(st))
+	b.call(unix.SYS_FSTATFS, proc.arg(), mem(st))
 	b.call(OpTestMem, mem(st), num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(ok)
 	b.call(OpFail, num(unix.EXDEV))
 	b.mark(ok)
+	b.call(unix.SYS_OPENAT2, proc.arg(), str("thread-self/attr/apparmor/exec"), mem(openHow(unix.O_WRONLY|unix.O_CLOEXEC,
+		unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV|unix.RESOLVE_NO_MAGICLINKS)), num(24)).out(fd)
+	b.call(unix.SYS_CLOSE, proc.arg())
 	b.call(unix.SYS_WRITE, fd.arg(), mem([]byte(data)), num(len(data)))
 	b.call(unix.SYS_CLOSE, fd.arg())
 	return nil

@@ -236,6 +236,31 @@ func TestProcLink(t *testing.T) {
 	}
 }
 
+// TestNotOverProc: nor does a link lead a mount into /proc.
+func TestNotOverProc(t *testing.T) {
+	root := busybox(t)
+	if err := os.Symlink("/proc/self", filepath.Join(root, "trap")); err != nil {
+		t.Fatal(err)
+	}
+	src := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(src, []byte("fake\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []specs.Mount{
+		{Destination: "/trap/attr", Type: "tmpfs"},
+		{Destination: "/trap/oom_score_adj", Source: src, Options: []string{"bind"}},
+	} {
+		s := sh(root, "true")
+		s.Mounts = append(s.Mounts, m)
+		if err := failure(t, s); !errors.Is(err, syscall.EPERM) {
+			t.Errorf("%s: %v", m.Destination, err)
+		}
+	}
+	s := sh(root, "cat /proc/uptime")
+	s.Mounts = append(s.Mounts, specs.Mount{Destination: "/proc/uptime", Source: src, Options: []string{"bind"}})
+	expect(t, s, "fake")
+}
+
 // TestLinksStayInside: links of the image that point out of it stay in it.
 func TestLinksStayInside(t *testing.T) {
 	root := busybox(t)
