@@ -232,7 +232,12 @@ func TestRootLifeCycle(t *testing.T) {
 			t.Errorf("got status %s, want %s", got, want)
 		}
 	}
+	started := func(n int) {
+		t.Helper()
+		e.until(t, func(out string) bool { return strings.Count(out, "started") == n }, "logs", name)
+	}
 	status("running")
+	started(1)
 	if got := e.ok(t, "ps", "-q", "--no-trunc", "-f", "label=e2e="+name); got != id {
 		t.Errorf("ps: %q", got)
 	}
@@ -259,9 +264,10 @@ func TestRootLifeCycle(t *testing.T) {
 	}
 	e.ok(t, "start", name)
 	status("running")
+	started(2)
 	e.ok(t, "restart", "-t", "0", name)
 	status("running")
-	e.until(t, func(out string) bool { return strings.Count(out, "started") == 3 }, "logs", name)
+	started(3)
 	e.ok(t, "kill", "-s", "KILL", name)
 	if got := e.ok(t, "wait", name); got != "137" {
 		t.Errorf("wait after kill: %q", got)
@@ -412,14 +418,17 @@ func TestRootTerminal(t *testing.T) {
 	e := realEngine(t)
 	name := e.unique(t, "")
 	s := e.onTerminal(t, "run", "-it", "--name", name, "busybox", "sh")
+	s.expect("# ")
 	s.send("stty size\n")
 	s.expect("31 97")
+	s.expect("# ")
 	if err := pty.Setsize(s.ptmx, &pty.Winsize{Rows: 40, Cols: 120}); err != nil {
 		t.Fatal(err)
 	}
 	// The new size arrives on its own time.
 	s.send("until [ \"$(stty size)\" = '40 120' ]; do sleep 0.05; done; echo re''sized\n")
 	s.expect("resized")
+	s.expect("# ")
 	// The terminal answers and cat repeats: it runs, and ctrl-c will reach it.
 	s.send("echo go $((1+1)); cat\n")
 	s.expect("go 2\r\n")
@@ -429,6 +438,7 @@ func TestRootTerminal(t *testing.T) {
 	s.expect("# ")
 	s.send("echo still $((40+2))\n")
 	s.expect("still 42")
+	s.expect("# ")
 	s.send("\x10\x11")
 	if code := s.exit(); code != 0 {
 		t.Errorf("detached with %d", code)
@@ -439,7 +449,9 @@ func TestRootTerminal(t *testing.T) {
 	s = e.onTerminal(t, "attach", name)
 	s.send("echo again $((1+1))\n")
 	s.expect("again 2")
+	s.expect("# ")
 	x := e.onTerminal(t, "exec", "-it", name, "sh")
+	x.expect("# ")
 	x.send("stty size; exit 9\n")
 	x.expect("31 97")
 	if code := x.exit(); code != 9 {
