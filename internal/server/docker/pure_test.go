@@ -79,6 +79,25 @@ func TestEscapeNames(t *testing.T) {
 	}
 }
 
+func FuzzPath(f *testing.F) {
+	f.Add("GET", "/v1.50/images/a/b%2Fc/json")
+	f.Add("DELETE", "//images//x:y@sha256:00")
+	f.Add("POST", "/v9999999999.1/plugins/%zz/enable")
+	f.Fuzz(func(t *testing.T, method, path string) {
+		v, rest, err := splitVersion(path)
+		if err != nil {
+			return
+		}
+		if v < MinVersion || v > MaxVersion {
+			t.Errorf("%q: version %v", path, v)
+		}
+		got := escapeNames(method, rest)
+		if again := escapeNames(method, got); again != got {
+			t.Errorf("%q: %q, then %q", path, got, again)
+		}
+	})
+}
+
 func TestFilters(t *testing.T) {
 	for _, tc := range []struct {
 		in   string

@@ -75,7 +75,7 @@ func Message(err error) string {
 		return cut
 	case errdefs.ErrNotFound:
 		l := strings.ToLower(cut)
-		for _, said := range []string{"not found", "no such", "not known", "unknown", "could not find"} {
+		for _, said := range []string{"not found", "no such", "not known", "unknown", "could not find", "does not exist"} {
 			if strings.Contains(l, said) {
 				return cut
 			}
