@@ -107,18 +107,23 @@ func (a *app) report(cmd *cobra.Command, err error) int {
 	case errors.As(err, &ee):
 		code = ee.code
 		if ee.err != nil {
-			fmt.Fprintln(a.err, message(ee.err))
+			a.complain(message(ee.err))
 		}
 	case errors.As(err, &ue):
 		code = exitEngine
 		fmt.Fprintf(a.err, "tenon: %v\n\nUsage:  %s\n\nRun '%s --help' for more information\n", ue.err, useLine(ue.cmd), ue.cmd.CommandPath())
 	default:
-		fmt.Fprintln(a.err, message(err))
+		a.complain(message(err))
 		if _, known := cmd.Annotations[engineCodes]; known {
 			code = exitEngine
 		}
 	}
 	return code
+}
+
+// complain prints an error. Parts of it may come from a registry or an image.
+func (a *app) complain(msg string) {
+	_ = writeText(a.err, []byte(msg+"\n")) // there is nobody left to tell
 }
 
 // engineCodes marks the verbs whose failures end with 125, so that they can be

@@ -149,7 +149,19 @@ func (l listing) print(w io.Writer, format string, rows []any) error {
 	if tw != nil {
 		_ = tw.Flush() // writes to memory
 	}
-	_, err = w.Write(b.Bytes())
+	return writeText(w, b.Bytes())
+}
+
+// writeText writes text that names, labels and messages of others are part of:
+// on a terminal it cannot command the terminal.
+func writeText(w io.Writer, text []byte) error {
+	if _, is := terminal(w); is {
+		s := &safeWriter{w: w}
+		defer s.flush()
+		_, err := s.Write(text)
+		return err
+	}
+	_, err := w.Write(text)
 	return err
 }
 

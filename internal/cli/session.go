@@ -10,6 +10,8 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 
 	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/container"
@@ -43,8 +45,16 @@ func (e *runError) Error() string { return "Error response from daemon: " + e.Me
 func (s *session) frames(rc *client.RunConn) error {
 	defer rc.Close()
 	defer s.leaveRaw()
+	var pulling atomic.Bool
+	var interrupted atomic.Int32
 	if !s.o.detach && s.o.sigProxy {
 		defer onSignals(func(name string) {
+			if pulling.Load() && (name == "SIGINT" || name == "SIGTERM") {
+				// There is no container yet that the signal could be for.
+				interrupted.Store(map[string]int32{"SIGINT": 130, "SIGTERM": 143}[name])
+				rc.Close()
+				return
+			}
 			_ = rc.Writer.WriteJSON(runproto.Signal, runproto.SignalMessage{Signal: name}) // a lost connection shows in the reader
 		})()
 	}
@@ -58,6 +68,9 @@ func (s *session) frames(rc *client.RunConn) error {
 				return nil
 			default:
 			}
+			if code := interrupted.Load(); code != 0 {
+				return &exitError{code: int(code)}
+			}
 			return fmt.Errorf("the connection to the daemon broke, the container may still be running: %w", err)
 		}
 		switch typ {
@@ -66,6 +79,7 @@ func (s *session) frames(rc *client.RunConn) error {
 		case runproto.Stderr:
 			_, err = s.a.err.Write(p)
 		case runproto.Progress:
+			pulling.Store(true)
 			if prog == nil {
 				prog = newProgress(s.a.err, s.flags.quiet)
 				prog.line(fmt.Sprintf("Unable to find image '%s' locally", s.req.Image))
@@ -75,12 +89,17 @@ func (s *session) frames(rc *client.RunConn) error {
 				prog.add(m)
 			}
 		case runproto.Created:
+			pulling.Store(false)
 			err = s.created(rc, p, detached)
 		case runproto.Exit:
 			return s.exited(p)
 		case runproto.Error:
 			s.leaveRaw()
 			return s.failed(p)
+		}
+		if errors.Is(err, syscall.EPIPE) {
+			// Whoever read the output has left: end as a process that SIGPIPE ends.
+			return &exitError{code: 128 + int(syscall.SIGPIPE)}
 		}
 		if err != nil {
 			return err

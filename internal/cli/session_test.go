@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+	"github.com/moby/moby/api/types/container"
 
 	"tenon.dev/tenon/client/runproto"
 )
@@ -326,5 +327,46 @@ func TestFallback(t *testing.T) {
 	want := "POST /tenon/v1/run POST /containers/create POST /containers/abc/start"
 	if out != "abc\n" || code != 0 || strings.Join(calls, " ") != want {
 		t.Errorf("got %q %q %d, calls %v", out, errOut, code, calls)
+	}
+}
+
+// TestRunReaderLeaves checks that a run ends quietly, as a process that
+// SIGPIPE ends, when nobody reads its output any more.
+func TestRunReaderLeaves(t *testing.T) {
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	host := serveRun(t, func(_ runproto.Request, _ http.Header, _ *runproto.Reader, w *runproto.Writer) {
+		w.WriteJSON(runproto.Created, runproto.CreatedMessage{ID: "abc"})
+		for w.Write(runproto.Stdout, []byte("y\n")) == nil {
+		}
+	}, nil)
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pr.Close()
+	defer pw.Close()
+	var errOut bytes.Buffer
+	code := Main(Env{In: strings.NewReader(""), Out: pw, Err: &errOut, Version: "test"}, []string{"-H", host, "run", "busybox", "yes"})
+	if code != 141 || errOut.Len() > 0 {
+		t.Errorf("got %d, %s", code, errOut.String())
+	}
+}
+
+// TestTablesCannotCommandTheTerminal gives a terminal a hostile name.
+func TestTablesCannotCommandTheTerminal(t *testing.T) {
+	ptmx, tty, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ptmx.Close()
+	defer tty.Close()
+	l := listing{table: "{{.ID}}", headers: headers{"ID": "ID"}}
+	if err := l.print(tty, "", []any{containerRow{s: container.Summary{ID: "\x1b]0;pwned\x07"}, full: true}}); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 100)
+	n, err := io.ReadAtLeast(ptmx, buf, len("ID\r\n\\x1b]0;pwned\\a"))
+	if got := string(buf[:n]); err != nil || strings.Contains(got, "\x1b") || !strings.Contains(got, `\x1b]0;pwned\a`) {
+		t.Errorf("got %q, %v", got, err)
 	}
 }

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -329,10 +328,5 @@ func (b *statsBoard) print(format string) error {
 		headers: headers{"Container": "CONTAINER", "ID": "CONTAINER ID", "Name": "NAME", "CPUPerc": "CPU %", "MemUsage": "MEM USAGE / LIMIT",
 			"MemPerc": "MEM %", "NetIO": "NET I/O", "BlockIO": "BLOCK I/O", "PIDs": "PIDS"},
 	}
-	var out bytes.Buffer
-	if err := l.print(&out, format, rows); err != nil {
-		return err
-	}
-	_, err := b.a.out.Write(out.Bytes())
-	return err
+	return l.print(b.a.out, format, rows)
 }

@@ -74,8 +74,7 @@ func (a *app) columns(rows [][]string) error {
 		fmt.Fprintln(tw, strings.Join(r, "\t"))
 	}
 	_ = tw.Flush() // writes to memory
-	_, err := a.out.Write(b.Bytes())
-	return err
+	return writeText(a.out, b.Bytes())
 }
 
 // versions is what version shows; templates name its fields.
@@ -249,8 +248,7 @@ func (a *app) printEvent(raw json.RawMessage, format string) error {
 	if len(attrs) > 0 {
 		line += " (" + strings.Join(attrs, ", ") + ")"
 	}
-	_, err := fmt.Fprintln(a.out, line)
-	return err
+	return writeText(a.out, []byte(line+"\n"))
 }
 
 func (a *app) dfCmd() *cobra.Command {
