@@ -19,8 +19,8 @@ import (
 	"tenon.dev/tenon/internal/launch"
 )
 
-// held is what this process holds: descriptors, children, mounts.
-func held(t *testing.T) string {
+// held is what this process holds: descriptors, children, mounts of root.
+func held(t *testing.T, root string) string {
 	t.Helper()
 	fds, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
@@ -41,7 +41,7 @@ func held(t *testing.T) string {
 	}
 	own := 0
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, os.TempDir()+"/Test") {
+		if strings.Contains(line, filepath.Dir(root)) {
 			own++
 		}
 	}
@@ -104,7 +104,7 @@ func TestEveryStepFails(t *testing.T) {
 		if err := try(plan); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		before := held(t)
+		before := held(t, root)
 		failed := 0
 		stride := 1
 		if name != "rich" {
@@ -134,7 +134,7 @@ func TestEveryStepFails(t *testing.T) {
 		if failed < 40 {
 			t.Errorf("%s: %d failures", name, failed)
 		}
-		if after := held(t); after != before {
+		if after := held(t, root); after != before {
 			t.Errorf("%s: %s, before it was %s", name, after, before)
 		}
 	}
@@ -147,7 +147,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := held(t)
+	before := held(t, root)
 	for i := 0; i < len(plan.Code); i += 7 {
 		broken := *plan
 		broken.Code = slices.Clone(plan.Code)
@@ -167,7 +167,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		}
 		p.Close()
 	}
-	if after := held(t); after != before {
+	if after := held(t, root); after != before {
 		t.Errorf("%s, before it was %s", after, before)
 	}
 }
@@ -186,7 +186,7 @@ func TestStorm(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := held(t)
+	before := held(t, root)
 	var stop atomic.Bool
 	var noise sync.WaitGroup
 	sig := make(chan os.Signal, 1)
@@ -240,7 +240,7 @@ func TestStorm(t *testing.T) {
 	wg.Wait()
 	stop.Store(true)
 	noise.Wait()
-	if after := held(t); after != before {
+	if after := held(t, root); after != before {
 		t.Errorf("%s, before it was %s", after, before)
 	}
 }
