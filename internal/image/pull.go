@@ -100,7 +100,7 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 		return nil, registryError("pull", show, err)
 	}
 	desc, err := p.manifest(ctx, target, opts)
-	if errors.Is(err, errNoPlatform) {
+	if errors.Is(err, ErrPlatform) {
 		return nil, fmt.Errorf("pull %s: %w", show, err)
 	}
 	if err != nil {
@@ -135,9 +135,6 @@ func resolveRef(ctx context.Context, r remotes.Resolver, name string) (string, o
 	defer cancel()
 	return r.Resolve(ctx, name)
 }
-
-// errNoPlatform: the registry has the image, but not for the platform.
-var errNoPlatform = fmt.Errorf("no such platform: %w", errdefs.ErrNotFound)
 
 // document fetches an index, manifest or config.
 func (p *puller) document(ctx context.Context, d ocispec.Descriptor) error {
@@ -186,7 +183,7 @@ func (p *puller) manifest(ctx context.Context, target ocispec.Descriptor, opts P
 			names = append(names, platforms.Format(c.platform))
 		}
 		return target, fmt.Errorf("no matching manifest for %s in the manifest list entries: there is %s: %w",
-			platforms.Format(*want), strings.Join(names, ", "), errNoPlatform)
+			platforms.Format(*want), strings.Join(names, ", "), ErrPlatform)
 	}
 	for _, m := range flat {
 		main := m.Digest == chosen.Digest

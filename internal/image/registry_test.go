@@ -38,9 +38,9 @@ import (
 
 // registryProgram builds distribution's registry once for the machine.
 var registryProgram = sync.OnceValues(func() (string, error) {
-	dir := os.Getenv("TENON_TEST_TOOLS")
+	dir := os.Getenv("TENON_CACHE")
 	if dir == "" {
-		dir = filepath.Join(os.TempDir(), "tenon-tools")
+		dir = "/var/cache/tenon-test"
 	}
 	cmd := exec.Command("../../test/tools/registry.sh", dir)
 	cmd.Stderr = os.Stderr

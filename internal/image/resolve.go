@@ -181,6 +181,10 @@ func (s *Store) Resolve(ctx context.Context, ref string, platform *ocispec.Platf
 	return img, nil
 }
 
+// ErrPlatform is an errdefs.ErrNotFound: the image is known, but not for the
+// platform that was asked for. The error's text names those there are.
+var ErrPlatform = fmt.Errorf("no such platform: %w", errdefs.ErrNotFound)
+
 func platformKey(p ocispec.Platform) string {
 	if p.OSVersion == "" && len(p.OSFeatures) == 0 {
 		return p.OS + "/" + p.Architecture + "/" + p.Variant
@@ -413,8 +417,8 @@ func (s *Store) chooseAmong(all []candidate, platform *ocispec.Platform) (ocispe
 		if len(names) == 0 {
 			names = []string{"no platform"}
 		}
-		return ocispec.Descriptor{}, fmt.Errorf("no image for platform %s is here, only for %s: %w",
-			platforms.Format(*want), strings.Join(names, ", "), errdefs.ErrNotFound)
+		return ocispec.Descriptor{}, fmt.Errorf("it is not here for platform %s, only for %s: %w",
+			platforms.Format(*want), strings.Join(names, ", "), ErrPlatform)
 	}
 	return here[best].desc, nil
 }

@@ -1,14 +1,20 @@
 #!/bin/sh
-# Build the registry program of distribution/v3 into DIR (default: /tmp/tenon-tools).
+# Build the registry program of distribution/v3 into DIR (default: /var/cache/tenon-test).
 # usage: registry.sh [DIR]; prints the path of the program. Does nothing if it is there.
 set -eu
-dir=${1:-/tmp/tenon-tools}
+dir=${1:-/var/cache/tenon-test}
 version=v3.1.2
 if [ -x "$dir/registry" ]; then
 	echo "$dir/registry"
 	exit 0
 fi
 mkdir -p "$dir"
+exec 9>"$dir/registry.lock"
+flock 9
+if [ -x "$dir/registry" ]; then
+	echo "$dir/registry"
+	exit 0
+fi
 work=$(mktemp -d "$dir/registry-build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 # A module of its own: the registry's dependencies are none of ours.
