@@ -216,7 +216,8 @@ func (c *container) create(p *process, r createRequest) (child, error) {
 	for _, w := range fp.Warnings {
 		c.shim.log.Warn("container runs with less than asked for", "container", c.id, "warning", w)
 	}
-	if fp.Console != nil {
+	err = c.sendListener(fp, r.spec.Linux, specs.StateCreating)
+	if err == nil && fp.Console != nil {
 		err = p.io.setConsole(fp.Console)
 	}
 	if err == nil && r.terminal && (r.opts.ConsoleWidth > 0 || r.opts.ConsoleHeight > 0) {

@@ -183,7 +183,8 @@ func (c *container) forkExec(p *process, process *specs.Process, privileged bool
 	if err := errors.Join(cerr, err); err != nil {
 		return nil, err
 	}
-	if fp.Console != nil {
+	err = c.sendListener(fp, &specs.Linux{Seccomp: seccomp}, specs.StateRunning)
+	if err == nil && fp.Console != nil {
 		err = p.io.setConsole(fp.Console)
 	}
 	if err == nil && p.terminal && (p.width > 0 || p.height > 0) {

@@ -2,8 +2,10 @@ package shim_test
 
 import (
 	"archive/tar"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -170,4 +172,62 @@ func TestUserNamespaceFiles(t *testing.T) {
 	if err := s.WriteFiles(ctx, f, "/tmp", tarOf(&tar.Header{Name: "big", Uid: 70000, PAXRecords: text("x")}), false, false); err == nil {
 		t.Error("wrote a file of an owner that the container cannot have")
 	}
+}
+
+// TestSeccompListener hands a filter's descriptor to an agent.
+func TestSeccompListener(t *testing.T) {
+	s := startShim(t)
+	ctx := testContext(t)
+	path := filepath.Join(s.dir, "agent")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	type message struct {
+		state specs.ContainerProcessState
+		fd    int
+		err   error
+	}
+	got := make(chan message, 1)
+	go func() {
+		var m message
+		defer func() { got <- m }()
+		var c *net.UnixConn
+		if c, m.err = l.AcceptUnix(); m.err != nil {
+			return
+		}
+		defer c.Close()
+		b, oob := make([]byte, 8192), make([]byte, 64)
+		n, on, _, _, err := c.ReadMsgUnix(b, oob)
+		if m.err = err; err != nil {
+			return
+		}
+		if m.err = json.Unmarshal(b[:n], &m.state); m.err != nil {
+			return
+		}
+		msgs, err := syscall.ParseSocketControlMessage(oob[:on])
+		if err != nil || len(msgs) != 1 {
+			m.err = errors.New("no descriptor")
+			return
+		}
+		fds, err := syscall.ParseUnixRights(&msgs[0])
+		if m.err = err; err == nil {
+			m.fd = fds[0]
+		}
+	}()
+	r, err := s.run(ctx, task.CreateRequest{ID: "a", Spec: spec(rootfs(t), func(s *specs.Spec) {
+		s.Linux.Seccomp = &specs.LinuxSeccomp{
+			DefaultAction: specs.ActAllow, Architectures: []specs.Arch{specs.ArchX86_64}, ListenerPath: path, ListenerMetadata: "meta",
+			Syscalls: []specs.LinuxSyscall{{Names: []string{"getpgrp"}, Action: specs.ActNotify}},
+		}
+	}, "echo", "ok")}, nil)
+	if err != nil || r.out != "ok\n" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	m := <-got
+	if m.err != nil || m.fd <= 0 || m.state.Metadata != "meta" || m.state.State.ID != "a" || m.state.Pid == 0 {
+		t.Errorf("%+v", m)
+	}
+	syscall.Close(m.fd)
 }
