@@ -270,6 +270,10 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 		} else if want, err = s.Next(); err != nil {
 			return Endpoint{}, fmt.Errorf("network %s: %w: %w", n.rec.Name, err, errdefs.ErrFailedPrecondition)
 		}
+		if ghost := n.ghosts[want]; ghost != "" {
+			ep.ghosts = append(ep.ghosts, ghost)
+			delete(n.ghosts, want)
+		}
 		p := netip.PrefixFrom(want, s.Prefix().Bits())
 		if want.Is4() {
 			ep.IPv4, ep.Gateway = p, s.gateway
@@ -300,6 +304,11 @@ func (c *Controller) freeAddrsLocked(ep *Endpoint) {
 	if n := c.nets[ep.NetworkID]; n != nil && ep.HostInterface != "" {
 		n.releaseLocked(ep)
 		n.leaveLocked(ep.Segment)
+		for _, p := range []netip.Prefix{ep.IPv4, ep.IPv6} {
+			if p.IsValid() {
+				n.ghosts[p.Addr()] = ep.HostInterface
+			}
+		}
 	}
 }
 

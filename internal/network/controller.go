@@ -48,6 +48,8 @@ type netw struct {
 	// eps holds the containers' endpoints by container id. The names of
 	// pooled namespaces are not in it.
 	eps map[string]*Endpoint
+	// ghosts are the ports of the last endpoints that had an address.
+	ghosts map[netip.Addr]string
 }
 
 // Open makes a controller: it repairs the default networks, the nftables

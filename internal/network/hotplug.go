@@ -50,6 +50,9 @@ func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req
 	}
 	plugs := c.plugs(r.Endpoints)
 	if err == nil {
+		err = c.evict([]Endpoint{ep})
+	}
+	if err == nil {
 		err = c.table.Guard(c.guards([]Endpoint{ep})...)
 	}
 	if err == nil {

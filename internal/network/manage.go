@@ -69,7 +69,7 @@ func (n *netw) subnetFor(v4 bool) *subnet {
 
 // load makes the address plan of a record.
 func newNetw(rec netRecord) (*netw, error) {
-	n := &netw{rec: rec, eps: map[string]*Endpoint{}, segments: make([]segment, 1)}
+	n := &netw{rec: rec, eps: map[string]*Endpoint{}, ghosts: map[netip.Addr]string{}, segments: make([]segment, 1)}
 	for _, cfg := range rec.IPAM.Config {
 		s, err := ipam.New(cfg.Subnet, cfg.IPRange)
 		if err != nil {

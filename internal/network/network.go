@@ -208,6 +208,10 @@ type Endpoint struct {
 	WantMAC            bool `json:",omitempty"`
 	// Segment is which of the network's bridges it is on.
 	Segment int `json:",omitempty"`
+
+	// ghosts are ports of former endpoints with one of its addresses, which
+	// may be there still.
+	ghosts []string
 }
 
 // Resolver is what a container's resolv.conf says.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -264,10 +265,22 @@ func (p *readyPool) drop(nsid string, eps []Endpoint) {
 	p.wake()
 }
 
+// releaseDelay is how long dead namespaces are gathered: the kernel tears down
+// those that die together in one go, and holds up whoever makes interfaces
+// meanwhile.
+const releaseDelay = 50 * time.Millisecond
+
 func (p *readyPool) run() {
 	defer p.c.wg.Done()
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	due := false // the timer runs
 	for {
 		select {
+		case <-timer.C:
+			due = false
+			p.reap()
+			continue
 		case <-p.c.ctx.Done():
 			p.reap()
 			for {
@@ -288,9 +301,14 @@ func (p *readyPool) run() {
 				break
 			}
 			p.full <- r // cannot block: nobody else sends
-			p.reap()
 		}
-		p.reap()
+		p.mu.Lock()
+		pending := len(p.release) > 0
+		p.mu.Unlock()
+		if pending && !due {
+			due = true
+			timer.Reset(releaseDelay)
+		}
 	}
 }
 
@@ -342,10 +360,25 @@ func (c *Controller) setup(ctx context.Context, nsid string, eps []Endpoint) err
 	if err := c.raiseSegments(ctx, eps); err != nil {
 		return err
 	}
+	if err := c.evict(eps); err != nil {
+		return err
+	}
 	if err := c.table.Guard(c.guards(eps)...); err != nil {
 		return err
 	}
 	return c.plumber().Setup(ctx, nsid, c.plugs(eps))
+}
+
+// evict takes the ports of dead endpoints down whose addresses are used again:
+// the kernel may not have destroyed them yet, and would answer for them.
+func (c *Controller) evict(eps []Endpoint) error {
+	var b link.Batch
+	for _, e := range eps {
+		for _, port := range e.ghosts {
+			b.SetDownName(port)
+		}
+	}
+	return c.rtnl.Do(&b)
 }
 
 // guards are the ports that are pinned to their addresses.

@@ -2,6 +2,7 @@ package network
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -150,5 +151,31 @@ func TestRootPortCost(t *testing.T) {
 	_, el3 := count()
 	if el1 != 1 || el2 != 1000 || el3 != 1001 || rules2 != rules1 {
 		t.Errorf("elements %d, %d, %d; rules %d, %d", el1, el2, el3, rules1, rules2)
+	}
+}
+
+// TestRootAddressAgain: an address is used again at once, while the kernel has
+// yet to destroy its former owner's namespace, which must not answer for it.
+func TestRootAddressAgain(t *testing.T) {
+	n := openTest(t)
+	n.create("net")
+	on := func(ip string) Request {
+		return Request{Endpoints: []EndpointRequest{{Network: "net", IPv4: netip.MustParseAddr(ip)}}}
+	}
+	c := n.connect("cc", on("10.199.1.9"))
+	for i := range 20 {
+		a := n.connect("aa", on("10.199.1.7"))
+		keep, err := os.Open(a.Path) // somebody holds the dead namespace
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer keep.Close()
+		serveTCP(t, a.Path, ":80", fmt.Sprint("try", i))
+		for range 3 {
+			wantAnswer(t, c.Path, "tcp", "10.199.1.7:80", fmt.Sprint("try", i, " "))
+		}
+		if err := n.Disconnect(t.Context(), fullID("aa")); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
