@@ -55,13 +55,6 @@ func (p *progress) copy(r io.Reader, onAux func(json.RawMessage)) error {
 	}
 }
 
-// line prints one line of text.
-func (p *progress) line(s string) {
-	if !p.quiet {
-		fmt.Fprintln(p.w, s)
-	}
-}
-
 // add shows one message.
 func (p *progress) add(m jsonstream.Message) {
 	if p.quiet {

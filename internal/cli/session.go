@@ -82,7 +82,6 @@ func (s *session) frames(rc *client.RunConn) error {
 			pulling.Store(true)
 			if prog == nil {
 				prog = newProgress(s.a.err, s.flags.quiet)
-				prog.line(fmt.Sprintf("Unable to find image '%s' locally", s.req.Image))
 			}
 			var m jsonstream.Message
 			if json.Unmarshal(p, &m) == nil {

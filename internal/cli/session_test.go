@@ -140,6 +140,7 @@ func TestRunSession(t *testing.T) {
 		{
 			name: "pull", args: "run busybox",
 			serve: func(_ runproto.Request, _ http.Header, _ *runproto.Reader, w *runproto.Writer) {
+				w.Write(runproto.Progress, []byte(`{"status":"Unable to find image 'busybox' locally"}`))
 				w.Write(runproto.Progress, []byte(`{"status":"Pulling","id":"abc"}`))
 				w.WriteJSON(runproto.Created, runproto.CreatedMessage{ID: "abc"})
 				w.WriteJSON(runproto.Exit, runproto.ExitMessage{})
