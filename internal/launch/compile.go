@@ -108,7 +108,7 @@ func (c *compiler) enter() error {
 		}
 		c.step(fmt.Sprintf("join %s namespace %s", n.kind, p))
 		fd := c.builder.slot()
-		c.call(unix.SYS_OPENAT, fdcwd, str(p), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
+		c.call(unix.SYS_OPENAT, fdcwd, c.str(p), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
 		c.call(unix.SYS_SETNS, fd.arg(), num(n.flag))
 		c.call(unix.SYS_CLOSE, fd.arg())
 	}
@@ -158,16 +158,15 @@ func (c *compiler) enter() error {
 // hostProc opens the host's /proc and makes sure that it is procfs.
 func (c *compiler) hostProc() {
 	c.step("open /proc")
-	c.call(unix.SYS_OPENAT, fdcwd, str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.proc)
+	c.call(unix.SYS_OPENAT, fdcwd, c.str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.proc)
 	c.verifyFS(c.proc, unix.PROC_SUPER_MAGIC)
 }
 
 // verifyFS fails the step unless fd is on a file system of that magic.
 func (c *compiler) verifyFS(fd slot, magic uint32) {
-	buf := make([]byte, 128)
 	ok := c.label()
-	c.call(unix.SYS_FSTATFS, fd.arg(), mem(buf))
-	c.call(OpTestMem, mem(buf), num(0), num(4), num(^uint32(0)), num(magic)).to(ok)
+	c.call(unix.SYS_FSTATFS, fd.arg(), c.statfs)
+	c.call(OpTestMem, c.statfs, num(0), num(4), num(^uint32(0)), num(magic)).to(ok)
 	c.call(OpFail, num(unix.EXDEV))
 	c.mark(ok)
 }
@@ -182,7 +181,7 @@ const (
 
 // open opens p below dir by one openat2.
 func (c *compiler) open(dir slot, p string, flags, resolve uint64) ins {
-	return c.call(unix.SYS_OPENAT2, dir.arg(), str(p), mem(openHow(flags, resolve)), num(24))
+	return c.call(unix.SYS_OPENAT2, dir.arg(), c.str(p), c.how(flags, resolve), num(24))
 }
 
 // writeProc writes a file of the host's procfs, opened below the verified /proc.
@@ -218,7 +217,7 @@ func (b *builder) joinCgroup(g *cgroup.Group) {
 	for _, dir := range g.JoinV1() {
 		b.step("join cgroup " + dir)
 		fd := b.slot()
-		b.call(unix.SYS_OPENAT, fdcwd, str(path.Join(dir, "tasks")), num(unix.O_WRONLY|unix.O_CLOEXEC), num(0)).out(fd)
+		b.call(unix.SYS_OPENAT, fdcwd, b.str(path.Join(dir, "tasks")), num(unix.O_WRONLY|unix.O_CLOEXEC), num(0)).out(fd)
 		b.call(unix.SYS_WRITE, fd.arg(), mem([]byte("0")), num(1))
 		b.call(unix.SYS_CLOSE, fd.arg())
 	}

@@ -65,13 +65,13 @@ func (c *compiler) devices() error {
 	}
 	c.step("links in /dev")
 	dev := c.builder.slot()
-	c.target("/dev", dev, dirTarget, nil, resolveRoot, noLabel)
+	c.target("/dev", dev, dirTarget, resolveRoot, noLabel)
 	for _, l := range defaultLinks {
 		if l[1] == "ptmx" {
 			// A ptmx of the image's would open the host's terminals.
-			c.call(unix.SYS_UNLINKAT, dev.arg(), str("ptmx"), num(0)).ignore(unix.ENOENT, unix.EISDIR, unix.EBUSY)
+			c.call(unix.SYS_UNLINKAT, dev.arg(), c.str("ptmx"), num(0)).ignore(unix.ENOENT, unix.EISDIR, unix.EBUSY)
 		}
-		c.call(unix.SYS_SYMLINKAT, str(l[0]), dev.arg(), str(l[1])).ignore(unix.EEXIST)
+		c.call(unix.SYS_SYMLINKAT, c.str(l[0]), dev.arg(), c.str(l[1])).ignore(unix.EEXIST)
 	}
 	c.call(unix.SYS_CLOSE, dev.arg())
 	return nil
@@ -109,12 +109,12 @@ func (c *compiler) device(d *specs.LinuxDevice) error {
 	}
 	c.step("device "+p, fmt.Sprintf("%s %d:%d %#o", d.Type, d.Major, d.Minor, mode&0o7777))
 	parent := c.builder.slot()
-	c.target(dir, parent, dirTarget, nil, resolveRoot, noLabel)
+	c.target(dir, parent, dirTarget, resolveRoot, noLabel)
 	if c.userns && d.Type != "p" {
 		return c.deviceBind(d, parent, name)
 	}
 	exists, done := c.label(), c.label()
-	c.call(unix.SYS_MKNODAT, parent.arg(), str(name), num(mode), num(unix.Mkdev(uint32(d.Major), uint32(d.Minor)))).on(unix.EEXIST, exists)
+	c.call(unix.SYS_MKNODAT, parent.arg(), c.str(name), num(mode), num(unix.Mkdev(uint32(d.Major), uint32(d.Minor)))).on(unix.EEXIST, exists)
 	uid, gid := -1, -1
 	if d.UID != nil {
 		uid = int(*d.UID)
@@ -123,19 +123,18 @@ func (c *compiler) device(d *specs.LinuxDevice) error {
 		gid = int(*d.GID)
 	}
 	if uid > 0 || gid > 0 {
-		c.call(unix.SYS_FCHOWNAT, parent.arg(), str(name), num(uid), num(gid), num(unix.AT_SYMLINK_NOFOLLOW))
+		c.call(unix.SYS_FCHOWNAT, parent.arg(), c.str(name), num(uid), num(gid), num(unix.AT_SYMLINK_NOFOLLOW))
 	}
 	c.call(OpJump).to(done)
 	c.mark(exists)
 	// A node of the image's or the mount's must be the right one.
-	st := make([]byte, statSize)
 	ok1 := c.label()
-	c.call(unix.SYS_NEWFSTATAT, parent.arg(), str(name), mem(st), num(unix.AT_SYMLINK_NOFOLLOW))
-	c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(mode&unix.S_IFMT)).to(ok1)
+	c.call(unix.SYS_NEWFSTATAT, parent.arg(), c.str(name), c.stat, num(unix.AT_SYMLINK_NOFOLLOW))
+	c.call(OpTestMem, c.stat, num(statMode), num(4), num(unix.S_IFMT), num(mode&unix.S_IFMT)).to(ok1)
 	c.call(OpFail, num(unix.EEXIST))
 	c.mark(ok1)
 	if d.Type != "p" {
-		c.call(OpTestMem, mem(st), num(statRdev), num(8), num(^uint64(0)), num(unix.Mkdev(uint32(d.Major), uint32(d.Minor)))).to(done)
+		c.call(OpTestMem, c.stat, num(statRdev), num(8), num(^uint64(0)), num(unix.Mkdev(uint32(d.Major), uint32(d.Minor)))).to(done)
 		c.call(OpFail, num(unix.EEXIST))
 	}
 	c.mark(done)
@@ -147,9 +146,9 @@ func (c *compiler) device(d *specs.LinuxDevice) error {
 func (c *compiler) deviceBind(d *specs.LinuxDevice, parent slot, name string) error {
 	tree, t := c.builder.slot(), c.builder.slot()
 	c.open(c.old, "."+path.Clean(d.Path), pathFlags, resolveRoot).out(tree)
-	c.call(unix.SYS_OPEN_TREE, tree.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
-	c.call(unix.SYS_MKNODAT, parent.arg(), str(name), num(unix.S_IFREG|0o644), num(0)).ignore(unix.EEXIST)
-	c.call(unix.SYS_OPENAT, parent.arg(), str(name), num(pathFlags|unix.O_NOFOLLOW), num(0)).out(t)
+	c.call(unix.SYS_OPEN_TREE, tree.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
+	c.call(unix.SYS_MKNODAT, parent.arg(), c.str(name), num(unix.S_IFREG|0o644), num(0)).ignore(unix.EEXIST)
+	c.call(unix.SYS_OPENAT, parent.arg(), c.str(name), num(pathFlags|unix.O_NOFOLLOW), num(0)).out(t)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
 	c.call(unix.SYS_CLOSE, t.arg())
@@ -169,8 +168,8 @@ func (c *compiler) console() error {
 	}
 	c.step("bind the terminal → /dev/console")
 	t, tree := c.builder.slot(), c.builder.slot()
-	c.target("/dev/console", t, fileTarget, nil, resolveRoot|unix.RESOLVE_NO_SYMLINKS, noLabel)
-	c.call(unix.SYS_OPEN_TREE, slave.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
+	c.target("/dev/console", t, fileTarget, resolveRoot|unix.RESOLVE_NO_SYMLINKS, noLabel)
+	c.call(unix.SYS_OPEN_TREE, slave.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
 	c.call(unix.SYS_CLOSE, t.arg())
@@ -183,11 +182,10 @@ func (b *builder) terminal(root slot, p *specs.Process) slot {
 	b.step("allocate a terminal")
 	master, slave := b.slot(), b.slot()
 	unlocked := make([]byte, 4)
-	st := make([]byte, 128)
 	ok := b.label()
-	b.call(unix.SYS_OPENAT2, root.arg(), str("dev/pts/ptmx"), mem(openHow(unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, resolveRoot|unix.RESOLVE_NO_SYMLINKS)), num(24)).out(master)
-	b.call(unix.SYS_FSTATFS, master.arg(), mem(st))
-	b.call(OpTestMem, mem(st), num(0), num(4), num(^uint32(0)), num(unix.DEVPTS_SUPER_MAGIC)).to(ok)
+	b.call(unix.SYS_OPENAT2, root.arg(), b.str("dev/pts/ptmx"), b.how(unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, resolveRoot|unix.RESOLVE_NO_SYMLINKS), num(24)).out(master)
+	b.call(unix.SYS_FSTATFS, master.arg(), b.statfs)
+	b.call(OpTestMem, b.statfs, num(0), num(4), num(^uint32(0)), num(unix.DEVPTS_SUPER_MAGIC)).to(ok)
 	b.call(OpFail, num(unix.ENODEV))
 	b.mark(ok)
 	b.call(unix.SYS_IOCTL, master.arg(), num(unix.TIOCSPTLCK), mem(unlocked))

@@ -67,7 +67,7 @@ func CompileExec(process *specs.Process, opts ExecOptions) (*Plan, error) {
 	c.call(unix.SYS_CLOSE, c.proc.arg())
 	if process.Terminal {
 		c.step("open /")
-		c.call(unix.SYS_OPENAT, fdcwd, str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
+		c.call(unix.SYS_OPENAT, fdcwd, c.str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
 		slave := c.terminal(c.root, process)
 		c.attachTerminal(slave)
 		c.call(unix.SYS_CLOSE, c.root.arg())

@@ -19,12 +19,12 @@ func CompileHook(hook specs.Hook, pid, pidfd int) (*Plan, error) {
 	c.p.Target, c.p.JoinFlags, c.p.JoinUser, c.p.JoinPidNS = pidfd, allNamespaces, true, true
 	c.root = c.builder.slot()
 	c.step("root of the container's process")
-	c.call(unix.SYS_OPENAT, fdcwd, str(fmt.Sprintf("/proc/%d/root", pid)), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
+	c.call(unix.SYS_OPENAT, fdcwd, c.str(fmt.Sprintf("/proc/%d/root", pid)), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
 	c.step("join the container's namespaces")
 	c.call(unix.SYS_SETNS, slot(SlotPidfd).arg(), slot(SlotJoinFlags).arg())
 	c.call(unix.SYS_FCHDIR, c.root.arg())
-	c.call(unix.SYS_CHROOT, str("."))
-	c.call(unix.SYS_CHDIR, str("/"))
+	c.call(unix.SYS_CHROOT, c.str("."))
+	c.call(unix.SYS_CHDIR, c.str("/"))
 	c.call(unix.SYS_SETSID)
 	c.step("wait to be started")
 	c.call(OpBarrier)
@@ -34,7 +34,7 @@ func CompileHook(hook specs.Hook, pid, pidfd int) (*Plan, error) {
 		args = []string{hook.Path}
 	}
 	c.step("exec " + hook.Path)
-	c.call(unix.SYS_EXECVE, str(hook.Path), vec(args), vec(hook.Env))
+	c.call(unix.SYS_EXECVE, c.str(hook.Path), vec(args), vec(hook.Env))
 	return c.finish(), nil
 }
 

@@ -45,7 +45,7 @@ const (
 // last component here, all else (missing parents, links that lead nowhere) by
 // the parent, which is asked. It goes to made, if that is not noLabel, when
 // dest was missing.
-func (c *compiler) target(dest string, t slot, kind targetKind, st []byte, resolve uint64, made label) {
+func (c *compiler) target(dest string, t slot, kind targetKind, resolve uint64, made label) {
 	done, missing, ask := c.label(), c.label(), c.label()
 	c.open(c.root, dest, pathFlags, resolve).out(t).on(unix.ENOENT, missing).to(done)
 	c.mark(missing)
@@ -60,15 +60,15 @@ func (c *compiler) target(dest string, t slot, kind targetKind, st []byte, resol
 	c.open(c.root, dir, pathFlags|unix.O_DIRECTORY, resolve).out(parent).on(unix.ENOENT, ask)
 	isDir, open := c.label(), c.label()
 	if kind == likeStat {
-		c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(isDir)
+		c.call(OpTestMem, c.stat, num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(isDir)
 	}
 	if kind != dirTarget {
-		c.call(unix.SYS_MKNODAT, parent.arg(), str(base), num(unix.S_IFREG|0o755), num(0)).on(unix.EEXIST, ask)
+		c.call(unix.SYS_MKNODAT, parent.arg(), c.str(base), num(unix.S_IFREG|0o755), num(0)).on(unix.EEXIST, ask)
 		c.call(OpJump).to(open)
 	}
 	c.mark(isDir)
 	if kind != fileTarget {
-		c.call(unix.SYS_MKDIRAT, parent.arg(), str(base), num(0o755)).on(unix.EEXIST, ask)
+		c.call(unix.SYS_MKDIRAT, parent.arg(), c.str(base), num(0o755)).on(unix.EEXIST, ask)
 	}
 	c.mark(open)
 	c.call(unix.SYS_CLOSE, parent.arg())
@@ -80,7 +80,7 @@ func (c *compiler) target(dest string, t slot, kind targetKind, st []byte, resol
 	c.p.Targets = append(c.p.Targets, dest)
 	asDir, asked := c.label(), c.label()
 	if kind == likeStat {
-		c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(asDir)
+		c.call(OpTestMem, c.stat, num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(asDir)
 	}
 	if kind != dirTarget {
 		c.call(OpPhase, num(int(PhaseTargetFile)|n<<8)).to(asked)
@@ -117,10 +117,9 @@ func (c *compiler) notProc(t slot, dest string) {
 	if procFiles[path.Clean("/"+dest)] {
 		return
 	}
-	buf := make([]byte, 128)
 	bad, ok := c.label(), c.label()
-	c.call(unix.SYS_FSTATFS, t.arg(), mem(buf))
-	c.call(OpTestMem, mem(buf), num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(bad)
+	c.call(unix.SYS_FSTATFS, t.arg(), c.statfs)
+	c.call(OpTestMem, c.statfs, num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(bad)
 	c.call(OpJump).to(ok)
 	c.mark(bad)
 	c.call(OpFail, num(unix.EPERM))
@@ -168,14 +167,13 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		return fmt.Errorf("destination is the root")
 	}
 	made := c.label()
-	c.target(dest, t, dirTarget, nil, resolve, made)
+	c.target(dest, t, dirTarget, resolve, made)
 	// A tmpfs over a directory of the image has its mode, if no other is asked for.
 	keepMode := typ == "tmpfs" && !hasData(o.data, "mode")
 	mode := c.builder.slot()
 	if keepMode {
-		st := make([]byte, statSize)
-		c.call(unix.SYS_NEWFSTATAT, t.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
-		c.call(OpLoad, mem(st), num(statMode), num(4), num(0o7777)).out(mode)
+		c.call(unix.SYS_NEWFSTATAT, t.arg(), c.str(""), c.stat, num(unix.AT_EMPTY_PATH))
+		c.call(OpLoad, c.stat, num(statMode), num(4), num(0o7777)).out(mode)
 	}
 	c.mark(made)
 	if typ != "proc" {
@@ -196,7 +194,7 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		return nil
 	}
 	c.call(unix.SYS_FCHDIR, t.arg())
-	mount := c.call(unix.SYS_MOUNT, str(source), str("."), str(typ), num(uint64(flags)), str(data))
+	mount := c.call(unix.SYS_MOUNT, c.str(source), c.str("."), c.str(typ), num(uint64(flags)), c.str(data))
 	if typ == "sysfs" || typ == "cgroup2" {
 		// The network (cgroup) namespace belongs to a user namespace above ours.
 		denied, done := c.label(), c.label()
@@ -212,7 +210,7 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 			}
 		}
 		tree := c.builder.slot()
-		c.call(unix.SYS_OPEN_TREE, c.old.arg(), str(from), num(treeFlags|unix.AT_RECURSIVE)).out(tree)
+		c.call(unix.SYS_OPEN_TREE, c.old.arg(), c.str(from), num(treeFlags|unix.AT_RECURSIVE)).out(tree)
 		c.setAttr(tree, unix.AT_RECURSIVE, o.set, o.clr, unix.MS_SLAVE)
 		c.moveMount(tree, t)
 		c.mark(done)
@@ -224,7 +222,7 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		c.call(OpTestSlot, mode.arg(), num(0)).to(done)
 		c.open(c.root, dest, pathFlags, resolve).out(top)
 		c.call(unix.SYS_FCHDIR, top.arg())
-		c.call(unix.SYS_CHMOD, str("."), mode.arg())
+		c.call(unix.SYS_CHMOD, c.str("."), mode.arg())
 		c.call(unix.SYS_CLOSE, top.arg())
 		c.mark(done)
 	}
@@ -285,7 +283,6 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 		kind = "rbind"
 	}
 	t := c.builder.slot()
-	st := make([]byte, statSize)
 	c.step(kind+" "+c.abs(source)+" → "+dest, o.describe())
 	if m == nil {
 		m = &specs.Mount{Source: source}
@@ -297,7 +294,7 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 			return err
 		}
 	}
-	c.call(unix.SYS_NEWFSTATAT, tree.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
+	c.call(unix.SYS_NEWFSTATAT, tree.arg(), c.str(""), c.stat, num(unix.AT_EMPTY_PATH))
 	if len(o.propagation) == 0 {
 		c.setAttr(tree, unix.AT_RECURSIVE, 0, 0, unix.MS_PRIVATE)
 	}
@@ -315,7 +312,7 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 	if len(components(dest)) == 0 {
 		return fmt.Errorf("destination is the root")
 	}
-	c.target(dest, t, likeStat, st, resolve, noLabel)
+	c.target(dest, t, likeStat, resolve, noLabel)
 	c.notProc(t, dest)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
@@ -326,7 +323,7 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 // copyUp mounts a tmpfs over t, and has the parent copy into it what was there.
 func (c *compiler) copyUp(t slot, dest string, resolve uint64, flags uintptr, data string) {
 	c.call(unix.SYS_FCHDIR, t.arg())
-	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(uint64(flags)), str(data))
+	c.call(unix.SYS_MOUNT, c.str("tmpfs"), c.str("."), c.str("tmpfs"), num(uint64(flags)), c.str(data))
 	top := c.builder.slot()
 	c.open(c.root, dest, pathFlags, resolve).out(top)
 	c.call(OpSendFD, num(0), t.arg(), num(0), num(FDCopyFrom))
@@ -355,9 +352,9 @@ func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 	}
 	c.step("mount cgroup → "+dest, o.describe())
 	t := c.builder.slot()
-	c.target(dest, t, dirTarget, nil, resolveRoot, noLabel)
+	c.target(dest, t, dirTarget, resolveRoot, noLabel)
 	c.call(unix.SYS_FCHDIR, t.arg())
-	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(uint64(o.flags&^unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), str("mode=755"))
+	c.call(unix.SYS_MOUNT, c.str("tmpfs"), c.str("."), c.str("tmpfs"), num(uint64(o.flags&^unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), c.str("mode=755"))
 	top := c.builder.slot()
 	c.open(c.root, dest, pathFlags, resolveRoot).out(top)
 	for _, h := range hs {
@@ -366,11 +363,11 @@ func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 		}
 		name := h.Name()
 		sub := c.builder.slot()
-		c.call(unix.SYS_MKDIRAT, top.arg(), str(name), num(0o755))
-		c.call(unix.SYS_OPENAT, top.arg(), str(name), num(pathFlags|unix.O_NOFOLLOW), num(0)).out(sub)
+		c.call(unix.SYS_MKDIRAT, top.arg(), c.str(name), num(0o755))
+		c.call(unix.SYS_OPENAT, top.arg(), c.str(name), num(pathFlags|unix.O_NOFOLLOW), num(0)).out(sub)
 		if c.fresh&unix.CLONE_NEWCGROUP != 0 && !c.userns {
 			c.call(unix.SYS_FCHDIR, sub.arg())
-			c.call(unix.SYS_MOUNT, str("cgroup"), str("."), str("cgroup"), num(uint64(o.flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), str(h.Controllers))
+			c.call(unix.SYS_MOUNT, c.str("cgroup"), c.str("."), c.str("cgroup"), num(uint64(o.flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC)), c.str(h.Controllers))
 		} else {
 			dir := h.Path
 			if c.opts.Cgroup != nil {
@@ -379,7 +376,7 @@ func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 				}
 			}
 			tree := c.builder.slot()
-			c.call(unix.SYS_OPEN_TREE, c.old.arg(), str(strings.TrimPrefix(dir, "/")), num(treeFlags)).out(tree)
+			c.call(unix.SYS_OPEN_TREE, c.old.arg(), c.str(strings.TrimPrefix(dir, "/")), num(treeFlags)).out(tree)
 			c.setAttr(tree, 0, o.set|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC, o.clr&^(unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC), 0)
 			c.moveMount(tree, sub)
 			c.call(unix.SYS_CLOSE, tree.arg())
@@ -387,7 +384,7 @@ func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 		c.call(unix.SYS_CLOSE, sub.arg())
 		if strings.Contains(name, ",") {
 			for _, one := range strings.Split(name, ",") {
-				c.call(unix.SYS_SYMLINKAT, str(name), top.arg(), str(one)).ignore(unix.EEXIST)
+				c.call(unix.SYS_SYMLINKAT, c.str(name), top.arg(), c.str(one)).ignore(unix.EEXIST)
 			}
 		}
 	}

@@ -168,7 +168,6 @@ type slot int
 
 func (s slot) arg() Arg { return Arg{Kind: ArgSlot, N: uint64(s)} }
 func mem(b []byte) Arg  { return Arg{Kind: ArgBytes, B: b} }
-func str(s string) Arg  { return mem(append([]byte(s), 0)) }
 func vec(list []string) Arg {
 	v := make([][]byte, len(list))
 	for i, s := range list {
@@ -176,6 +175,9 @@ func vec(list []string) Arg {
 	}
 	return Arg{Kind: ArgVector, X: &Extra{Vector: v}}
 }
+
+// statfsSize has room for struct statfs.
+const statfsSize = 128
 
 // words packs 64-bit words, as openat2's and mount_setattr's structures are.
 func words(w ...uint64) []byte {
@@ -195,12 +197,44 @@ type label int
 type builder struct {
 	p      *Plan
 	labels []int
+
+	// Memory that many instructions share: what the kernel only reads, and two
+	// buffers that are written and looked at right after.
+	strs   map[string]Arg
+	hows   map[[2]uint64]Arg
+	stat   Arg
+	statfs Arg
 }
 
 const noLabel = -1
 
 func newBuilder() *builder {
-	return &builder{p: &Plan{Slots: SlotFree}}
+	return &builder{
+		p:    &Plan{Slots: SlotFree, Code: make([]Instr, 0, 768), Steps: make([]Step, 0, 96)},
+		strs: map[string]Arg{}, hows: map[[2]uint64]Arg{},
+		stat: mem(make([]byte, statSize)), statfs: mem(make([]byte, statfsSize)),
+	}
+}
+
+// str is a string for the kernel; equal ones are one.
+func (b *builder) str(s string) Arg {
+	a, ok := b.strs[s]
+	if !ok {
+		a = mem(append([]byte(s), 0))
+		b.strs[s] = a
+	}
+	return a
+}
+
+// how is openat2's struct open_how.
+func (b *builder) how(flags, resolve uint64) Arg {
+	k := [2]uint64{flags, resolve}
+	a, ok := b.hows[k]
+	if !ok {
+		a = mem(words(flags, 0, resolve))
+		b.hows[k] = a
+	}
+	return a
 }
 
 func (b *builder) slot() slot {

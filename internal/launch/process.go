@@ -112,13 +112,13 @@ func (b *builder) rlimits(p *specs.Process) error {
 func (b *builder) workdir(cwd string) error {
 	b.step("working directory " + cwd)
 	ok, made, done := b.label(), b.label(), b.label()
-	b.call(unix.SYS_CHDIR, str(cwd)).on(unix.ENOENT, made).to(ok)
+	b.call(unix.SYS_CHDIR, b.str(cwd)).on(unix.ENOENT, made).to(ok)
 	b.mark(made)
 	parts := components(cwd)
 	for i := range parts {
-		b.call(unix.SYS_MKDIRAT, fdcwd, str("/"+strings.Join(parts[:i+1], "/")), num(0o755)).ignore(unix.EEXIST)
+		b.call(unix.SYS_MKDIRAT, fdcwd, b.str("/"+strings.Join(parts[:i+1], "/")), num(0o755)).ignore(unix.EEXIST)
 	}
-	b.call(unix.SYS_CHDIR, str(cwd))
+	b.call(unix.SYS_CHDIR, b.str(cwd))
 	b.mark(ok)
 	buf := make([]byte, 4096)
 	b.call(unix.SYS_GETCWD, mem(buf), num(len(buf)))
@@ -184,15 +184,14 @@ func (b *builder) securityLabels(p *specs.Process) error {
 	data := "exec " + p.ApparmorProfile
 	// Only procfs itself may be written to, and nothing that is mounted over its
 	// files: a label that goes elsewhere is a label lost.
-	b.call(unix.SYS_OPENAT, fdcwd, str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(proc)
-	st := make([]byte, 128)
+	b.call(unix.SYS_OPENAT, fdcwd, b.str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(proc)
 	ok := b.label()
-	b.call(unix.SYS_FSTATFS, proc.arg(), mem(st))
-	b.call(OpTestMem, mem(st), num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(ok)
+	b.call(unix.SYS_FSTATFS, proc.arg(), b.statfs)
+	b.call(OpTestMem, b.statfs, num(0), num(4), num(^uint32(0)), num(unix.PROC_SUPER_MAGIC)).to(ok)
 	b.call(OpFail, num(unix.EXDEV))
 	b.mark(ok)
-	b.call(unix.SYS_OPENAT2, proc.arg(), str("thread-self/attr/apparmor/exec"), mem(openHow(unix.O_WRONLY|unix.O_CLOEXEC,
-		unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV|unix.RESOLVE_NO_MAGICLINKS)), num(24)).out(fd)
+	b.call(unix.SYS_OPENAT2, proc.arg(), b.str("thread-self/attr/apparmor/exec"), b.how(unix.O_WRONLY|unix.O_CLOEXEC,
+		unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV|unix.RESOLVE_NO_MAGICLINKS), num(24)).out(fd)
 	b.call(unix.SYS_CLOSE, proc.arg())
 	b.call(unix.SYS_WRITE, fd.arg(), mem([]byte(data)), num(len(data)))
 	b.call(unix.SYS_CLOSE, fd.arg())
@@ -261,13 +260,12 @@ func (b *builder) findProgram(p *specs.Process) []string {
 	b.step(fmt.Sprintf("exec: %q", argv0))
 	done, denied := b.label(), b.label()
 	seen := b.slot()
-	st := make([]byte, statSize)
 	for _, cand := range candidates {
 		next, bad := b.label(), b.label()
-		b.call(unix.SYS_FACCESSAT2, fdcwd, str(cand), num(unix.X_OK), num(unix.AT_EACCESS)).
+		b.call(unix.SYS_FACCESSAT2, fdcwd, b.str(cand), num(unix.X_OK), num(unix.AT_EACCESS)).
 			on(unix.EACCES, bad).on(0, next)
-		b.call(unix.SYS_NEWFSTATAT, fdcwd, str(cand), mem(st), num(0)).on(0, next)
-		b.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFREG)).to(done)
+		b.call(unix.SYS_NEWFSTATAT, fdcwd, b.str(cand), b.stat, num(0)).on(0, next)
+		b.call(OpTestMem, b.stat, num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFREG)).to(done)
 		b.mark(bad)
 		// Remember that there was one that may not be executed.
 		b.call(unix.SYS_GETPID).out(seen)
@@ -289,7 +287,7 @@ func (b *builder) exec(candidates []string, p *specs.Process) {
 	b.step(fmt.Sprintf("exec %q", p.Args))
 	argv, envp := vec(p.Args), vec(p.Env)
 	for i, cand := range candidates {
-		in := b.call(unix.SYS_EXECVE, str(cand), argv, envp)
+		in := b.call(unix.SYS_EXECVE, b.str(cand), argv, envp)
 		if i < len(candidates)-1 {
 			in.ignore(unix.ENOENT, unix.ENOTDIR, unix.EACCES)
 		}

@@ -18,8 +18,8 @@ func (c *compiler) slave() {
 	prop := c.spec.Linux.RootfsPropagation
 	if c.shared {
 		c.step("propagation of / private")
-		c.call(unix.SYS_MOUNT, num(0), str("/"), num(0), num(unix.MS_PRIVATE), num(0))
-		c.call(unix.SYS_MOUNT, num(0), str("/proc"), num(0), num(unix.MS_PRIVATE), num(0)).ignore(unix.EINVAL)
+		c.call(unix.SYS_MOUNT, num(0), c.str("/"), num(0), num(unix.MS_PRIVATE), num(0))
+		c.call(unix.SYS_MOUNT, num(0), c.str("/proc"), num(0), num(unix.MS_PRIVATE), num(0)).ignore(unix.EINVAL)
 		return
 	}
 	flag := uint64(unix.MS_SLAVE)
@@ -28,7 +28,7 @@ func (c *compiler) slave() {
 		flag, name = unix.MS_PRIVATE, "rprivate"
 	}
 	c.step("propagation of / " + name)
-	c.call(unix.SYS_MOUNT, num(0), str("/"), num(0), num(unix.MS_REC|flag), num(0))
+	c.call(unix.SYS_MOUNT, num(0), c.str("/"), num(0), num(unix.MS_REC|flag), num(0))
 }
 
 // rootfs mounts the root and leaves its descriptor in c.root.
@@ -43,12 +43,12 @@ func (c *compiler) rootfs() error {
 // mountRoot mounts the root file system over / and opens it.
 func (c *compiler) mountRoot() error {
 	c.step("open /")
-	c.call(unix.SYS_OPENAT, fdcwd, str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)
+	c.call(unix.SYS_OPENAT, fdcwd, c.str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)
 	if len(c.opts.Rootfs) == 0 {
 		p := c.abs(c.spec.Root.Path)
 		c.step("bind "+p+" → /", "rbind")
 		tree := c.root
-		c.call(unix.SYS_OPEN_TREE, fdcwd, str(p), num(treeFlags|unix.AT_RECURSIVE)).out(tree)
+		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(p), num(treeFlags|unix.AT_RECURSIVE)).out(tree)
 		// The root's own mount must not be shared when it is moved or pivoted to.
 		c.setAttr(tree, unix.AT_RECURSIVE, 0, 0, unix.MS_SLAVE)
 		at := p
@@ -58,7 +58,7 @@ func (c *compiler) mountRoot() error {
 		if p == "/" {
 			at = "/"
 		}
-		c.call(unix.SYS_MOVE_MOUNT, tree.arg(), str(""), fdcwd, str(at), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+		c.call(unix.SYS_MOVE_MOUNT, tree.arg(), c.str(""), fdcwd, c.str(at), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
 		return nil
 	}
 	for i, m := range c.opts.Rootfs {
@@ -96,7 +96,7 @@ func (c *compiler) rootMount(m Mount) error {
 		if o.rbind {
 			flags |= unix.AT_RECURSIVE
 		}
-		c.call(unix.SYS_OPEN_TREE, fdcwd, str(c.abs(m.Source)), num(flags)).out(c.root)
+		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(c.abs(m.Source)), num(flags)).out(c.root)
 		c.setAttr(c.root, unix.AT_RECURSIVE, 0, 0, unix.MS_SLAVE)
 		if o.set|o.clr != 0 {
 			c.setAttr(c.root, 0, o.set, o.clr, 0)
@@ -115,16 +115,16 @@ func (c *compiler) rootMount(m Mount) error {
 			if !ok || len(rel) > maxMountData {
 				return c.overlayByParts(m, o)
 			}
-			c.call(unix.SYS_CHDIR, str(dir))
+			c.call(unix.SYS_CHDIR, c.str(dir))
 			data = rel
 		}
 		if len(data) > 4095 {
 			return fmt.Errorf("mount %s: options are longer than a page", m.Type)
 		}
-		c.call(unix.SYS_MOUNT, str(m.Source), str("/proc"), str(m.Type), num(uint64(o.flags)), str(data))
-		c.call(unix.SYS_OPENAT, fdcwd, str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
+		c.call(unix.SYS_MOUNT, c.str(m.Source), c.str("/proc"), c.str(m.Type), num(uint64(o.flags)), c.str(data))
+		c.call(unix.SYS_OPENAT, fdcwd, c.str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
 	}
-	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
 	return nil
 }
 
@@ -181,9 +181,9 @@ func relativeLayers(options []string) (dir, data string, ok bool) {
 // 6.8 or later.
 func (c *compiler) overlayByParts(m Mount, o mountOptions) error {
 	fs := c.builder.slot()
-	c.call(unix.SYS_FSOPEN, str("overlay"), num(unix.FSOPEN_CLOEXEC)).out(fs)
+	c.call(unix.SYS_FSOPEN, c.str("overlay"), num(unix.FSOPEN_CLOEXEC)).out(fs)
 	set := func(k, v string) {
-		c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_STRING), str(k), str(v), num(0))
+		c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_STRING), c.str(k), c.str(v), num(0))
 	}
 	set("source", m.Source)
 	for _, opt := range o.data {
@@ -196,18 +196,18 @@ func (c *compiler) overlayByParts(m Mount, o mountOptions) error {
 		case hasValue:
 			set(k, v)
 		default:
-			c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_FLAG), str(k), num(0), num(0))
+			c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_FLAG), c.str(k), num(0), num(0))
 		}
 	}
 	c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_CMD_CREATE), num(0), num(0), num(0))
 	c.call(unix.SYS_FSMOUNT, fs.arg(), num(unix.FSMOUNT_CLOEXEC), num(o.set)).out(c.root)
-	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
 	return nil
 }
 
 // setAttr is mount_setattr on the mount that fd is the root of.
 func (b *builder) setAttr(fd slot, flags uint64, set, clr, propagation uint64) ins {
-	return b.call(unix.SYS_MOUNT_SETATTR, fd.arg(), str(""), num(unix.AT_EMPTY_PATH|flags),
+	return b.call(unix.SYS_MOUNT_SETATTR, fd.arg(), b.str(""), num(unix.AT_EMPTY_PATH|flags),
 		mem(words(set, clr, propagation, 0)), num(32))
 }
 
@@ -236,16 +236,16 @@ func (c *compiler) leave() error {
 	c.step("pivot to the root")
 	c.call(unix.SYS_FCHDIR, c.root.arg())
 	if c.opts.NoPivot {
-		c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH)).ignore(unix.EINVAL, unix.ELOOP)
-		c.call(unix.SYS_CHROOT, str("."))
-		c.call(unix.SYS_CHDIR, str("/"))
+		c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH)).ignore(unix.EINVAL, unix.ELOOP)
+		c.call(unix.SYS_CHROOT, c.str("."))
+		c.call(unix.SYS_CHDIR, c.str("/"))
 	} else {
-		c.call(unix.SYS_PIVOT_ROOT, str("."), str("."))
+		c.call(unix.SYS_PIVOT_ROOT, c.str("."), c.str("."))
 		c.call(unix.SYS_FCHDIR, c.old.arg())
 		// What is unmounted now must not go from the host as well.
-		c.call(unix.SYS_MOUNT, num(0), str("."), num(0), num(unix.MS_SLAVE|unix.MS_REC), num(0))
-		c.call(unix.SYS_UMOUNT2, str("."), num(unix.MNT_DETACH))
-		c.call(unix.SYS_CHDIR, str("/"))
+		c.call(unix.SYS_MOUNT, num(0), c.str("."), num(0), num(unix.MS_SLAVE|unix.MS_REC), num(0))
+		c.call(unix.SYS_UMOUNT2, c.str("."), num(unix.MNT_DETACH))
+		c.call(unix.SYS_CHDIR, c.str("/"))
 	}
 	for _, fd := range []slot{c.old, c.proc, c.root} {
 		c.call(unix.SYS_CLOSE, fd.arg())
@@ -256,7 +256,7 @@ func (c *compiler) leave() error {
 		if p.recursive {
 			flag |= unix.MS_REC
 		}
-		c.call(unix.SYS_MOUNT, num(0), str("/"), num(0), num(flag), num(0))
+		c.call(unix.SYS_MOUNT, num(0), c.str("/"), num(0), num(flag), num(0))
 	}
 	return nil
 }
@@ -268,7 +268,7 @@ func (c *compiler) readonlyPath(p string) {
 	done := c.label()
 	t, tree := c.builder.slot(), c.builder.slot()
 	c.open(c.root, p, pathFlags, resolveRoot).out(t).on(unix.ENOENT, done).on(unix.ENOTDIR, done)
-	c.call(unix.SYS_OPEN_TREE, t.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(tree)
+	c.call(unix.SYS_OPEN_TREE, t.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(tree)
 	c.setAttr(tree, unix.AT_RECURSIVE, unix.MOUNT_ATTR_RDONLY, 0, 0)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
@@ -282,10 +282,9 @@ func (c *compiler) mask(p string) {
 	c.step("mask " + p)
 	done, dir := c.label(), c.label()
 	t, tree := c.builder.slot(), c.builder.slot()
-	st := make([]byte, statSize)
 	c.open(c.root, p, pathFlags, resolveRoot).out(t).on(unix.ENOENT, done).on(unix.ENOTDIR, done)
-	c.call(unix.SYS_NEWFSTATAT, t.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
-	c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(dir)
+	c.call(unix.SYS_NEWFSTATAT, t.arg(), c.str(""), c.stat, num(unix.AT_EMPTY_PATH))
+	c.call(OpTestMem, c.stat, num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFDIR)).to(dir)
 	c.bindNull(tree)
 	c.moveMount(tree, t)
 	c.call(unix.SYS_CLOSE, tree.arg())
@@ -293,7 +292,7 @@ func (c *compiler) mask(p string) {
 	c.call(OpJump).to(closeT)
 	c.mark(dir)
 	c.call(unix.SYS_FCHDIR, t.arg())
-	c.call(unix.SYS_MOUNT, str("tmpfs"), str("."), str("tmpfs"), num(unix.MS_RDONLY), str("nr_blocks=1,nr_inodes=1,mode=755"))
+	c.call(unix.SYS_MOUNT, c.str("tmpfs"), c.str("."), c.str("tmpfs"), num(unix.MS_RDONLY), c.str("nr_blocks=1,nr_inodes=1,mode=755"))
 	c.mark(closeT)
 	c.call(unix.SYS_CLOSE, t.arg())
 	c.mark(done)
@@ -310,7 +309,6 @@ const (
 // here, else the host's, read-only so that nobody changes its mode. What is
 // opened is made sure to be the null device, whatever happened to its name.
 func (c *compiler) bindNull(tree slot) {
-	st := make([]byte, statSize)
 	ok1, ok2 := c.label(), c.label()
 	from := c.root
 	own := c.ownDev() && !c.userns
@@ -318,20 +316,20 @@ func (c *compiler) bindNull(tree slot) {
 		from = c.old
 	}
 	c.open(from, "dev/null", pathFlags|unix.O_NOFOLLOW, resolveRoot).out(tree)
-	c.call(unix.SYS_NEWFSTATAT, tree.arg(), str(""), mem(st), num(unix.AT_EMPTY_PATH))
-	c.call(OpTestMem, mem(st), num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFCHR)).to(ok1)
+	c.call(unix.SYS_NEWFSTATAT, tree.arg(), c.str(""), c.stat, num(unix.AT_EMPTY_PATH))
+	c.call(OpTestMem, c.stat, num(statMode), num(4), num(unix.S_IFMT), num(unix.S_IFCHR)).to(ok1)
 	c.call(OpFail, num(unix.ENODEV))
 	c.mark(ok1)
-	c.call(OpTestMem, mem(st), num(statRdev), num(8), num(^uint64(0)), num(unix.Mkdev(1, 3))).to(ok2)
+	c.call(OpTestMem, c.stat, num(statRdev), num(8), num(^uint64(0)), num(unix.Mkdev(1, 3))).to(ok2)
 	c.call(OpFail, num(unix.ENODEV))
 	c.mark(ok2)
-	c.call(unix.SYS_OPEN_TREE, tree.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
+	c.call(unix.SYS_OPEN_TREE, tree.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
 	if !own {
 		c.setAttr(tree, 0, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOEXEC|unix.MOUNT_ATTR_NOSUID, 0, 0)
 	}
 }
 
 func (b *builder) moveMount(tree, target slot) {
-	b.call(unix.SYS_MOVE_MOUNT, tree.arg(), str(""), target.arg(), str(""),
+	b.call(unix.SYS_MOVE_MOUNT, tree.arg(), b.str(""), target.arg(), b.str(""),
 		num(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
 }

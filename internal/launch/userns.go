@@ -29,7 +29,7 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 			}
 		}
 		c.step("detach the root")
-		c.call(unix.SYS_OPEN_TREE, c.root.arg(), str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(c.root)
+		c.call(unix.SYS_OPEN_TREE, c.root.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(c.root)
 		c.call(unix.SYS_CLOSE, c.old.arg())
 	}
 	if c.fresh&unix.CLONE_NEWTIME != 0 {
@@ -46,7 +46,7 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 		p := c.join[specs.UserNamespace]
 		c.step("join user namespace " + p)
 		fd := c.builder.slot()
-		c.call(unix.SYS_OPENAT, fdcwd, str(p), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
+		c.call(unix.SYS_OPENAT, fdcwd, c.str(p), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
 		c.call(unix.SYS_SETNS, fd.arg(), num(unix.CLONE_NEWUSER))
 		c.call(unix.SYS_CLOSE, fd.arg())
 	}
@@ -83,8 +83,8 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 		c.call(unix.SYS_UNSHARE, num(unix.CLONE_NEWIPC))
 	}
 	c.step("attach the root")
-	c.call(unix.SYS_OPENAT, fdcwd, str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)
-	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), str(""), fdcwd, str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	c.call(unix.SYS_OPENAT, fdcwd, c.str("/"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.old)
+	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
 	return nil
 }
 
@@ -147,7 +147,7 @@ func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	if o.srcNoFollow {
 		flags |= unix.AT_SYMLINK_NOFOLLOW
 	}
-	c.call(unix.SYS_OPEN_TREE, fdcwd, str(c.abs(m.Source)), num(flags)).out(tree)
+	c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(c.abs(m.Source)), num(flags)).out(tree)
 	uids, gids := m.UIDMappings, m.GIDMappings
 	if len(uids) == 0 && len(gids) == 0 {
 		if !o.idmap {
@@ -169,7 +169,7 @@ func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	if o.ridmap {
 		rec = unix.AT_RECURSIVE
 	}
-	c.call(unix.SYS_MOUNT_SETATTR, tree.arg(), str(""), num(unix.AT_EMPTY_PATH|rec), mem(attr), num(32))
+	c.call(unix.SYS_MOUNT_SETATTR, tree.arg(), c.str(""), num(unix.AT_EMPTY_PATH|rec), mem(attr), num(32))
 	c.call(unix.SYS_CLOSE, ns.arg())
 	return nil
 }
