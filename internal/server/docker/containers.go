@@ -28,18 +28,23 @@ func (a *API) containerList(c *call) error {
 	if err != nil {
 		return err
 	}
+	return c.json(http.StatusOK, containerShapes(c.v, list))
+}
+
+// containerShapes are containers in a list as version v shows them.
+func containerShapes(v Version, list []container.Summary) []container.Summary {
 	for i := range list {
-		if c.v.before(46) {
+		if v.before(46) {
 			list[i].HostConfig.Annotations = nil
 		}
-		if c.v.before(48) {
+		if v.before(48) {
 			list[i].ImageManifestDescriptor = nil
 		}
-		if c.v.before(52) {
+		if v.before(52) {
 			list[i].Health = nil
 		}
 	}
-	return c.json(http.StatusOK, nonNil(list))
+	return nonNil(list)
 }
 
 func (a *API) containerPrune(c *call) error {
@@ -101,8 +106,8 @@ func inspectShape(v Version, in container.InspectResponse) (any, error) {
 				name = in.Storage.RootFS.Snapshot.Name
 			}
 			in.GraphDriver = &storage.DriverData{Name: name}
-			in.Storage = nil
 		}
+		in.Storage = nil
 		extra["HostConfig"] = map[string]any{"KernelMemoryTCP": 0}
 		extra["Config"] = map[string]any{"OnBuild": nil}
 	}

@@ -66,31 +66,41 @@ func (a *API) imageList(c *call) error {
 	if err != nil {
 		return err
 	}
-	var old []any
+	out, err := imageShapes(c.v, list)
+	if err != nil {
+		return err
+	}
+	return c.json(http.StatusOK, out)
+}
+
+// imageShapes are images in a list as version v shows them: []any before 1.44,
+// which had one field more.
+func imageShapes(v Version, list []imagetypes.Summary) (any, error) {
+	old := []any{}
 	for i := range list {
 		s := &list[i]
 		s.RepoTags, s.RepoDigests = nonNil(s.RepoTags), nonNil(s.RepoDigests)
-		if c.v.before(43) && len(s.RepoTags) == 0 && len(s.RepoDigests) == 0 {
+		if v.before(43) && len(s.RepoTags) == 0 && len(s.RepoDigests) == 0 {
 			s.RepoTags, s.RepoDigests = []string{"<none>:<none>"}, []string{"<none>@<none>"}
 		}
-		if c.v.before(48) {
+		if v.before(48) {
 			s.Descriptor = nil
 		}
-		if c.v.before(51) {
+		if v.before(51) {
 			s.Containers = -1
 		}
-		if c.v.before(44) {
-			v, err := merged(s, map[string]any{"VirtualSize": s.Size})
+		if v.before(44) {
+			m, err := merged(s, map[string]any{"VirtualSize": s.Size})
 			if err != nil {
-				return err
+				return nil, err
 			}
-			old = append(old, v)
+			old = append(old, m)
 		}
 	}
-	if c.v.before(44) {
-		return c.json(http.StatusOK, nonNil(old))
+	if v.before(44) {
+		return old, nil
 	}
-	return c.json(http.StatusOK, nonNil(list))
+	return nonNil(list), nil
 }
 
 func (a *API) imageInspect(c *call) error {

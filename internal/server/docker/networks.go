@@ -17,6 +17,12 @@ func (a *API) networkList(c *call) error {
 	if err != nil {
 		return err
 	}
+	if c.v.before(52) { // always empty there, but clients look into it
+		for i := range list {
+			list[i].Containers, list[i].Status = map[string]network.EndpointResource{}, nil
+		}
+		return c.json(http.StatusOK, nonNil(list))
+	}
 	out := make([]network.Summary, 0, len(list))
 	for i := range list {
 		out = append(out, network.Summary{Network: list[i].Network})

@@ -3,9 +3,12 @@ package docker
 import (
 	"encoding/json"
 	"io"
+	"maps"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -14,7 +17,6 @@ import (
 	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
-	"github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/registry"
 	"github.com/moby/moby/api/types/system"
 	"github.com/moby/moby/api/types/volume"
@@ -102,6 +104,7 @@ func (a *API) info(c *call) error {
 	if info.Swarm.LocalNodeState == "" {
 		info.Swarm.LocalNodeState = "inactive"
 	}
+	info.RegistryConfig = registryConfig(info.RegistryConfig)
 	extra := map[string]any{}
 	if c.v.before(44) {
 		rts := make(map[string]system.RuntimeWithStatus, len(info.Runtimes))
@@ -131,6 +134,26 @@ func (a *API) info(c *call) error {
 		return err
 	}
 	return c.json(http.StatusOK, v)
+}
+
+// registryConfig adds what holds in every daemon, and what clients take for
+// granted: registries on loopback may speak plain HTTP.
+func registryConfig(in *registry.ServiceConfig) *registry.ServiceConfig {
+	var out registry.ServiceConfig
+	if in != nil {
+		out = *in
+	}
+	loopback := []netip.Prefix{netip.MustParsePrefix("::1/128"), netip.MustParsePrefix("127.0.0.0/8")}
+	out.InsecureRegistryCIDRs = append(loopback, out.InsecureRegistryCIDRs...)
+	out.Mirrors = nonNil(out.Mirrors)
+	out.IndexConfigs = maps.Clone(out.IndexConfigs)
+	if out.IndexConfigs == nil {
+		out.IndexConfigs = map[string]*registry.IndexInfo{}
+	}
+	if out.IndexConfigs["docker.io"] == nil {
+		out.IndexConfigs["docker.io"] = &registry.IndexInfo{Name: "docker.io", Mirrors: out.Mirrors, Secure: true, Official: true}
+	}
+	return &out
 }
 
 func (a *API) auth(c *call) error {
@@ -249,7 +272,7 @@ func accepted(header string, offers []string) string {
 // legacyUsage is /system/df as versions before 1.52 had it; 1.52 has both.
 type legacyUsage struct {
 	LayersSize int64               `json:"LayersSize,omitempty"`
-	Images     []image.Summary     `json:"Images,omitzero"`
+	Images     any                 `json:"Images,omitempty"` // a list
 	Containers []container.Summary `json:"Containers,omitzero"`
 	Volumes    []volume.Volume     `json:"Volumes,omitzero"`
 	BuildCache []build.CacheRecord `json:"BuildCache,omitzero"`
@@ -276,8 +299,12 @@ func (a *API) diskUsage(c *call) error {
 		if err != nil {
 			return err
 		}
-		du.ImageUsage = u
-		old.LayersSize, old.Images = u.TotalSize, nonNil(u.Items)
+		du.ImageUsage, old.LayersSize = u, u.TotalSize
+		if legacy {
+			if old.Images, err = imageShapes(c.v, slices.Clone(u.Items)); err != nil {
+				return err
+			}
+		}
 	}
 	if all || want[system.ContainerObject] {
 		u, err := a.containerUsage(c)
@@ -285,7 +312,7 @@ func (a *API) diskUsage(c *call) error {
 			return err
 		}
 		du.ContainerUsage = u
-		old.Containers = nonNil(u.Items)
+		old.Containers = containerShapes(c.v, slices.Clone(u.Items))
 	}
 	if all || want[system.VolumeObject] {
 		u, err := a.volumeUsage(c)
