@@ -20,9 +20,9 @@ import (
 	"github.com/moby/moby/api/types/network"
 )
 
-// AnnotationHealthOnFailure carries --health-on-failure, which the Docker API
+// annotationHealthOnFailure carries --health-on-failure, which the Docker API
 // has no field for: "none", "kill", "restart" or "stop".
-const AnnotationHealthOnFailure = "tenon.health-on-failure"
+const annotationHealthOnFailure = "tenon.health-on-failure"
 
 // request turns the flags and arguments (IMAGE [COMMAND] [ARG...]) into the
 // body of POST /containers/create.
@@ -383,7 +383,7 @@ func (c *containerFlags) setHealth(conf *container.Config, h *container.HostConf
 		if h.Annotations == nil {
 			h.Annotations = map[string]string{}
 		}
-		h.Annotations[AnnotationHealthOnFailure] = a
+		h.Annotations[annotationHealthOnFailure] = a
 	}
 	if c.noHealthcheck {
 		if tuned {

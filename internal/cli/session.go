@@ -31,6 +31,8 @@ type session struct {
 	req   *container.CreateRequest
 	keys  []byte
 
+	stopResize func()
+
 	mu      sync.Mutex
 	restore func()
 }
@@ -45,6 +47,8 @@ func (e *runError) Error() string { return "Error response from daemon: " + e.Me
 func (s *session) frames(rc *client.RunConn) error {
 	defer rc.Close()
 	defer s.leaveRaw()
+	s.stopResize = func() {}
+	defer func() { s.stopResize() }()
 	var pulling atomic.Bool
 	var interrupted atomic.Int32
 	if !s.o.detach && s.o.sigProxy {
@@ -126,7 +130,7 @@ func (s *session) created(rc *client.RunConn, payload []byte, detached chan stru
 		if err := s.enterRaw(); err != nil {
 			return err
 		}
-		s.a.onResize(func(h, w uint) {
+		s.stopResize = s.a.onResize(func(h, w uint) {
 			_ = rc.Writer.WriteJSON(runproto.Resize, runproto.ResizeMessage{H: h, W: w}) // the reader sees a lost connection
 		})
 	}
