@@ -132,14 +132,14 @@ type Branch struct {
 type Arg struct {
 	Kind ArgKind
 	N    uint64
-	B    []byte // for ArgBytes: memory, shared by all starts of the plan
-	X    *Extra // nil for most
+	M    *Mem // for ArgMem; may be shared by arguments and is by all starts
 }
 
-// Extra is what an argument points to beside plain memory.
-type Extra struct {
-	Vector [][]byte // for ArgVector: an array of pointers to these, NULL at the end
-	Ptrs   []Ptr    // for ArgBytes: pointers inside B
+// Mem is memory that an argument points to.
+type Mem struct {
+	B      []byte
+	Ptrs   []Ptr    // pointers inside B
+	Vector [][]byte // instead of B: an array of pointers to these, NULL at the end
 }
 
 // Ptr is a pointer inside an argument's memory: at offset Off the address of B.
@@ -155,8 +155,7 @@ type ArgKind uint8
 const (
 	ArgNumber ArgKind = iota
 	ArgSlot           // N is the slot
-	ArgBytes
-	ArgVector
+	ArgMem
 )
 
 func num[T ~int | ~uint | ~uintptr | ~uint32 | ~uint64 | ~int32 | ~int64](n T) Arg {
@@ -167,13 +166,13 @@ func num[T ~int | ~uint | ~uintptr | ~uint32 | ~uint64 | ~int32 | ~int64](n T) A
 type slot int
 
 func (s slot) arg() Arg { return Arg{Kind: ArgSlot, N: uint64(s)} }
-func mem(b []byte) Arg  { return Arg{Kind: ArgBytes, B: b} }
+func mem(b []byte) Arg  { return Arg{Kind: ArgMem, M: &Mem{B: b}} }
 func vec(list []string) Arg {
 	v := make([][]byte, len(list))
 	for i, s := range list {
 		v[i] = append([]byte(s), 0)
 	}
-	return Arg{Kind: ArgVector, X: &Extra{Vector: v}}
+	return Arg{Kind: ArgMem, M: &Mem{Vector: v}}
 }
 
 // statfsSize has room for struct statfs.

@@ -217,7 +217,7 @@ func (b *builder) loadSeccomp(f *seccomp.Filter) {
 	fprog := make([]byte, 16)
 	binary.NativeEndian.PutUint16(fprog, uint16(len(prog)/8))
 	arg := mem(fprog)
-	arg.X = &Extra{Ptrs: []Ptr{{Off: 8, B: prog}}}
+	arg.M.Ptrs = []Ptr{{Off: 8, B: prog}}
 	if !f.Notify() {
 		b.call(unix.SYS_SECCOMP, num(1 /* SECCOMP_SET_MODE_FILTER */), num(f.Flags()), arg)
 		return

@@ -245,22 +245,28 @@ func (a *assembly) instr(c *launch.Instr, base int) (_ instr, err error) {
 		case launch.ArgSlot:
 			in.a[i] = uintptr(arg.N)
 			in.slots |= 1 << i
-		case launch.ArgBytes:
-			b := arg.B
+		case launch.ArgMem:
+			if arg.M.Vector != nil {
+				in.a[i] = a.vector(arg.M.Vector)
+				continue
+			}
+			b := arg.M.B
 			if c.Nr == unix.SYS_CAPSET && i == 1 && a.maskCaps {
 				if b, err = a.ownCaps(b); err != nil {
 					return in, err
 				}
 			}
-			if arg.X != nil {
+			if len(arg.M.Ptrs) > 0 {
 				b = slices.Clone(b)
-				for _, p := range arg.X.Ptrs {
+				for _, p := range arg.M.Ptrs {
 					*(*uintptr)(unsafe.Pointer(&b[p.Off])) = a.bytes(p.B)
 				}
 			}
-			in.a[i] = a.bytes(b)
-		case launch.ArgVector:
-			in.a[i] = a.vector(arg.X.Vector)
+			if len(b) > 0 && &b[0] == unsafe.SliceData(arg.M.B) {
+				in.a[i] = uintptr(unsafe.Pointer(&b[0])) // the plan's, which is kept
+			} else {
+				in.a[i] = a.bytes(b)
+			}
 		}
 	}
 	if c.Nr == launch.OpSendFD {
