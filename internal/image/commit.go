@@ -160,7 +160,7 @@ func (s *Store) newLayer(ctx context.Context, r io.Reader) (_ *unpacked, _ ocisp
 	}
 	done := make(chan result, 1)
 	go func() {
-		u, err := s.unpackStream(ctx, pr)
+		u, err := s.unpackStream(ctx, nil, pr)
 		pr.CloseWithError(errors.Join(err, io.ErrClosedPipe)) // the writer stops at once
 		done <- result{u, err}
 	}()

@@ -94,8 +94,8 @@ type Config struct {
 	// Platform is what is chosen from an index when nothing is asked for; the
 	// host's by default.
 	Platform *ocispec.Platform
-	// Downloads and Unpacks are the numbers of layers fetched and unpacked at
-	// the same time; 4 and the number of CPUs by default.
+	// Downloads and Unpacks are the numbers of layers that one operation fetches
+	// and unpacks at the same time; 4 and the number of CPUs by default.
 	Downloads, Unpacks int
 	// Budget, in bytes of disk, is what images may take before those that nobody
 	// has used for longest are removed; 0 is without a limit. Images that InUse

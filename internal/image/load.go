@@ -65,6 +65,7 @@ type loader struct {
 	files    map[string]*archiveFile
 	held     int64 // bytes of documents in memory
 	group    errgroup.Group
+	slots    chan struct{} // of layers unpacked at the same time
 	progress ProgressFunc
 }
 
@@ -80,7 +81,7 @@ func (s *Store) Load(ctx context.Context, r io.Reader, opts LoadOptions) ([]Load
 	defer end()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	l := &loader{s: s, ctx: ctx, files: map[string]*archiveFile{}, progress: serial(opts.Progress)}
+	l := &loader{s: s, ctx: ctx, files: map[string]*archiveFile{}, slots: make(chan struct{}, s.cfg.Unpacks), progress: serial(opts.Progress)}
 	imgs, err := l.load(r, opts.Platform)
 	if err != nil {
 		cancel(err)
@@ -214,7 +215,7 @@ func (l *loader) file(name string, size int64, r io.Reader, buf []byte) (*archiv
 		l.group.Go(func() error {
 			defer close(f.layer.done)
 			defer rd.Close()
-			f.layer.u, f.layer.err = l.s.unpackStream(l.ctx, rd)
+			f.layer.u, f.layer.err = l.s.unpackStream(l.ctx, l.slots, rd)
 			return nil
 		})
 	}
@@ -273,7 +274,7 @@ func (l *loader) ready(f *archiveFile, desc ocispec.Descriptor, diffID digest.Di
 			return u, l.s.checkDiffID(u, desc.Digest, diffID)
 		}
 	}
-	return l.s.unpackBlob(l.ctx, desc, diffID)
+	return l.s.unpackBlob(l.ctx, nil, desc, diffID)
 }
 
 // place brings an image's layers to their places, lowest first.

@@ -40,6 +40,12 @@ type puller struct {
 	s        *Store
 	fetcher  remotes.Fetcher
 	progress ProgressFunc
+	// Slots of this pull alone, so that a slow registry holds up no one else.
+	fetches, unpacks chan struct{}
+}
+
+func (s *Store) newPuller(f remotes.Fetcher, progress ProgressFunc) *puller {
+	return &puller{s: s, fetcher: f, progress: progress, fetches: make(chan struct{}, s.cfg.Downloads), unpacks: make(chan struct{}, s.cfg.Unpacks)}
 }
 
 // Pull fetches ref from its registry or a mirror of it, verifying all that
@@ -90,7 +96,7 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	if err != nil {
 		return nil, registryError("pull", show, err)
 	}
-	p := &puller{s: s, fetcher: fetcher, progress: progress}
+	p := s.newPuller(fetcher, progress)
 	s.mu.RLock()
 	had := s.names[name] == target.Digest
 	s.mu.RUnlock()
@@ -247,7 +253,7 @@ func (p *puller) whole(ctx context.Context, m ocispec.Descriptor, layers bool) e
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range doc.Layers {
 		g.Go(func() error {
-			release, err := slot(ctx, p.s.fetches)
+			release, err := slot(ctx, p.fetches)
 			if err != nil {
 				return err
 			}
@@ -335,7 +341,7 @@ func (p *puller) layers(ctx context.Context, img *Image) (fetched bool, err erro
 
 // layer brings one layer's blob here and, if asked to, unpacks it meanwhile.
 func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.Digest, unpack bool) (u *unpacked, fetched bool, err error) {
-	release, err := slot(ctx, p.s.fetches)
+	release, err := slot(ctx, p.fetches)
 	if err != nil {
 		return nil, false, err
 	}
@@ -360,7 +366,7 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 		rd := w.reader(ctx)
 		go func() {
 			defer rd.Close()
-			u, err := p.s.unpackStream(ctx, &reportReader{r: rd, report: func(cur int64) {
+			u, err := p.s.unpackStream(ctx, p.unpacks, &reportReader{r: rd, report: func(cur int64) {
 				if here.Load() {
 					extracting(cur)
 				}
@@ -391,7 +397,7 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 	}
 	// The blob has been here.
 	extracting(0)
-	u, err = p.s.unpackBlob(ctx, d, diffID)
+	u, err = p.s.unpackBlob(ctx, p.unpacks, d, diffID)
 	return u, fetched, err
 }
 

@@ -269,7 +269,7 @@ func (s *Store) Distribution(ctx context.Context, ref string, auth *registry.Aut
 	if err != nil {
 		return nil, registryError("pull", show, err)
 	}
-	p := &puller{s: s, fetcher: fetcher}
+	p := s.newPuller(fetcher, nil)
 	out := &registry.DistributionInspect{Descriptor: ocispec.Descriptor{MediaType: target.MediaType, Digest: target.Digest, Size: target.Size}}
 	if err := p.document(ctx, target); err != nil {
 		return nil, registryError("pull", show, err)

@@ -119,9 +119,10 @@ type unpacked struct {
 }
 
 // unpackStream unpacks a layer's blob (compressed or not) into a directory of
-// its own. It reads r to its end. It takes one of the unpacking slots.
-func (s *Store) unpackStream(ctx context.Context, r io.Reader) (_ *unpacked, err error) {
-	release, err := slot(ctx, s.unpacks)
+// its own. It reads r to its end. It takes one of the operation's slots (nil: they
+// are not limited).
+func (s *Store) unpackStream(ctx context.Context, slots chan struct{}, r io.Reader) (_ *unpacked, err error) {
+	release, err := slot(ctx, slots)
 	if err != nil {
 		return nil, err
 	}
@@ -349,13 +350,13 @@ func (s *Store) publish(ctx context.Context, u *unpacked, diffs, chains []digest
 }
 
 // unpackBlob unpacks a layer that is here as a blob, and checks its diff ID.
-func (s *Store) unpackBlob(ctx context.Context, desc ocispec.Descriptor, diffID digest.Digest) (*unpacked, error) {
+func (s *Store) unpackBlob(ctx context.Context, slots chan struct{}, desc ocispec.Descriptor, diffID digest.Digest) (*unpacked, error) {
 	f, err := s.openBlob(desc.Digest)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	u, err := s.unpackStream(ctx, f)
+	u, err := s.unpackStream(ctx, slots, f)
 	if err != nil {
 		return nil, fmt.Errorf("unpack layer %s: %w", desc.Digest, err)
 	}
@@ -381,7 +382,7 @@ func (s *Store) unpackImage(ctx context.Context, img *Image) error {
 		if s.hasLayer(img.ChainIDs[i]) {
 			continue
 		}
-		u, err := s.unpackBlob(ctx, img.LayerDescs[i], img.DiffIDs[i])
+		u, err := s.unpackBlob(ctx, nil, img.LayerDescs[i], img.DiffIDs[i])
 		if err != nil {
 			return err
 		}
