@@ -35,6 +35,9 @@ func (c *compiler) validate() error {
 
 func (c *compiler) checkPlatform() error {
 	s := c.spec
+	if v := s.Version; v != "" && !strings.HasPrefix(v, "1.") && !strings.HasPrefix(v, "0.") {
+		return fmt.Errorf("ociVersion: %q is not version 1", v)
+	}
 	switch {
 	case s.Windows != nil:
 		return fmt.Errorf("windows: not a container of this platform")
