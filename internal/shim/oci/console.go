@@ -25,21 +25,13 @@ func sendConsole(socket string, console *os.File) error {
 		return errors.New("console: the child sent none")
 	}
 	defer console.Close()
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return os.NewSyscallError("socket", err)
-	}
-	defer unix.Close(fd)
-	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket}); err != nil {
-		return fmt.Errorf("console socket %s: %w", socket, err)
-	}
 	master := int(console.Fd())
 	// Whether reads block belongs to the terminal's open file, which the receiver shares.
 	if err := unix.SetNonblock(master, false); err != nil {
 		return err
 	}
-	if err := unix.Sendmsg(fd, []byte(console.Name()), unix.UnixRights(master), nil, 0); err != nil {
-		return fmt.Errorf("console socket %s: %w", socket, err)
+	if err := sendFD(socket, []byte(console.Name()), master); err != nil {
+		return fmt.Errorf("console: %w", err)
 	}
 	return nil
 }

@@ -73,7 +73,7 @@ func runCreate(a *app, f *flagSet) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	if err := harden(); err != nil {
+	if err := fork.Protect(); err != nil {
 		return 1, err
 	}
 	m := &making{app: a, opts: launching}
@@ -112,6 +112,9 @@ func (m *making) make(gated bool) (err error) {
 		return err
 	}
 	if err := m.sendConsole(); err != nil {
+		return err
+	}
+	if err := m.sendListener(m.proc, m.spec.Linux, specs.StateCreating); err != nil {
 		return err
 	}
 	if err := m.save(); err != nil {

@@ -62,7 +62,7 @@ func runExec(a *app, f *flagSet) (int, error) {
 	if err != nil {
 		return 255, err
 	}
-	if err := harden(); err != nil {
+	if err := fork.Protect(); err != nil {
 		return 255, err
 	}
 	status, err := a.exec(id, f.args[1:], f.given("no-new-privs"))
@@ -115,6 +115,10 @@ func (a *app) exec(id string, args []string, setPrivs bool) (int, error) {
 	proc, err := fork.Start(plan, fork.Stdio{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Extra: extra})
 	if err != nil {
 		return 0, explain(err, process)
+	}
+	if err := c.sendListener(proc, spec.Linux, statusRunning); err != nil {
+		_ = proc.Signal(unix.SIGKILL) // the error says why
+		return 0, err
 	}
 	return a.execStarted(o, proc, process)
 }

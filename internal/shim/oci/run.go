@@ -25,7 +25,7 @@ func runRun(a *app, f *flagSet) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	if err := harden(); err != nil {
+	if err := fork.Protect(); err != nil {
 		return 1, err
 	}
 	a.waits = !launching.detach
