@@ -147,6 +147,7 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 			Mirrors: d.cfg.Registries.Mirrors, CertsDir: d.cfg.Registries.CertsDir, UserAgent: "tenon/" + version.Version,
 		},
 		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize)},
+		Budget: config.Bytes(d.cfg.ImageBudget),
 		InUse: func(id string) []string {
 			if d.engine == nil {
 				return []string{"starting"} // nothing is collected before it is known who uses it
@@ -178,7 +179,8 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 func (d *daemon) networkConfig(dns string, hub *tenonevents.Hub) (network.Config, error) {
 	cfg := network.Config{
 		Name: d.cfg.Name, StateDir: filepath.Join(d.cfg.Root, "networks"), RunDir: filepath.Join(d.cfg.RunRoot, "networks"),
-		PoolSize: d.cfg.Network.Ready, DNSBinary: dns, Log: d.log,
+		PoolSize: d.cfg.Network.Ready, DNSBinary: dns, DNSSearch: d.cfg.Network.DNSSearch,
+		FirewallBypass: d.cfg.Network.FirewallBypass, Log: d.log,
 		OnEvent: func(e network.Event) {
 			attrs := map[string]string{"name": e.NetworkName, "type": e.Driver}
 			if e.ContainerID != "" {
@@ -189,6 +191,13 @@ func (d *daemon) networkConfig(dns string, hub *tenonevents.Hub) (network.Config
 	}
 	if cfg.PoolSize == 0 {
 		cfg.PoolSize = -1
+	}
+	for _, a := range d.cfg.Network.DNS {
+		addr, err := netip.ParseAddr(a)
+		if err != nil {
+			return cfg, fmt.Errorf("network.dns: %w", err)
+		}
+		cfg.DNS = append(cfg.DNS, addr)
 	}
 	pools, err := d.cfg.Pools()
 	if err != nil {

@@ -42,7 +42,10 @@ type Config struct {
 	Network    Network            `toml:"network"`
 	Registries Registries         `toml:"registries"`
 	Runtimes   map[string]Runtime `toml:"runtimes" comment:"other OCI runtimes, by name"`
-	TLS        TLS                `toml:"tls" comment:"of tcp:// hosts"`
+	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
+	ImageBudget string `toml:"image-budget" comment:"disk space that images may take before unused ones are removed, oldest first; 0 unbounded"`
+
+	TLS TLS `toml:"tls" comment:"of tcp:// hosts"`
 }
 
 // Log is the default log driver and its bounds.
@@ -70,6 +73,8 @@ type Network struct {
 	Ready         int      `toml:"ready" comment:"network namespaces kept ready for the next containers"`
 	DNS           []string `toml:"dns" comment:"upstream resolvers; empty: the host's"`
 	DNSSearch     []string `toml:"dns-search"`
+	// FirewallBypass is Docker's behaviour; see docs/networking.md.
+	FirewallBypass bool `toml:"firewall-bypass" comment:"published ports are reachable whatever the host's input rules say"`
 }
 
 // Pool is a prefix that is cut into subnets of Size bits.
@@ -108,6 +113,7 @@ func Default() *Config {
 		Name:             "tenon",
 		DefaultIsolation: "process",
 		DefaultRuntime:   "tenon",
+		ImageBudget:      "0",
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
 		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", StopTimeout: 10, MaxLayerSize: "64g"},
 		Network: Network{
@@ -190,7 +196,7 @@ func (c *Config) Validate() error {
 	}
 	for _, s := range []struct{ key, value string }{
 		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
-		{"limits.shm-size", c.Limits.ShmSize}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+		{"limits.shm-size", c.Limits.ShmSize}, {"image-budget", c.ImageBudget}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
 	} {
 		if _, err := units.RAMInBytes(s.value); err != nil {
 			bad("%s %q is not a size (such as 64m)", s.key, s.value)
@@ -202,6 +208,11 @@ func (c *Config) Validate() error {
 	if c.Network.DefaultBridge != "" {
 		if _, err := netip.ParsePrefix(c.Network.DefaultBridge); err != nil {
 			bad("network.default-bridge: %v", err)
+		}
+	}
+	for _, a := range c.Network.DNS {
+		if _, err := netip.ParseAddr(a); err != nil {
+			bad("network.dns %q is not an address", a)
 		}
 	}
 	for name, r := range c.Runtimes {

@@ -16,11 +16,11 @@ type registry struct{ addr, dir string }
 
 func startRegistry(t *testing.T, auth bool) *registry {
 	t.Helper()
-	cache := os.Getenv("TENON_CACHE")
-	if cache == "" {
-		cache = "/var/cache/tenon-test"
+	args := []string{"../tools/registry.sh"}
+	if dir := os.Getenv("TENON_TEST_TOOLS"); dir != "" {
+		args = append(args, dir)
 	}
-	out, err := exec.Command("sh", "../tools/registry.sh", cache).Output()
+	out, err := exec.Command("sh", args...).Output()
 	if err != nil {
 		t.Fatalf("building the registry: %v", err)
 	}
