@@ -67,7 +67,7 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 		return nil, fmt.Errorf("driver failed programming external connectivity on endpoint %s: %w", r.Name, err)
 	}
 	r.Resolver = c.resolverFor(r, req)
-	if err = writeJSON(c.contPath(r.ID), r, false); err != nil {
+	if err = writeNewJSON(c.contPath(r.ID), r); err != nil {
 		return nil, err
 	}
 	if ready == nil && (r.Mode == ModeBridge || r.Mode == ModeNone) {

@@ -28,6 +28,8 @@ type Controller struct {
 	pool  *readyPool
 	keys  keyLock
 
+	hostRes hostResolv
+
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup

@@ -8,6 +8,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"tenon.dev/tenon/internal/network/dns/wire"
 )
@@ -128,7 +130,7 @@ func (c *Controller) linksLocked(e Endpoint) map[string]netip.Addr {
 
 // resolverFor is what the container's resolv.conf shall say.
 func (c *Controller) resolverFor(r *contRecord, req Request) Resolver {
-	host := hostResolver()
+	host := c.hostRes.get()
 	res := Resolver{Search: host.Search, Options: host.Options, Nameservers: host.Nameservers}
 	if len(req.DNSSearch) > 0 {
 		res.Search = slices.DeleteFunc(slices.Clone(req.DNSSearch), func(s string) bool { return s == "." })
@@ -141,6 +143,10 @@ func (c *Controller) resolverFor(r *contRecord, req Request) Resolver {
 	}
 	switch r.Mode {
 	case ModeHost:
+		// The host's file as it is: the stub on its loopback can be reached.
+		if len(req.DNS) == 0 {
+			res.Nameservers = readResolver("/etc/resolv.conf").Nameservers
+		}
 		return res
 	case ModeContainer:
 		c.mu.Lock()
@@ -154,6 +160,10 @@ func (c *Controller) resolverFor(r *contRecord, req Request) Resolver {
 	defer c.mu.Unlock()
 	if gw := c.dnsAddrLocked(r); gw.IsValid() && c.dns.running() {
 		res.Nameservers = []netip.Addr{gw}
+		// A container's name is asked for as it is before the search list is tried.
+		if !slices.ContainsFunc(res.Options, func(o string) bool { return strings.HasPrefix(o, "ndots:") }) {
+			res.Options = append(slices.Clone(res.Options), "ndots:0")
+		}
 	} else {
 		res.Nameservers = slices.DeleteFunc(slices.Clone(res.Nameservers), netip.Addr.IsLoopback)
 	}
@@ -181,6 +191,27 @@ func (c *Controller) dnsAddrLocked(r *contRecord) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// hostResolv is the host's resolver, read again when its file changes.
+type hostResolv struct {
+	mu    sync.Mutex
+	mtime time.Time
+	size  int64
+	res   Resolver
+}
+
+func (h *hostResolv) get() Resolver {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	st, err := os.Stat("/etc/resolv.conf")
+	if err != nil {
+		return Resolver{}
+	}
+	if !st.ModTime().Equal(h.mtime) || st.Size() != h.size {
+		h.res, h.mtime, h.size = hostResolver(), st.ModTime(), st.Size()
+	}
+	return h.res
 }
 
 // hostResolver reads the host's resolv.conf; behind systemd-resolved's stub,

@@ -277,7 +277,7 @@ func (c *Controller) raise(n *netw) error {
 		}
 	}
 	var b link.Batch
-	if links[i].Alias == "" {
+	if links[i].Alias == "" && !given { // a bridge of the administrator's stays that
 		b.SetAlias(name, alias)
 	}
 	for _, s := range n.subnets {

@@ -290,6 +290,9 @@ func TestRootAddresses(t *testing.T) {
 			t.Errorf("%+v was made", bad)
 		}
 	}
+	if o := b.Resolver.Options; !slices.Contains(o, "ndots:0") {
+		t.Errorf("resolver options %v", o)
+	}
 	in, err := n.Inspect(t.Context(), "own")
 	if err != nil || len(in.Containers) != 2 || in.Containers[fullID("aa")].Name != "aa" || in.Containers[fullID("aa")].IPv4Address.String() != "10.199.77.7/24" {
 		t.Errorf("inspect: %+v %v", in, err)
@@ -371,5 +374,29 @@ func TestRootTwoNetworksAndGateway(t *testing.T) {
 	wantAnswer(t, out, "tcp", "10.198.0.1:8080", "web")
 	if err := n.DisconnectNetwork(t.Context(), fullID("cc"), "aaa", false); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("disconnect twice: %v", err)
+	}
+}
+
+// TestRootGivenBridge: a network on a bridge of the administrator's, who keeps it.
+func TestRootGivenBridge(t *testing.T) {
+	n := openTest(t)
+	if o, err := exec.Command("ip", "link", "add", "adminbr", "type", "bridge").CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, o)
+	}
+	t.Cleanup(func() { _ = exec.Command("ip", "link", "del", "adminbr").Run() })
+	n.create("given", func(r *CreateRequest) { r.Options = map[string]string{optBridgeName: "adminbr"} })
+	on := []EndpointRequest{{Network: "given"}}
+	a, b := n.connect("aa", Request{Endpoints: on}), n.connect("bb", Request{Endpoints: on})
+	serveTCP(t, a.Path, ":80", "web")
+	wantAnswer(t, b.Path, "tcp", addr4(a, 0)+":80", "web")
+	n.reopen()
+	if err := n.Restore(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Remove(t.Context(), "given"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := net.InterfaceByName("adminbr"); err != nil {
+		t.Errorf("the administrator's bridge: %v", err)
 	}
 }

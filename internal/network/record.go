@@ -103,6 +103,16 @@ func writeJSON(path string, v any, durable bool) error {
 	return nil
 }
 
+// writeNewJSON writes a file that is not there yet. One that a death cut short
+// is unreadable, and then nobody was told that the thing exists.
+func writeNewJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return os.WriteFile(path, b, 0o600)
+}
+
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
