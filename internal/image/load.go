@@ -466,6 +466,9 @@ func (l *loader) layout(platform *ocispec.Platform) ([]Loaded, error) {
 		if err := checkDescriptor(d); err != nil {
 			return nil, fmt.Errorf("index.json: %w: %w", err, errdefs.ErrInvalidArgument)
 		}
+		if isAttestation(d) {
+			continue
+		}
 		var names []string
 		if n := refOf(d, l.dockerTags(d)); n != "" {
 			names = append(names, n)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -378,6 +379,14 @@ func (s *Store) checkDiffID(u *unpacked, blob, want digest.Digest) error {
 
 // unpackImage brings all layers to their places, from their blobs.
 func (s *Store) unpackImage(ctx context.Context, img *Image) error {
+	if !slices.ContainsFunc(img.ChainIDs, func(c digest.Digest) bool { return !s.hasLayer(c) }) {
+		return nil
+	}
+	unlock, err := s.locks.lock(ctx, "image "+img.ChainID.String()) // the second who wants it need not work
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	for i := range img.ChainIDs {
 		if s.hasLayer(img.ChainIDs[i]) {
 			continue
