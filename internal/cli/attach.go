@@ -97,7 +97,7 @@ func (a *app) attachRunning(ctx context.Context, c *client.Client, name, keySpec
 	if sigProxy && !info.Config.Tty {
 		defer a.forwardSignals(ctx, c, info.ID)()
 	}
-	switch err := st.stream(ctx, streamOptions{id: info.ID, tty: info.Config.Tty, stdin: stdin, keys: keys}); {
+	switch err := st.stream(ctx, streamOptions{id: info.ID, tty: info.Config.Tty, stdin: stdin, keys: keys, redraw: true}); {
 	case errors.Is(err, errDetached):
 		return nil
 	case err != nil:

@@ -100,14 +100,19 @@ func (s *session) frames(rc *client.RunConn) error {
 			s.leaveRaw()
 			return s.failed(p)
 		}
-		if errors.Is(err, syscall.EPIPE) {
-			// Whoever read the output has left: end as a process that SIGPIPE ends.
-			return &exitError{code: 128 + int(syscall.SIGPIPE)}
-		}
 		if err != nil {
-			return err
+			return readerLeft(err)
 		}
 	}
+}
+
+// readerLeft turns the error of a write that nobody reads any more into the
+// exit code of a process that SIGPIPE ends; other errors stay as they are.
+func readerLeft(err error) error {
+	if errors.Is(err, syscall.EPIPE) {
+		return &exitError{code: 128 + int(syscall.SIGPIPE)}
+	}
+	return err
 }
 
 // created handles the Created frame: from now on there is a container.
@@ -319,11 +324,12 @@ type attached struct {
 var errDetached = errors.New("detached")
 
 type streamOptions struct {
-	id    string // of the container, or of the exec
-	exec  bool
-	tty   bool
-	stdin bool
-	keys  []byte
+	id     string // of the container, or of the exec
+	exec   bool
+	tty    bool
+	stdin  bool
+	keys   []byte
+	redraw bool // make what runs there draw its screen again
 }
 
 // stream copies input and output until the output ends; errDetached says that
@@ -347,6 +353,9 @@ func (t *attached) stream(ctx context.Context, o streamOptions) error {
 			_ = t.c.Post(ctx, kind+url.PathEscape(o.id)+"/resize", q, nil, nil) // cosmetic
 		}
 		if hw, ok := t.a.consoleSize(); ok {
+			if o.redraw {
+				resize(hw[0]+1, hw[1]+1) // a change is what makes programs draw
+			}
 			resize(hw[0], hw[1])
 		}
 		defer t.a.onResize(resize)()
@@ -378,6 +387,6 @@ func (t *attached) stream(ctx context.Context, o streamOptions) error {
 	case <-left:
 		return errDetached
 	default:
-		return err
+		return readerLeft(err)
 	}
 }
