@@ -212,7 +212,7 @@ func versions(e *Env) string {
 	return b.String()
 }
 
-// jsonLine is the last line of a command's output as JSON (iperf3 -J prints one document).
+// jsonDoc reads the JSON document in a command's output, behind warnings.
 func jsonDoc(text string, v any) error {
 	i := strings.IndexByte(text, '{')
 	if i < 0 {

@@ -131,85 +131,110 @@ func benchLogs(b *Bench) error {
 	return nil
 }
 
+// netCase is an engine in the net benchmark: its servers run.
+type netCase struct {
+	engine *Engine
+	env    *Env
+	server string // address of the iperf3 server's container
+	gbit   []time.Duration
+	rates  []time.Duration
+	err    error
+}
+
 func benchNet(b *Bench) error {
-	fmt.Printf("%-24s %22s %22s\n", "", "container↔container", "published port")
+	var cases []*netCase
 	for _, en := range b.transferring() {
-		gbit, requests, err := b.netOf(en)
-		if err != nil {
-			fmt.Printf("%-24s –\n  %v\n", en.Name, err)
+		c := &netCase{engine: en}
+		c.err = c.prepare(b)
+		defer c.end()
+		cases = append(cases, c)
+	}
+	for range max(b.n/4, 3) {
+		for _, c := range cases {
+			if c.err == nil {
+				c.err = c.measure()
+			}
+		}
+	}
+	fmt.Printf("%-24s %22s %22s\n", "", "container↔container", "published port")
+	for _, c := range cases {
+		if c.err != nil {
+			fmt.Printf("%-24s –\n  %v\n", c.engine.Name, c.err)
 			continue
 		}
 		published := "– (ctr has none)"
-		if requests > 0 {
-			published = fmt.Sprintf("%.0f req/s", requests)
+		if len(c.rates) > 0 {
+			published = fmt.Sprintf("%d req/s", int64(quantile(c.rates, 0.5)))
 		}
-		fmt.Printf("%-24s %15.1f Gbit/s %22s\n", en.Name, gbit, published)
+		fmt.Printf("%-24s %15.1f Gbit/s %22s\n", c.engine.Name, float64(quantile(c.gbit, 0.5))/1e9, published)
 	}
 	fmt.Println()
 	return nil
 }
 
-func (b *Bench) netOf(en *Engine) (gbit, requests float64, err error) {
-	e, err := b.engine(en, "tmpfs", "net.tar")
+var netContainers = []RunOpts{
+	{Name: "iperfd", Args: []string{"iperf3", "-s"}},
+	{Name: "iperfc", Args: []string{"sleep", "100000"}},
+	{Name: "httpsrv", Args: []string{"bench", "serve"}, Publish: "8080:8080"},
+}
+
+func (c *netCase) prepare(b *Bench) (err error) {
+	if c.env, err = b.engine(c.engine, "tmpfs", "net.tar"); err != nil {
+		return err
+	}
+	for _, o := range netContainers {
+		o.Image, o.Detach = imageNet, true
+		if _, err := c.env.Run(c.engine.Run(o)...); err != nil {
+			return err
+		}
+	}
+	c.server, err = c.engine.Address(c.env, "iperfd")
+	return err
+}
+
+func (c *netCase) end() {
+	if c.env == nil {
+		return
+	}
+	for _, o := range netContainers {
+		_, _ = c.env.Do(Request{Argv: c.engine.Remove(o.Name)}) // the Env ends soon anyway
+	}
+}
+
+// measure takes one value each. Values are kept as durations, for quantile.
+func (c *netCase) measure() error {
+	argv := c.engine.Exec("iperfc", "iperf3", "-c", c.server, "-t", "2", "-J")
+	res, err := c.env.must(Request{Argv: argv, First: 1000 + len(c.gbit)})
 	if err != nil {
-		return 0, 0, err
+		return err
 	}
-	names := map[string]RunOpts{
-		"iperfd":  {Args: []string{"iperf3", "-s"}},
-		"iperfc":  {Args: []string{"sleep", "100000"}},
-		"httpsrv": {Args: []string{"bench", "serve"}, Publish: "8080:8080"},
+	var doc struct {
+		End struct {
+			SumReceived struct {
+				BitsPerSecond float64 `json:"bits_per_second"`
+			} `json:"sum_received"`
+		} `json:"end"`
 	}
-	for name, o := range names {
-		o.Name, o.Image, o.Detach = name, imageNet, true
-		defer e.Do(Request{Argv: en.Remove(name)})
-		if _, err := e.Run(en.Run(o)...); err != nil {
-			return 0, 0, err
-		}
+	if err := jsonDoc(res.Out, &doc); err != nil {
+		return err
 	}
-	addr, err := en.Address(e, "iperfd")
+	c.gbit = append(c.gbit, time.Duration(doc.End.SumReceived.BitsPerSecond))
+	if c.engine.Ctr {
+		return nil
+	}
+	if res, err = c.env.Run("wrk", "-t1", "-c32", "-d2s", "http://10.250.0.1:8080/"); err != nil {
+		return err
+	}
+	_, rest, ok := strings.Cut(res.Out, "Requests/sec:")
+	if !ok {
+		return fmt.Errorf("wrk said %q", res.Out)
+	}
+	rate, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
 	if err != nil {
-		return 0, 0, err
+		return err
 	}
-	var speeds []time.Duration // Gbit/s as nanoseconds, for quantile
-	for i := range max(b.n/6, 3) {
-		argv := en.Exec("iperfc", "iperf3", "-c", addr, "-t", "2", "-J")
-		res, err := e.must(Request{Argv: argv, First: 1000 + i})
-		if err != nil {
-			return 0, 0, err
-		}
-		var doc struct {
-			End struct {
-				SumReceived struct {
-					BitsPerSecond float64 `json:"bits_per_second"`
-				} `json:"sum_received"`
-			} `json:"end"`
-		}
-		if err := jsonDoc(res.Out, &doc); err != nil {
-			return 0, 0, err
-		}
-		speeds = append(speeds, time.Duration(doc.End.SumReceived.BitsPerSecond))
-	}
-	gbit = float64(quantile(speeds, 0.5)) / 1e9
-	if en.Ctr {
-		return gbit, 0, nil
-	}
-	var rates []time.Duration
-	for range max(b.n/6, 3) {
-		res, err := e.Run("wrk", "-t1", "-c32", "-d2s", "http://10.250.0.1:8080/")
-		if err != nil {
-			return 0, 0, err
-		}
-		_, rest, ok := strings.Cut(res.Out, "Requests/sec:")
-		if !ok {
-			return 0, 0, fmt.Errorf("wrk said %q", res.Out)
-		}
-		rate, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
-		if err != nil {
-			return 0, 0, err
-		}
-		rates = append(rates, time.Duration(rate))
-	}
-	return gbit, float64(quantile(rates, 0.5)), nil
+	c.rates = append(c.rates, time.Duration(rate))
+	return nil
 }
 
 // serveHTTP is the server in the containers of the net benchmark.
