@@ -105,3 +105,50 @@ func dockerSeccomp(tb testing.TB, spec *specs.Spec) *specs.LinuxSeccomp {
 	}
 	return p
 }
+
+// BenchmarkExec is a further process in a running container, start to exit.
+func BenchmarkExec(b *testing.B) {
+	root := busybox(b)
+	spec := dockerSpec(root, "sh", "-c", "read x")
+	plan, err := launch.Compile(spec, launch.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	p, err := Start(plan, Stdio{In: r})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer p.Close()
+	if err := p.Exec(); err != nil {
+		b.Fatal(err)
+	}
+	process := *spec.Process
+	process.Args = []string{"/bin/true"}
+	filter := dockerSeccomp(b, spec)
+	for b.Loop() {
+		plan, err := launch.CompileExec(&process, launch.ExecOptions{Pidfd: int(p.PidFD.Fd()), Seccomp: filter})
+		if err != nil {
+			b.Fatal(err)
+		}
+		x, err := Start(plan, Stdio{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := x.Exec(); err != nil {
+			b.Fatal(err)
+		}
+		if e, err := x.Wait(); err != nil || e.Code != 0 {
+			b.Fatal(e, err)
+		}
+		x.Close()
+	}
+	w.Close()
+	if _, err := p.Wait(); err != nil {
+		b.Fatal(err)
+	}
+}
