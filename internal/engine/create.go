@@ -178,6 +178,10 @@ func (e *Engine) unregister(c *ctr) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.gone = true
+	for _, w := range c.waiting {
+		w.fail(nil)
+	}
+	c.waiting = nil
 	notifyLocked(&c.exitSubs, WaitResult{})
 	notifyLocked(&c.goneSubs, WaitResult{ExitCode: c.record().Facts.ExitCode})
 }

@@ -30,12 +30,12 @@ const cleanTime = time.Minute
 // exited does everything that follows the end of a run: facts, events, waiters,
 // restart or removal. It is called once a run; more calls do nothing.
 func (e *Engine) exited(client *task.Client, c *ctr, rn *run, x exitFacts) {
+	select {
+	case <-rn.settled: // a start that failed has used up the once
+	case <-e.ctx.Done():
+		return // recovery of the next daemon finds the exit again
+	}
 	rn.once.Do(func() {
-		select {
-		case <-rn.settled:
-		case <-e.ctx.Done():
-			return // recovery of the next daemon finds the exit again
-		}
 		e.recordExit(c, rn, x)
 		e.cleanRun(client, c, rn)
 	})

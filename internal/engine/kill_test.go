@@ -67,21 +67,33 @@ func (*fatalTB) Errorf(f string, args ...any) { fmt.Printf(f+"\n", args...) }
 // killed at a failpoint (or not), and opens the bench again.
 func (b *bench) during(failpoint, op string) (killed bool) {
 	b.t.Helper()
+	return b.duringAction(failpoint, "kill", op)
+}
+
+func (b *bench) duringAction(failpoint, action, op string) (killed bool) {
+	b.t.Helper()
 	b.close()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "TENON_ENGINE_HELPER="+strings.Join([]string{b.root, b.run, b.name, programs, op}, "|"))
 	if failpoint != "" {
-		cmd.Env = append(cmd.Env, "TENON_FAILPOINT="+failpoint+":kill")
+		cmd.Env = append(cmd.Env, "TENON_FAILPOINT="+failpoint+":"+action)
 	}
 	out, err := cmd.CombinedOutput()
 	var ee *exec.ExitError
 	if errors.As(err, &ee) {
 		killed = ee.Sys().(syscall.WaitStatus).Signaled()
 	}
-	if err != nil && !killed {
+	defer func() {
+		if b.Engine == nil {
+			b.open()
+		}
+	}()
+	if err != nil && !killed && action == "kill" {
 		b.t.Fatalf("%s: %v\n%s", op, err, out)
 	}
-	b.open()
+	if action == "error" && (err == nil || !strings.Contains(string(out), "failpoint "+failpoint)) {
+		b.t.Fatalf("%s with an error at %s: %v\n%s", op, failpoint, err, out)
+	}
 	return killed
 }
 
@@ -231,5 +243,41 @@ func TestRootShimKilled(t *testing.T) {
 	}
 	if err := b.Start(t.Context(), "victim"); err != nil {
 		t.Errorf("start the victim again: %v", err)
+	}
+}
+
+func TestRootStepsFail(t *testing.T) {
+	b := newBench(t)
+	for _, p := range []string{"create-volumes", "create-record", "create-end"} {
+		b.duringAction(p, "error", "create half")
+		if cs := b.list(nil); len(cs) != 0 {
+			t.Errorf("%s: %+v", p, cs)
+		}
+		if vs, _, err := b.VolumeList(t.Context(), nil); err != nil || len(vs) != 0 {
+			t.Errorf("%s: volumes are left: %+v %v", p, vs, err)
+		}
+	}
+	for _, p := range []string{"start-intent", "start-network", "start-prepared", "start-created", "start-started"} {
+		b.duringAction(p, "error", "runrm gone")
+		if cs := b.list(nil); len(cs) != 0 {
+			t.Errorf("%s: %+v", p, cs)
+		}
+		b.duringAction(p, "error", "run kept")
+		if cs := b.list(nil); len(cs) != 1 || cs[0].State != "created" {
+			t.Errorf("%s: %+v", p, cs)
+		}
+		if err := b.Start(t.Context(), "kept"); err != nil {
+			t.Errorf("%s: start again: %v", p, err)
+		}
+		if err := b.Remove(t.Context(), "kept", engine.RemoveOptions{Force: true}); err != nil {
+			t.Errorf("%s: %v", p, err)
+		}
+	}
+	for _, p := range []string{"rm-marked", "rm-network", "rm-root", "rm-freed"} {
+		b.detached("kept", nil, "sleep", "1000")
+		b.duringAction(p, "error", "rm kept") // and the next daemon finishes it
+		if cs := b.list(nil); len(cs) != 0 {
+			t.Errorf("%s: %+v", p, cs)
+		}
 	}
 }

@@ -2,8 +2,10 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -26,8 +28,12 @@ func newLink(ctx context.Context, k sandbox.Sandbox, log *slog.Logger) *link {
 	return &link{kernel: k, log: log, ctx: ctx, up: make(chan struct{})}
 }
 
+// awayTime is how long an operation waits for a shim that is away.
+const awayTime = 30 * time.Second
+
 // get returns the connection, waiting for it while it is being made again.
 func (l *link) get(ctx context.Context) (*task.Client, error) {
+	var late <-chan time.Time
 	for {
 		l.mu.Lock()
 		c, up := l.client, l.up
@@ -35,8 +41,15 @@ func (l *link) get(ctx context.Context) (*task.Client, error) {
 		if c != nil {
 			return c, nil
 		}
+		if late == nil {
+			t := time.NewTimer(awayTime)
+			defer t.Stop()
+			late = t.C
+		}
 		select {
 		case <-up:
+		case <-late:
+			return nil, errdefs.ErrUnavailable.WithMessage(fmt.Sprintf("the shim is not reachable since %v; see the daemon's log", awayTime))
 		case <-ctx.Done():
 			return nil, errdefs.ErrUnavailable.WithMessage("the shim is not reachable: " + context.Cause(ctx).Error())
 		case <-l.ctx.Done():

@@ -171,7 +171,7 @@ func (b *bench) close() {
 			b.t.Errorf("close: %v", err)
 		}
 	}
-	b.closers = nil
+	b.closers, b.Engine = nil, nil
 }
 
 func (b *bench) list(f engine.Filters) []container.Summary {

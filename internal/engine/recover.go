@@ -106,10 +106,8 @@ func (e *Engine) judge(procs []*taskv1.Process, at time.Time) map[*ctr]verdict {
 			default:
 				continue // a start is under way; it finds out by itself
 			}
-			select {
-			case <-rn.exited:
+			if isClosed(rn.exited) && !isClosed(rn.done) {
 				continue // its cleaning is under way
-			default:
 			}
 		}
 		r := c.record()
@@ -120,6 +118,15 @@ func (e *Engine) judge(procs []*taskv1.Process, at time.Time) map[*ctr]verdict {
 		out[c] = decide(seen{record: r, task: t, run: runOf(t)})
 	}
 	return out
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
 }
 
 func initTasks(procs []*taskv1.Process) map[string]*taskv1.Process {
@@ -287,7 +294,9 @@ func (e *Engine) adopt(c *ctr, t *taskv1.Process) error {
 	} else if !errdefs.IsNotFound(err) {
 		return err
 	}
-	e.startHealth(c)
+	if !paused {
+		e.startHealth(c)
+	}
 	return nil
 }
 

@@ -30,26 +30,31 @@ func (e *Engine) Remove(ctx context.Context, ref string, o RemoveOptions) error 
 }
 
 func (e *Engine) remove(ctx context.Context, c *ctr, o RemoveOptions) error {
-	r := c.record()
-	if r.Running() || r.Facts.Restarting {
-		if err := e.endForRemoval(ctx, c, o); err != nil {
+	for killed := false; ; {
+		if r := c.record(); r.Running() || r.Facts.Restarting {
+			if err := e.endForRemoval(ctx, c, o); err != nil {
+				return err
+			}
+			killed = true
+		}
+		if err := c.op.lock(ctx); err != nil {
 			return err
 		}
-	}
-	if err := c.op.lock(ctx); err != nil {
+		if c.isGone() {
+			c.op.unlock()
+			if killed && c.record().HostConfig.AutoRemove {
+				return nil // it went by itself
+			}
+			return notFound("No such container: %s", c.id)
+		}
+		if c.record().Running() { // a start was under way: now it can be ended
+			c.op.unlock()
+			continue
+		}
+		err := e.removeLocked(ctx, c, o)
+		c.op.unlock()
 		return err
 	}
-	defer c.op.unlock()
-	if c.isGone() {
-		if r.HostConfig.AutoRemove && r.Running() {
-			return nil // it went by itself, killed by us
-		}
-		return notFound("No such container: %s", c.id)
-	}
-	if c.record().Running() { // started again in between
-		return conflict("cannot remove container %q: container is running: stop the container before removing or force remove", c.record().Name)
-	}
-	return e.removeLocked(ctx, c, o)
 }
 
 // endForRemoval kills a running container, or refuses to.

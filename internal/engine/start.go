@@ -183,7 +183,13 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 		return err
 	}
 	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, c.id) })
-	if _, err := client.Create(ctx, req); err != nil {
+	_, err = client.Create(ctx, req)
+	if errdefs.IsAlreadyExists(err) { // of an earlier run, whose end could not be cleaned up
+		if err = deleteTask(ctx, client, c.id); err == nil {
+			_, err = client.Create(ctx, req)
+		}
+	}
+	if err != nil {
 		return startError(c, err)
 	}
 	if err := failpoint("start-created"); err != nil {

@@ -291,6 +291,11 @@ func (e *Engine) freeze(ctx context.Context, ref string, pause bool) error {
 	if err := e.change(c, func(r *container.Record) { r.Facts.Paused = pause }); err != nil {
 		return err
 	}
+	if pause {
+		e.stopHealth(c) // a frozen container can't answer
+	} else {
+		e.startHealth(c)
+	}
 	e.emit(c, action, nil)
 	return nil
 }
