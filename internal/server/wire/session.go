@@ -36,6 +36,7 @@ type Session struct {
 	began atomic.Bool
 	intro string
 	ended atomic.Bool
+	gone  atomic.Bool
 }
 
 // Hijack takes the request's connection over. intro is the answer's header,
@@ -57,6 +58,7 @@ func Hijack(w http.ResponseWriter, r *http.Request, intro string) (*Session, con
 	// A write that the client doesn't take must not outlive the session.
 	s.unhook = context.AfterFunc(ctx, func() { _ = conn.SetWriteDeadline(time.Now().Add(lingerTime)) })
 	s.stop = WatchHangup(conn, func() {
+		s.gone.Store(true)
 		_ = conn.SetDeadline(time.Unix(1, 0)) // wakes whoever reads or writes
 		cancel(ErrClientGone)
 	})
@@ -126,6 +128,9 @@ func (s *Session) End() {
 	s.stop()
 	s.cancel(nil)
 	defer func() { _ = s.conn.Close() }() // nothing is left to be lost
+	if s.gone.Load() {
+		return
+	}
 	if cw, ok := s.conn.(interface{ CloseWrite() error }); ok {
 		if cw.CloseWrite() != nil {
 			return
@@ -134,5 +139,12 @@ func (s *Session) End() {
 	if s.conn.SetReadDeadline(time.Now().Add(lingerTime)) != nil {
 		return
 	}
-	_, _ = io.Copy(io.Discard, s.conn) // whatever it still sends
+	// Whatever it still sends. Not io.Discard: its buffers would be the largest
+	// part of a session that waits.
+	var b [256]byte
+	for {
+		if _, err := s.conn.Read(b[:]); err != nil {
+			return
+		}
+	}
 }
