@@ -177,6 +177,72 @@ func TestKillTree(t *testing.T) {
 	}
 }
 
+// TestV1 leaves v2 aside, as on a machine that has none.
+func TestV1(t *testing.T) {
+	g := group(t, nil)
+	var hs []Hierarchy
+	for _, h := range Hierarchies() {
+		if !h.V2 && (h.Has("freezer") || h.Has("pids") || h.Has("memory") || h.Has("cpuacct")) {
+			hs = append(hs, h)
+		}
+	}
+	if len(hs) == 0 {
+		return // pure v2: the other tests say it all
+	}
+	dirs, err := resolve(g.path, hs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range dirs {
+		if _, err := d.make(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.dirs = append(dirs, g.dirs...) // all are removed in the end
+	v1 := &Group{path: g.path, dirs: dirs}
+	cmd := in(t, v1, "sh", "-c", "while :; do (sleep 1000 & sleep 1000 &) ; sleep 0.001; done")
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for {
+		pids, err := v1.Pids()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(pids) > 20 {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal("no processes")
+		}
+	}
+	if err := v1.Freeze(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if on, err := v1.Frozen(); !on || err != nil {
+		t.Errorf("frozen %v %v", on, err)
+	}
+	st, err := v1.Stats()
+	if err != nil || st.Pids.Current < 20 || st.CPU.Usage == 0 || st.Memory.Usage == 0 {
+		t.Errorf("%+v %v", st, err)
+	}
+	if err := v1.Kill(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	for {
+		pids, err := v1.Pids()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(pids) == 0 {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("%v live", pids)
+		}
+	}
+}
+
 func TestOOM(t *testing.T) {
 	g := group(t, &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(16 << 20)), Swap: ptr(int64(16 << 20))}})
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)

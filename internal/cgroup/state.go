@@ -113,31 +113,40 @@ func (g *Group) Kill(sig syscall.Signal) error {
 			}
 		}
 	}
-	// Several turns, since the processes may fork; a frozen group would hold
-	// still, but then a pause of the user's own would be lost on an error here.
-	for range 20 {
+	freezer := g.v1("freezer")
+	// Several turns, for what is forked meanwhile where nothing can be frozen.
+	for range maxKillTurns {
+		if freezer != "" && sig == syscall.SIGKILL {
+			// Best effort: what is not frozen is caught by the next turn.
+			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+			_ = g.freeze(ctx, true)
+			cancel()
+		}
 		pids, err := g.Pids()
+		for _, pid := range pids {
+			if kerr := syscall.Kill(pid, sig); kerr != nil && kerr != syscall.ESRCH && err == nil {
+				err = fmt.Errorf("process %d: %w", pid, kerr)
+			}
+		}
+		if freezer != "" && sig == syscall.SIGKILL {
+			// The killed must run to die.
+			if terr := writeFile(filepath.Join(freezer, "freezer.state"), "THAWED"); terr != nil && !errors.Is(terr, fs.ErrNotExist) && err == nil {
+				err = terr
+			}
+		}
 		if err != nil {
 			return fmt.Errorf("cgroup %s: kill: %w", g.path, err)
 		}
-		if len(pids) == 0 {
+		if len(pids) == 0 || sig != syscall.SIGKILL {
 			return nil
-		}
-		for _, pid := range pids {
-			if err := syscall.Kill(pid, sig); err != nil && err != syscall.ESRCH {
-				return fmt.Errorf("cgroup %s: kill %d: %w", g.path, pid, err)
-			}
-		}
-		if sig != syscall.SIGKILL {
-			return nil
-		}
-		if d := g.v1("freezer"); d != "" {
-			_ = writeFile(filepath.Join(d, "freezer.state"), "THAWED") // killed ones must run to die
 		}
 		time.Sleep(time.Millisecond)
 	}
 	return nil
 }
+
+// maxKillTurns bounds Kill where the kernel cannot kill a group at once.
+const maxKillTurns = 50
 
 // OOMKills is the number of processes that the kernel killed for memory in the
 // group and below so far.
