@@ -323,7 +323,7 @@ func (a *app) askCredentials(auth *registry.AuthConfig, fromStdin bool) error {
 		case auth.Password != "":
 			return errors.New("--password and --password-stdin are mutually exclusive")
 		case auth.Username == "":
-			return errors.New("Must provide --username with --password-stdin")
+			return errors.New("--password-stdin needs --username")
 		}
 		b, err := io.ReadAll(in)
 		if err != nil {

@@ -335,10 +335,9 @@ type streamOptions struct {
 // stream copies input and output until the output ends; errDetached says that
 // the user left.
 func (t *attached) stream(ctx context.Context, o streamOptions) error {
-	restore := func() {}
 	if o.tty && o.stdin {
-		var err error
-		if restore, err = rawTerminal(t.a.in); err != nil {
+		restore, err := rawTerminal(t.a.in)
+		if err != nil {
 			return err
 		}
 		defer restore()
