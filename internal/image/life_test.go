@@ -135,6 +135,25 @@ func TestLegacyArchive(t *testing.T) {
 	}
 }
 
+// TestNoPlatform: a config without os and architecture is an image all the same.
+func TestNoPlatform(t *testing.T) {
+	ctx := context.Background()
+	l := mkTar(t, fileEntry("f", "x"))
+	conf := fmt.Sprintf(`{"rootfs":{"type":"layers","diff_ids":[%q]}}`, digest.FromBytes(l))
+	s := open(t)
+	load(t, s, mkTar(t, fileEntry("l.tar", string(l)), fileEntry("c.json", conf), fileEntry("manifest.json", `[{"Config":"c.json","RepoTags":["np:1"],"Layers":["l.tar"]}]`)))
+	img := resolve(t, s, "np:1")
+	if _, err := s.Layers(ctx, img); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Commit(ctx, CommitOptions{Parent: img, Ref: "np:2"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Resolve(ctx, "np:2", &img.Platform); err != nil {
+		t.Logf("by its own platform %+v: %v", img.Platform, err)
+	}
+}
+
 func TestCommitImportHistory(t *testing.T) {
 	ctx := context.Background()
 	s := open(t)

@@ -116,6 +116,10 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	if err != nil {
 		return nil, fmt.Errorf("pull %s: %w", show, err)
 	}
+	if opts.Platform != nil && !platforms.Only(*opts.Platform).Match(platforms.Normalize(img.Platform)) {
+		return nil, fmt.Errorf("image with reference %s was found but does not match the specified platform: wanted %s, actual: %s: %w",
+			show, platforms.Format(*opts.Platform), platforms.Format(img.Platform), ErrPlatform)
+	}
 	fetched, err := p.layers(ctx, img)
 	if err != nil {
 		return nil, registryError("pull", show, err)

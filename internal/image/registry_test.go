@@ -493,6 +493,14 @@ func TestPullDockerList(t *testing.T) {
 			t.Errorf("%s: %+v %v", plat, img, err)
 		}
 	}
+	// What is not a list has its one platform.
+	f.tags["2"] = ms[1].Digest
+	if _, err := s.Pull(ctx, f.addr+"/m:2", PullOptions{Platform: &ocispec.Platform{OS: "linux", Architecture: "arm64"}}); !errors.Is(err, ErrPlatform) {
+		t.Errorf("%v", err)
+	}
+	if img, err := s.Pull(ctx, f.addr+"/m:2", PullOptions{Platform: &ocispec.Platform{OS: "linux", Architecture: "amd64"}}); err != nil || img.ID != ms[1].Digest.String() {
+		t.Errorf("%v", err)
+	}
 	// A part of the list can be pushed, as the image it is.
 	real := startRegistry(t)
 	if err := s.Tag(ctx, f.addr+"/m:1", real+"/m:1"); err != nil {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
@@ -553,46 +552,4 @@ func (s *Store) reach(target ocispec.Descriptor) (blobs map[digest.Digest]int64,
 		return nil, nil, err
 	}
 	return blobs, chains, nil
-}
-
-// finish makes what an operation wrote an image: one transaction. It returns
-// the Image for the platform.
-func (s *Store) finish(img *Image, names []string, source, parent string) (*Image, error) {
-	img.Parent = parent
-	if err := s.recordLoaded([]loadedImage{{img, names}}, source); err != nil {
-		return nil, err
-	}
-	s.mu.RLock()
-	rec := s.recs[img.Target.Digest]
-	s.mu.RUnlock()
-	if rec == nil {
-		return nil, fmt.Errorf("image %s was removed at once: %w", img.ID, errdefs.ErrNotFound)
-	}
-	p := img.Platform
-	return s.build(rec, &p)
-}
-
-// recordLoaded makes images known in one transaction, and brings their files
-// to the disk in the background.
-func (s *Store) recordLoaded(all []loadedImage, source string) error {
-	now := time.Now().UTC()
-	err := s.update(func(b *batch) error {
-		for _, li := range all {
-			if len(li.names) == 0 {
-				b.put(li.img.Target, "", source, now)
-			}
-			for _, n := range li.names {
-				b.put(li.img.Target, n, source, now)
-			}
-			if li.img.Parent != "" {
-				b.record(li.img.Target.Digest).Parent = li.img.Parent
-			}
-			b.saveLayers(li.img.ChainIDs)
-		}
-		return nil
-	})
-	if err == nil {
-		s.flushSoon()
-	}
-	return err
 }
