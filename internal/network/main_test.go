@@ -113,6 +113,9 @@ func openTest(t *testing.T, change ...func(*Config)) *testNet {
 		if err != nil {
 			t.Error(err)
 		}
+		if out, err := exec.Command("nft", "list", "tables").Output(); err != nil || strings.Contains(string(out), " "+n.cfg.Name+"\n") {
+			t.Errorf("a table is left: %s %v", out, err)
+		}
 		for _, l := range links {
 			if strings.HasPrefix(l.Name, n.short) && l.Name != "lo" {
 				t.Errorf("interface %s is left", l.Name)
@@ -122,17 +125,17 @@ func openTest(t *testing.T, change ...func(*Config)) *testNet {
 	return n
 }
 
-// reopen is a daemon that was killed and comes back: nothing is closed first.
+// reopen is a daemon that ended and comes back. (TestRootKill kills a true one;
+// here the old one's goroutines must not work on beside the new one's.)
 func (n *testNet) reopen() {
 	n.t.Helper()
-	old := n.Controller
+	n.Controller.cancel()
+	n.Controller.wg.Wait()
 	c, err := Open(n.t.Context(), n.cfg)
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.Controller = c
-	// The old one's goroutines must not work on.
-	old.cancel()
 }
 
 func (n *testNet) connect(id string, req Request) *Namespace {
