@@ -20,6 +20,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -92,9 +94,15 @@ func serve(args []string) error {
 	log := slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: level}))
 
 	// The shim ends by Shutdown alone: a signal to the daemon's group is not for it.
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
+	// They are caught and dropped rather than ignored, since programs inherit what
+	// is ignored.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return os.NewSyscallError("prctl PR_SET_CHILD_SUBREAPER", err)
+	}
+	adj, err := oomScoreAdj()
+	if err != nil {
+		return err
 	}
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0); err != nil {
 		log.Debug("may be chosen by the OOM killer", "err", err)
@@ -114,7 +122,7 @@ func serve(args []string) error {
 	if err != nil {
 		return err
 	}
-	s, err := shim.New(shim.Config{RunDir: *runDir, CgroupParent: *parent, Name: *name, Self: "/proc/self/exe", Log: log})
+	s, err := shim.New(shim.Config{RunDir: *runDir, CgroupParent: *parent, Name: *name, Self: "/proc/self/exe", OOMScoreAdj: adj, Log: log})
 	if err != nil {
 		return err
 	}
@@ -130,6 +138,15 @@ func serve(args []string) error {
 	err = s.Serve(context.Background(), l)
 	log.Info("served", "err", err)
 	return err
+}
+
+// oomScoreAdj is this process's own.
+func oomScoreAdj() (int, error) {
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
 }
 
 // reap cleans up after a shim that was killed, and prints what it found.

@@ -124,3 +124,30 @@ func BenchmarkIdle(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// BenchmarkExec is a whole exec by the socket.
+func BenchmarkExec(b *testing.B) {
+	s := startShim(b)
+	ctx := b.Context()
+	if _, err := s.Create(ctx, task.CreateRequest{ID: "a", Spec: spec(rootfs(b), nil, "sleep", "1000")}); err != nil {
+		b.Fatal(err)
+	}
+	if _, err := s.Start(ctx, "a", ""); err != nil {
+		b.Fatal(err)
+	}
+	p := []byte(`{"args":["true"],"cwd":"/","env":["PATH=/bin"]}`)
+	for b.Loop() {
+		if err := s.Exec(ctx, task.ExecRequest{ID: "a", ExecID: "x", Process: p}); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := s.Start(ctx, "a", "x"); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := s.Wait(ctx, "a", "x"); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := s.Delete(ctx, "a", "x"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -54,12 +54,13 @@ type kept struct {
 	annotations map[string]string
 	uidMaps     []specs.LinuxIDMapping
 	gidMaps     []specs.LinuxIDMapping
+	oomScoreAdj *int   // the init's; execs have it too
 	uid, gid    uint32 // the init's
 	ownPids     bool   // has a pid namespace of its own, whose init's end is everyone's
 }
 
 func keep(s *specs.Spec) kept {
-	k := kept{hooks: s.Hooks, annotations: s.Annotations, uid: s.Process.User.UID, gid: s.Process.User.GID}
+	k := kept{hooks: s.Hooks, annotations: s.Annotations, oomScoreAdj: s.Process.OOMScoreAdj, uid: s.Process.User.UID, gid: s.Process.User.GID}
 	if l := s.Linux; l != nil {
 		k.seccomp = l.Seccomp
 		k.personality = l.Personality
@@ -166,6 +167,10 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 	p := newProcess(c, "")
 	p.terminal = r.terminal
 	p.once = r.opts.StdinOnce
+	if r.spec.Process.OOMScoreAdj == nil {
+		adj := s.conf.OOMScoreAdj
+		r.spec.Process.OOMScoreAdj = &adj
+	}
 	stdin := r.opts.Stdin || r.stdin != ""
 	if p.io, err = newStdio(r.terminal, stdin, c.log); err != nil {
 		return nil, err

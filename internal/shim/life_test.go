@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -85,6 +86,26 @@ func TestRun(t *testing.T) {
 		got.exit.StartedAt, got.exit.ExitedAt = time.Time{}, time.Time{}
 		if err != nil || got != c.want {
 			t.Errorf("%s: %+v, %v, want %+v", c.name, got, err, c.want)
+		}
+	}
+	// Nothing of the shim's own is inherited.
+	for _, file := range []string{"status", "oom_score_adj", "limits"} {
+		mine, err := exec.Command("cat", "/proc/self/"+file).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := s.run(ctx, task.CreateRequest{ID: "a", Spec: spec(root, nil, "cat", "/proc/self/"+file)}, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		for line := range strings.Lines(string(mine)) {
+			name, _, _ := strings.Cut(line, " ")
+			switch {
+			case file == "oom_score_adj", strings.HasPrefix(line, "SigIgn:"), strings.HasPrefix(line, "SigBlk:"), strings.HasPrefix(line, "Max open files"):
+				if !strings.Contains(got.out, line) {
+					t.Errorf("%s: %s in the container is not %q", file, name, line)
+				}
+			}
 		}
 	}
 	// A program that does not exist, and one that cannot be executed.

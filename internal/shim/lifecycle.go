@@ -126,6 +126,9 @@ func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, pr
 		p.io.close()
 		return err
 	}
+	if process.OOMScoreAdj == nil {
+		process.OOMScoreAdj = c.spec.oomScoreAdj
+	}
 	p.prepare = func() (child, error) {
 		if c.external != nil {
 			return c.external.exec(c, p, process)

@@ -48,6 +48,7 @@ type Config struct {
 	CgroupParent string // containers' cgroups are CgroupParent/ID unless their spec says otherwise
 	Name         string // prefix of names that are seen outside
 	Self         string // path by which the program can execute itself (`files`)
+	OOMScoreAdj  int    // of processes whose spec has none: not the shim's own, which is protected
 	Log          *slog.Logger
 }
 
