@@ -81,7 +81,7 @@ type Limits struct {
 	LayerEntries  int64 // files in one layer; 4 Mi
 	BlobBytes     int64 // of one compressed blob; 64 GiB
 	ManifestBytes int64 // of an index, manifest or config; 8 MiB
-	FreeBytes     int64 // left free on the disk, or the operation ends with ENOSPC; 256 MiB
+	FreeBytes     int64 // left free on the disk, or the operation ends with ENOSPC; 256 MiB, on a small disk a twentieth
 }
 
 // Config configures a Store.

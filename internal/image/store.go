@@ -91,7 +91,6 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	setDefault(&cfg.Limits.LayerEntries, defaultLayerEntries)
 	setDefault(&cfg.Limits.BlobBytes, defaultBlobBytes)
 	setDefault(&cfg.Limits.ManifestBytes, defaultManifestBytes)
-	setDefault(&cfg.Limits.FreeBytes, defaultFreeBytes)
 	setDefault(&cfg.Downloads, 4)
 	setDefault(&cfg.Unpacks, max(2, runtime.GOMAXPROCS(0)))
 	if cfg.Log == nil {
@@ -113,6 +112,13 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
 		}
+	}
+	if s.cfg.Limits.FreeBytes <= 0 { // on a small disk a twentieth of it
+		var st unix.Statfs_t
+		if err := unix.Statfs(cfg.Root, &st); err != nil {
+			return nil, &os.PathError{Op: "statfs", Path: cfg.Root, Err: err}
+		}
+		s.cfg.Limits.FreeBytes = min(defaultFreeBytes, int64(st.Blocks)*st.Bsize/20)
 	}
 	layer.SpreadChildren(s.layerTmp())
 	if err := s.openDB(); err != nil {
