@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -36,7 +37,7 @@ func (e *Engine) create(ctx context.Context, o CreateOptions) (_ *ctr, res Creat
 		}
 	}
 	img, err := e.cfg.Images.Resolve(ctx, o.Request.Config.Image, o.Platform)
-	if errdefs.IsNotFound(err) {
+	if errdefs.IsNotFound(err) && !errors.Is(err, image.ErrPlatform) {
 		return nil, res, notFound("No such image: %s", withTag(o.Request.Config.Image))
 	}
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/registry"
@@ -142,12 +143,17 @@ func osRelease() (pretty, version string) {
 	return pretty, version
 }
 
+// shutdownTime bounds the whole shutdown.
+const shutdownTime = 3 * time.Minute
+
 // shutdownParallel is how many containers are stopped at the same time.
 const shutdownParallel = 16
 
 // Shutdown stops all containers and takes down what the engine made in the
 // kernel: networks, the shim. Records and images stay.
 func (e *Engine) Shutdown(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, shutdownTime)
+	defer cancel()
 	e.mu.Lock()
 	e.closing = true
 	e.mu.Unlock()
@@ -175,7 +181,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 	wg.Wait()
 	for _, c := range e.all() {
 		if r := c.record(); r.HostConfig.AutoRemove && !r.Running() {
-			if err := e.remove(ctx, c, RemoveOptions{Volumes: true, Force: true}); err != nil {
+			if err := e.remove(ctx, c, RemoveOptions{Volumes: true, Force: true}); err != nil && !errdefs.IsNotFound(err) {
 				errs = append(errs, err)
 			}
 		}
@@ -184,6 +190,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 		e.cancel() // the shim's end is not news
 		errs = append(errs, client.Shutdown(ctx, true))
 	}
+	errs = append(errs, e.cfg.Kernel.Teardown(ctx))
 	errs = append(errs, e.cfg.Networks.Teardown(ctx), e.saver.flush())
 	e.cfg.Events.Publish(events.Message{Type: events.DaemonEventType, Action: "shutdown", Actor: events.Actor{ID: e.cfg.Name}})
 	return errors.Join(errs...)

@@ -24,6 +24,9 @@ func (e *Engine) Inspect(ctx context.Context, ref string, size bool) (*mobyconta
 	if err != nil {
 		return nil, err
 	}
+	if _, err := c.current(ctx); err != nil { // as Docker: a start under way is waited for
+		return nil, err
+	}
 	r, ns := c.record(), c.namespace()
 	path, args := r.PathArgs()
 	runDir := e.runDir(r.ID)

@@ -458,7 +458,7 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	h.Resources = *res
 	facts := e.cfg.Kernel.Facts()
 	in := spec.Input{
-		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.def, LinkEnv: e.linkEnv(r),
+		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.def, LinkEnv: e.linkEnv(r), NetReady: p.ns.Path != "",
 		Mounts: append(p.files, p.mounts...), NetNS: p.kernel.NetNS, ShmSource: p.shm,
 		CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
 	}
@@ -474,7 +474,7 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	if in.User, err = e.resolveUser(p.root, r.Config.User, h.GroupAdd); err != nil {
 		return in, err
 	}
-	if in.Devices, err = e.planDevices(&h); err != nil {
+	if in.Devices, err = e.planDevices(r.HostConfig); err != nil {
 		return in, err
 	}
 	if h.Privileged {

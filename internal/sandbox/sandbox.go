@@ -55,6 +55,8 @@ type Sandbox interface {
 	// it. started says that there was none: whatever ran on an earlier one is
 	// gone. The caller closes the connection.
 	Connect(ctx context.Context) (c *task.Client, started bool, err error)
+	// Teardown frees what is left when the shim has been shut down.
+	Teardown(ctx context.Context) error
 	// Prepare hands over a container's things; Release takes them back and is
 	// no error for a container that has none.
 	Prepare(ctx context.Context, h Handover) (Prepared, error)

@@ -45,7 +45,7 @@ func defaultMounts(in Input) []specs.Mount {
 		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro", "nosuid", "noexec", "nodev"}},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 	}
-	if in.HostConfig.IpcMode.IsHost() { // the namespace's own queue can't be mounted from a child
+	if in.HostConfig.IpcMode.IsHost() && len(in.UIDMap) > 0 { // a user namespace can't mount the host's queues
 		ms[5] = specs.Mount{Destination: "/dev/mqueue", Type: "bind", Source: "/dev/mqueue", Options: []string{"rbind", "nosuid", "noexec", "nodev"}}
 	}
 	if in.HostConfig.PidMode.IsHost() && len(in.UIDMap) > 0 {

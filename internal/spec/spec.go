@@ -49,7 +49,8 @@ type Input struct {
 	Hostname   string // empty: the namespace is not the container's own
 	LinkEnv    []string
 	Mounts     []Mount
-	NetNS      string // path; empty with HostNetwork
+	NetNS      string // path; empty: the kernel's own network
+	NetReady   bool   // the namespace has Docker's sysctls already
 	PidNS      string // path of the namespace to share, for container: modes
 	IpcNS      string
 	ShmSource  string // host directory bound to /dev/shm, if it is shared
@@ -188,7 +189,8 @@ func namespaces(in Input) []specs.LinuxNamespace {
 	add := func(t specs.LinuxNamespaceType, path string) {
 		ns = append(ns, specs.LinuxNamespace{Type: t, Path: path})
 	}
-	if !h.NetworkMode.IsHost() {
+	shared := h.NetworkMode.IsContainer() && in.NetNS == "" // with one that has the host's network
+	if !h.NetworkMode.IsHost() && !shared {
 		add(specs.NetworkNamespace, in.NetNS)
 	}
 	if !h.UTSMode.IsHost() {
@@ -219,7 +221,7 @@ func namespaces(in Input) []specs.LinuxNamespace {
 // network namespace of the container's own.
 func sysctls(in Input) map[string]string {
 	out := map[string]string{}
-	if h := in.HostConfig; !h.NetworkMode.IsHost() && !h.NetworkMode.IsContainer() {
+	if h := in.HostConfig; !h.NetworkMode.IsHost() && !h.NetworkMode.IsContainer() && !in.NetReady {
 		out["net.ipv4.ip_unprivileged_port_start"] = "0"
 		if len(in.UIDMap) == 0 {
 			out["net.ipv4.ping_group_range"] = "0 2147483647"

@@ -181,6 +181,22 @@ func (h *Host) reap(ctx context.Context, logFile *os.File) error {
 	return nil
 }
 
+// Teardown removes the shim's directories and the control group that held the
+// containers' groups, in every hierarchy. What is not empty stays, and is told.
+func (h *Host) Teardown(context.Context) error {
+	var errs []error
+	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + h.cfg.Name) // no bad pattern: names are [a-z0-9-]
+	for _, g := range append(groups, "/sys/fs/cgroup/"+h.cfg.Name) {
+		if err := unix.Rmdir(g); err != nil && err != unix.ENOENT {
+			errs = append(errs, &os.PathError{Op: "rmdir", Path: g, Err: err})
+		}
+	}
+	for _, p := range []string{h.Socket(), h.runDir(), filepath.Join(h.cfg.RunRoot, "shm")} {
+		errs = append(errs, os.RemoveAll(p))
+	}
+	return errors.Join(errs...)
+}
+
 // Prepare passes on what it is given: host paths are what the host's shim needs.
 func (h *Host) Prepare(_ context.Context, o sandbox.Handover) (sandbox.Prepared, error) {
 	return sandbox.Prepared{Rootfs: o.Root, NetNS: o.NetNS}, nil
