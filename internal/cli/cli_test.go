@@ -281,7 +281,7 @@ func TestCompletionScripts(t *testing.T) {
 // TestImports keeps the daemon out of the command, and what costs time at its
 // start.
 func TestImports(t *testing.T) {
-	cmd := exec.Command("go", "list", "-mod=mod", "-deps", "tenon.dev/tenon/cmd/tenon")
+	cmd := exec.Command("go", "list", "-deps", "tenon.dev/tenon/cmd/tenon")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	b, err := cmd.Output()
 	if err != nil {
