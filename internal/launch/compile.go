@@ -88,6 +88,8 @@ func Compile(spec *specs.Spec, opts Options) (_ *Plan, err error) {
 // enter joins and makes namespaces and cgroups.
 func (c *compiler) enter() error {
 	c.proc, c.root, c.old = c.builder.slot(), c.builder.slot(), c.builder.slot()
+	c.step("umask 022")
+	c.call(unix.SYS_UMASK, num(0o022)) // what we make does not depend on the caller's
 	c.hostProc()
 	c.oomScoreAdj(c.spec.Process)
 	c.cgroup()

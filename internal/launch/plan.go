@@ -42,6 +42,8 @@ type Plan struct {
 	Targets []string
 	// MapRoot is the host's uid and gid of the container's root.
 	MapRoot [2]int
+	// Nofile says that the plan sets the limit of open files.
+	Nofile bool
 	// Preserve is the number of extra descriptors that the program inherits.
 	Preserve int
 	// Gate says that the barrier is on the caller's descriptors.

@@ -102,6 +102,7 @@ func (b *builder) rlimits(p *specs.Process) error {
 			return fmt.Errorf("process.rlimits[%d]: %s: soft limit %d is above hard limit %d", i, r.Type, r.Soft, r.Hard)
 		}
 		b.step(fmt.Sprintf("rlimit %s %d:%d", r.Type, r.Soft, r.Hard))
+		b.p.Nofile = b.p.Nofile || n == unix.RLIMIT_NOFILE
 		b.call(unix.SYS_PRLIMIT64, num(0), num(n), mem(words(r.Soft, r.Hard)), num(0))
 	}
 	return nil
@@ -151,10 +152,12 @@ func (b *builder) identity(p *specs.Process, caps capSets, early bool) {
 	b.call(unix.SYS_SETRESGID, num(u.GID), num(u.GID), num(u.GID))
 	b.call(unix.SYS_SETRESUID, num(u.UID), num(u.UID), num(u.UID))
 	b.call(unix.SYS_PRCTL, num(unix.PR_SET_KEEPCAPS), num(0), num(0), num(0), num(0))
+	umask := uint32(0o022)
 	if u.Umask != nil {
-		b.step(fmt.Sprintf("umask %#o", *u.Umask))
-		b.call(unix.SYS_UMASK, num(*u.Umask))
+		umask = *u.Umask
 	}
+	b.step(fmt.Sprintf("umask %#o", umask))
+	b.call(unix.SYS_UMASK, num(umask))
 	eff, perm := caps.effective, caps.permitted
 	if early {
 		b.step("capabilities", "CAP_SYS_ADMIN,"+caps.describe())

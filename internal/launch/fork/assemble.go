@@ -167,6 +167,10 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 	}
 	pro(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0)
 	pro(opDefaultSig)
+	if lim := inheritedNofile(plan); lim != nil {
+		b := binary.NativeEndian.AppendUint64(nil, lim.Cur)
+		pro(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, a.bytes(binary.NativeEndian.AppendUint64(b, lim.Max)), 0)
+	}
 	std := []*os.File{stdio.In, stdio.Out, stdio.Err}
 	if plan.Terminal {
 		std = []*os.File{nil, nil, nil}

@@ -3,16 +3,21 @@ package fork
 import (
 	"fmt"
 	"golang.org/x/sys/unix"
+
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
+	"tenon.dev/tenon/internal/launch"
 	"testing"
 )
 
 // TestMain is also the program that TestProtect runs.
 func TestMain(m *testing.M) {
+	if root := os.Getenv("TENON_TEST_NOFILE"); root != "" {
+		nofileProgram(root)
+	}
 	if os.Getenv("TENON_TEST_PROTECT") == "" {
 		os.Exit(m.Run())
 	}
@@ -58,5 +63,38 @@ func BenchmarkProtect(b *testing.B) {
 		if err := cmd.Run(); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// nofileProgram is a program that starts containers with a low soft limit.
+func nofileProgram(root string) {
+	for range 2 {
+		plan, err := launch.Compile(sh(root, "ulimit -Sn; ulimit -Hn"), launch.Options{})
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		p, err := Start(plan, Stdio{Out: os.Stdout, Err: os.Stderr})
+		if err == nil {
+			err = p.Exec()
+		}
+		if err == nil {
+			_, err = p.Wait()
+		}
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	}
+	os.Exit(0)
+}
+
+// TestNofile: the program's limit is ours as it was before Go raised it.
+func TestNofile(t *testing.T) {
+	cmd := exec.Command("/bin/sh", "-c", `ulimit -Sn 1000; ulimit -Hn 2000; exec "$0"`, os.Args[0])
+	cmd.Env = append(os.Environ(), "TENON_TEST_NOFILE="+busybox(t))
+	out, err := cmd.CombinedOutput()
+	if want := "1000\n2000\n1000\n2000\n"; err != nil || string(out) != want {
+		t.Errorf("%v: %s", err, out)
 	}
 }
