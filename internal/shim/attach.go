@@ -3,6 +3,7 @@ package shim
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 
 	"github.com/containerd/errdefs"
@@ -39,16 +40,15 @@ func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
 		refuse(conn, err)
 		return
 	}
-	io := p.io
-	if io == nil {
+	if p.io == nil {
 		refuse(conn, fmt.Errorf("%s: has no streams to attach to: %w", p.name(), errdefs.ErrFailedPrecondition))
 		return
 	}
 	// Output is kept from now on, and follows the reply.
 	c := newClient(conn, a.Stdout, a.Stderr)
-	io.hub.add(c)
+	p.io.hub.add(c)
 	if err := channel.WriteMessage(conn, &taskv1.StreamReply{}); err != nil {
-		io.hub.remove(c)
+		p.io.hub.remove(c)
 		c.hungUp()
 		return
 	}
@@ -63,7 +63,7 @@ func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
 	for {
 		b, n, err := readPooled(raw, 0)
 		if n > 0 && stdin {
-			if f := io.stdinFile(); f == nil {
+			if f := p.io.stdinFile(); f == nil {
 				stdin = false
 			} else if _, err := f.Write((*b)[:n]); err != nil {
 				stdin = false // the process has closed it: discard
@@ -82,16 +82,23 @@ func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
 // attachGeneric is serveAttach's reading for transports without descriptors.
 func (s *Shim) attachGeneric(p *process, c *client, stdin bool) {
 	b := make([]byte, 4096)
-	for {
-		n, err := c.conn.Read(b)
+	var err error
+	for err == nil {
+		var n int
+		n, err = c.conn.Read(b)
 		if n > 0 && stdin {
 			if f := p.io.stdinFile(); f != nil {
 				_, _ = f.Write(b[:n]) // closed by the process: discard
 			}
 		}
-		if err != nil {
-			break
+	}
+	if err != io.EOF { // such a transport tells a lost connection so
+		if stdin {
+			p.stdinEnded()
 		}
+		p.io.hub.remove(c)
+		c.hungUp()
+		return
 	}
 	s.detach(p, c, stdin)
 }

@@ -109,6 +109,8 @@ func tarOf(entries ...*tar.Header) *bytes.Buffer {
 	return &b
 }
 
+var hello = &tar.Header{Name: "hello", PAXRecords: text("hello")}
+
 func text(s string) map[string]string { return map[string]string{"text": s} }
 
 func TestFiles(t *testing.T) {
