@@ -126,8 +126,13 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 	var console *net.UnixListener
 	args = append(args, "--pid-file", pidFile)
 	if p.terminal {
-		// By a short name: socket paths are bounded.
-		sock := filepath.Join(dir, "c")
+		// By a short name: a socket's path may have 107 bytes.
+		short, err := os.MkdirTemp(filepath.Dir(filepath.Dir(e.dir)), "c")
+		if err != nil {
+			return 0, err
+		}
+		defer os.RemoveAll(short)
+		sock := filepath.Join(short, "s")
 		if console, err = net.ListenUnix("unix", &net.UnixAddr{Name: sock, Net: "unix"}); err != nil {
 			return 0, err
 		}

@@ -51,12 +51,13 @@ func TestExternalRuntime(t *testing.T) {
 			if err != nil || got.out != "input" || got.errs != "err\n" || got.exit.Status != 3 {
 				t.Fatalf("run: %+v, %v", got, err)
 			}
+			r.ID = strings.Repeat("0123456789abcdef", 4) // as long as the engine's
 			r.Terminal, r.ConsoleWidth, r.ConsoleHeight = true, 33, 22
 			r.Spec = sp("stty", "size")
 			if got, err := s.run(ctx, r, strings.NewReader("")); err != nil || got.out != "22 33\r\n" {
 				t.Errorf("terminal: %+v, %v", got, err)
 			}
-			r.Terminal = false
+			r.Terminal, r.ID = false, "a"
 			r.Spec = sp("/none")
 			if got, err := s.run(ctx, r, nil); !errdefs.IsNotFound(err) {
 				t.Errorf("no program: %+v, %v", got, err)

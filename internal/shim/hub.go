@@ -111,7 +111,7 @@ func (h *hub) write(source logs.Source, b []byte) {
 		binary.BigEndian.PutUint32(b[4:], uint32(len(b)-frameHead))
 	}
 	for _, c := range clients {
-		if h.terminal || source == logs.Stdout && c.stdout || source == logs.Stderr && c.stderr {
+		if h.terminal && (c.stdout || c.stderr) || source == logs.Stdout && c.stdout || source == logs.Stderr && c.stderr {
 			c.send(b)
 		}
 	}
