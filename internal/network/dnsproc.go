@@ -282,7 +282,7 @@ func (d *dnsClient) start() (net.Conn, error) {
 	cmd.ExtraFiles = []*os.File{f}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Dir = "/"
-	cmd.Env = []string{"GOMAXPROCS=2", "GOMEMLIMIT=64MiB"}
+	cmd.Env = []string{"GOMAXPROCS=1", "GOGC=50", "GOMEMLIMIT=64MiB"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", d.binary, err)

@@ -18,9 +18,9 @@ import (
 //	  set src4  { type ifname . ether_addr . ipv4_addr }   # who may speak there
 //	  set src6  { type ifname . ether_addr . ipv6_addr }
 //	  chain guard { type filter hook prerouting priority -300
+//	    ether type ip udp sport 67 iifname @ports drop     # no DHCP server
+//	    ether type ip iifname . ether saddr . ip saddr @src4 accept  # nearly all frames end here
 //	    iifname != @ports accept
-//	    ether type ip udp sport 67 drop                    # no DHCP server
-//	    ether type ip iifname . ether saddr . ip saddr @src4 accept
 //	    ether type ip drop
 //	    iifname . ether saddr != @macs drop
 //	    ether type arp iifname . arp saddr ether . arp saddr ip @src4 accept
@@ -127,9 +127,9 @@ func (t *Table) guardRules() {
 	acc, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	ip, arp, ip6 := etherType(unix.ETH_P_IP), etherType(unix.ETH_P_ARP), etherType(unix.ETH_P_IPV6)
 
-	rule(c, t.notIif(setPorts), acc)
-	rule(c, ip, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), drop)
+	rule(c, ip, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), t.iif(setPorts), drop)
 	rule(c, ip, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), acc)
+	rule(c, t.notIif(setPorts), acc)
 	rule(c, ip, drop)
 	rule(c, t.mayNot(), drop)
 	rule(c, arp, t.speaker("4", &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 6},

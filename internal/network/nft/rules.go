@@ -47,8 +47,8 @@ import (
 //	    oifname != @bridges ip saddr @masq4 masquerade
 //	  }
 //	  chain fwd { type filter hook forward priority filter; policy accept
-//	    iifname @segments accept
 //	    iifname . oifname @same accept
+//	    iifname @segments accept
 //	    iifname @internal drop
 //	    oifname @internal drop
 //	    oifname @bridges ct state established,related accept
@@ -169,8 +169,8 @@ func (t *Table) rules() {
 	}
 
 	t.rule(guard, t.iif(setSegments), []expr.Any{&expr.Notrack{}})
-	t.rule(fwd, t.iif(setSegments), verdict(expr.VerdictAccept))
 	t.rule(fwd, t.sameBridge(), verdict(expr.VerdictAccept))
+	t.rule(fwd, t.iif(setSegments), verdict(expr.VerdictAccept))
 	t.rule(fwd, t.iif(setInternal), verdict(expr.VerdictDrop))
 	t.rule(fwd, t.oif(setInternal), verdict(expr.VerdictDrop))
 	t.rule(fwd, t.oif(setBridges), established(), verdict(expr.VerdictAccept))
