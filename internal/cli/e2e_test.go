@@ -20,8 +20,8 @@ import (
 
 // engine is a real daemon and the real command, shared by the end-to-end tests.
 type engine struct {
-	dir, host, tenon string
-	cmd              *exec.Cmd
+	dir, host, tenon, name string
+	cmd                    *exec.Cmd
 }
 
 var shared struct {
@@ -67,14 +67,14 @@ func launch() (_ *engine, err error) {
 		}
 	}
 	n := os.Getpid() % 50
-	e := &engine{dir: dir, host: "unix://" + dir + "/docker.sock", tenon: filepath.Join(bin, "tenon")}
+	e := &engine{dir: dir, host: "unix://" + dir + "/docker.sock", tenon: filepath.Join(bin, "tenon"), name: fmt.Sprintf("tc%02dx", n)}
 	log, err := os.Create(dir + "/log")
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
 	e.cmd = exec.Command(filepath.Join(bin, "tenond"), "--config", "/dev/null", "--root", dir+"/root", "--run-root", dir+"/run", "--host", e.host,
-		"--name", fmt.Sprintf("tc%d", n), "--debug",
+		"--name", e.name, "--debug",
 		"--default-address-pool", fmt.Sprintf("base=10.%d.0.0/16,size=24", 130+n),
 		"--default-address-pool", fmt.Sprintf("base=fd7e:%x::/48,size=64", 0x7000+n))
 	e.cmd.Stdout, e.cmd.Stderr = log, log
@@ -114,7 +114,24 @@ func (e *engine) end() error {
 		}
 		return errors.Join(err, derr, os.RemoveAll(e.dir))
 	}
-	return errors.Join(e.cmd.Wait(), os.RemoveAll(e.dir))
+	return errors.Join(e.cmd.Wait(), e.leftovers(), os.RemoveAll(e.dir))
+}
+
+// leftovers looks for what a shut down daemon must have taken with it.
+func (e *engine) leftovers() error {
+	var errs []error
+	for _, pattern := range []string{"/sys/class/net/" + e.name + "*", "/sys/fs/cgroup/" + e.name, "/sys/fs/cgroup/*/" + e.name} {
+		left, err := filepath.Glob(pattern)
+		if len(left) > 0 {
+			err = fmt.Errorf("after the shutdown: %v", left)
+		}
+		errs = append(errs, err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if strings.Contains(string(mounts), e.dir) {
+		err = fmt.Errorf("after the shutdown mounts are left under %s", e.dir)
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // command is "tenon ARGS..." against the daemon, ended after a minute.
