@@ -69,19 +69,37 @@ func Message(err error) string {
 	if errors.As(err, &errno) && errno.Error() == class.Error() {
 		return msg
 	}
-	switch class {
-	case errdefs.ErrFailedPrecondition, errdefs.ErrConflict, errdefs.ErrInvalidArgument,
-		errdefs.ErrNotImplemented, errdefs.ErrUnavailable, errdefs.ErrAlreadyExists, errdefs.ErrPermissionDenied:
-		return cut
-	case errdefs.ErrNotFound:
+	for _, c := range redundant {
+		if class != c.class {
+			continue
+		}
+		if len(c.said) == 0 {
+			return cut
+		}
 		l := strings.ToLower(cut)
-		for _, said := range []string{"not found", "no such", "not known", "unknown", "could not find", "does not exist"} {
-			if strings.Contains(l, said) {
+		for _, phrase := range c.said {
+			if strings.Contains(l, phrase) {
 				return cut
 			}
 		}
 	}
 	return msg
+}
+
+// redundant lists the classes whose name at an error's end says nothing new: to
+// anybody, or if one of the phrases has been said before.
+var redundant = []struct {
+	class error
+	said  []string
+}{
+	{errdefs.ErrFailedPrecondition, nil},
+	{errdefs.ErrConflict, nil},
+	{errdefs.ErrInvalidArgument, nil},
+	{errdefs.ErrUnavailable, nil},
+	{errdefs.ErrAlreadyExists, []string{"already", "in use", "exists"}},
+	{errdefs.ErrPermissionDenied, []string{"denied", "not permitted", "cannot", "can't", "refused", "not allowed"}},
+	{errdefs.ErrNotImplemented, []string{"not ", "n't ", "no "}},
+	{errdefs.ErrNotFound, []string{"not found", "no such", "not known", "unknown", "could not find", "does not exist"}},
 }
 
 // WriteError answers a request with an error, as {"message": …}. It must not
