@@ -17,7 +17,6 @@ import (
 
 	"tenon.dev/tenon/internal/network/dns/wire"
 	"tenon.dev/tenon/internal/network/link"
-	"tenon.dev/tenon/internal/network/nft"
 )
 
 const (
@@ -43,7 +42,7 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 		return nil, err
 	}
 	r := &contRecord{Version: recordVersion, ID: req.ContainerID, Name: req.Name, Hostname: req.Hostname, Domainname: req.Domainname,
-		Mode: req.Mode, ExtraHosts: req.ExtraHosts, Bindings: req.Ports}
+		Mode: req.Mode, Plumbing: req.Plumbing, Owner: req.Owner, ExtraHosts: req.ExtraHosts, Bindings: req.Ports}
 	for _, a := range req.DNS {
 		r.DNS = append(r.DNS, a.String())
 	}
@@ -71,7 +70,7 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 		return nil, err
 	}
 	if ready == nil && (r.Mode == ModeBridge || r.Mode == ModeNone) {
-		if err = c.setup(ctx, r.NSID, r.Endpoints); err != nil {
+		if err = c.setup(ctx, c.plumberFor(r), r.NSID, r.Endpoints); err != nil {
 			return nil, err
 		}
 	}
@@ -130,6 +129,9 @@ func (c *Controller) checkRequest(req *Request) error {
 	default:
 		return bad("unknown network mode %q", req.Mode)
 	}
+	if p := req.Plumbing; p != "" && p != PlumbNetns && (p != PlumbTap || req.Mode != ModeBridge) {
+		return bad("unknown plumbing %q for network mode %s", p, req.Mode)
+	}
 	for _, b := range req.Ports {
 		if _, err := protoNumber(b.Proto); err != nil {
 			return bad("%w", err)
@@ -178,7 +180,9 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 				return rd, nil
 			}
 		}
-		r.NSID = randomHex(8)
+		if r.Plumbing != PlumbTap {
+			r.NSID = randomHex(8)
+		}
 		for i, er := range req.Endpoints {
 			n, err := c.findLocked(er.Network)
 			if err == nil && slices.ContainsFunc(r.Endpoints, func(e Endpoint) bool { return e.NetworkID == n.rec.ID }) {
@@ -187,7 +191,7 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 			var ep Endpoint
 			if err == nil {
 				port := r.NSID
-				if i > 0 {
+				if i > 0 || port == "" {
 					port = randomHex(8)
 				}
 				ep, err = c.allocateLocked(n, er, port, i)
@@ -208,7 +212,7 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 
 // pooled says whether a namespace from the pool fits the request.
 func (c *Controller) pooled(req Request) bool {
-	if len(req.Endpoints) != 1 {
+	if len(req.Endpoints) != 1 || req.Plumbing == PlumbTap {
 		return false
 	}
 	e := req.Endpoints[0]
@@ -379,116 +383,6 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 	return out
 }
 
-// claimPorts reserves the host's ports for the record's bindings.
-// The sockets that hold them are the caller's, after an error as well.
-func (c *Controller) claimPorts(r *contRecord) (held []*os.File, err error) {
-	if len(r.Bindings) == 0 {
-		return nil, nil
-	}
-	c.mu.Lock()
-	g4, g6 := c.publishEnds(r)
-	def := c.cfg.HostBindingIPv4
-	if g4 >= 0 {
-		if a, err := netip.ParseAddr(c.nets[r.Endpoints[g4].NetworkID].rec.Options[optHostIPv4]); err == nil {
-			def = a
-		}
-	}
-	c.mu.Unlock()
-	if g4 < 0 && g6 < 0 {
-		return nil, nil // only internal networks: like Docker, nothing is published
-	}
-	for _, b := range r.Bindings {
-		var ips []netip.Addr
-		switch ip := b.HostIP.Unmap(); {
-		case !ip.IsValid() && def.IsValid() && !def.IsUnspecified():
-			ips = []netip.Addr{def}
-		case !ip.IsValid():
-			if g4 >= 0 {
-				ips = append(ips, netip.IPv4Unspecified())
-			}
-			if g6 >= 0 {
-				ips = append(ips, netip.IPv6Unspecified())
-			}
-		default:
-			ips = []netip.Addr{ip.WithZone("")}
-		}
-		for _, ip := range ips {
-			if ip.Is4() && g4 < 0 || ip.Is6() && g6 < 0 {
-				return held, fmt.Errorf("port %d/%s cannot be published on %s: the container has no address of that family (create its network with --ipv6): %w", b.ContainerPort, b.Proto, ip, errdefs.ErrInvalidArgument)
-			}
-		}
-		got, files, err := c.claim(b, ips, r.ID)
-		if err != nil {
-			return held, err
-		}
-		held = append(held, files...)
-		for _, p := range got {
-			g := g4
-			if p.HostIP.Is6() {
-				g = g6
-			}
-			r.Ports = append(r.Ports, portRecord{p, r.Endpoints[g].NetworkID})
-		}
-	}
-	return held, nil
-}
-
-// publishEnds are the endpoints that published ports lead to.
-func (c *Controller) publishEnds(r *contRecord) (g4, g6 int) {
-	eps := slices.Clone(r.Endpoints)
-	for i, e := range eps {
-		if n := c.nets[e.NetworkID]; n == nil || !n.isBridge() {
-			eps[i].Gateway, eps[i].Gateway6 = netip.Addr{}, netip.Addr{}
-		}
-	}
-	return gateways(eps)
-}
-
-// tablePorts are the record's ports as the nftables table has them.
-func tablePorts(r *contRecord) []nft.Port {
-	var out []nft.Port
-	for _, p := range r.Ports {
-		i := slices.IndexFunc(r.Endpoints, func(e Endpoint) bool { return e.NetworkID == p.NetworkID })
-		proto, err := protoNumber(p.Proto)
-		if i < 0 || err != nil {
-			continue
-		}
-		to := r.Endpoints[i].IPv4
-		if p.HostIP.Is6() {
-			to = r.Endpoints[i].IPv6
-		}
-		if to.IsValid() {
-			out = append(out, nft.Port{Proto: proto, HostIP: p.HostIP, HostPort: p.HostPort, To: netip.AddrPortFrom(to.Addr(), p.ContainerPort)})
-		}
-	}
-	return out
-}
-
-func (c *Controller) publish(r *contRecord) error {
-	ports := tablePorts(r)
-	if err := c.table.Publish(ports); err != nil {
-		return err
-	}
-	c.flushFlows(ports)
-	return c.hairpin(r)
-}
-
-// hairpin lets a container reach itself by a published port where
-// br_netfilter is on: there such a frame is bridged, not routed, and a bridge
-// does not send a frame back to the port that it came from.
-func (c *Controller) hairpin(r *contRecord) error {
-	if !brNetfilter("iptables") && !brNetfilter("ip6tables") {
-		return nil
-	}
-	var b link.Batch
-	for _, p := range c.plugs(r.Endpoints) {
-		if p.Parent == "" {
-			b.SetPort(p.HostInterface, link.Port{Isolated: p.Isolated, Hairpin: true})
-		}
-	}
-	return c.rtnl.Do(&b)
-}
-
 // dismiss frees everything that a record names. It is the undo of Connect and
 // the work of Disconnect; it works from any partial state.
 func (c *Controller) dismiss(r *contRecord) {
@@ -515,13 +409,16 @@ func (c *Controller) dismiss(r *contRecord) {
 	if c.conts[r.ID] == r {
 		delete(c.conts, r.ID)
 	}
-	if r.NSID != "" || r.Shared != "" {
+	if r.NSID != "" || r.Shared != "" || r.Plumbing == PlumbTap {
 		c.dns.send(wire.Message{Op: wire.OpDel, ID: r.ID})
 		c.dns.release(r.ID)
 	}
 	c.mu.Unlock()
 	if err := os.Remove(c.contPath(r.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		c.log.Warn("endpoint record is left", "container", r.ID, "err", err)
+	}
+	if r.Plumbing == PlumbTap {
+		c.dropTaps(r.Endpoints)
 	}
 	if r.NSID != "" {
 		if shared {

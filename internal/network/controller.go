@@ -214,7 +214,7 @@ func (c *Controller) ourPorts(links []link.Info) []link.Info {
 	}
 	var out []link.Info
 	for _, l := range links {
-		if c.isPortName(l.Name) && l.Kind == "veth" && bridges[l.Master] {
+		if c.isPortName(l.Name) && (l.Kind == "veth" || l.Kind == "tun") && bridges[l.Master] {
 			out = append(out, l)
 		}
 	}

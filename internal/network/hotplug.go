@@ -57,16 +57,16 @@ func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req
 	}
 	if err == nil {
 		plug := plugs[len(plugs)-1]
-		err = c.plumber().Attach(ctx, r.NSID, plug)
+		err = c.plumberFor(r).Attach(ctx, r.NSID, plug)
 	}
 	if err == nil {
-		err = c.plumber().Default(ctx, r.NSID, plugs)
+		err = c.plumberFor(r).Default(ctx, r.NSID, plugs)
 	}
 	if err == nil {
 		err = c.republish(r)
 	}
 	if err != nil {
-		_ = c.plumber().Detach(context.WithoutCancel(ctx), r.NSID, plugs[len(plugs)-1]) // it may not have come so far
+		_ = c.plumberFor(r).Detach(context.WithoutCancel(ctx), r.NSID, plugs[len(plugs)-1]) // it may not have come so far
 		c.mu.Lock()
 		c.freeAddrsLocked(&ep)
 		c.setEndpointsLocked(r, old)
@@ -97,7 +97,7 @@ func (c *Controller) attachableLocked(id, network string) (*contRecord, *netw, e
 	if err != nil {
 		return nil, nil, err
 	}
-	if r.NSID == "" {
+	if r.NSID == "" && r.Plumbing != PlumbTap {
 		return nil, nil, fmt.Errorf("container sharing network namespace with another container or host cannot be connected to any other network: %w", errdefs.ErrFailedPrecondition)
 	}
 	if slices.ContainsFunc(r.Endpoints, func(e Endpoint) bool { return e.NetworkID == n.rec.ID }) {
@@ -216,10 +216,10 @@ func (c *Controller) DisconnectNetwork(ctx context.Context, containerID, network
 		c.log.Warn("endpoint could not be taken down", "container", containerID, "err", err)
 	}
 	gone := Plug{Interface: ep.Interface, HostInterface: ep.HostInterface}
-	if err := c.plumber().Detach(ctx, r.NSID, gone); err != nil {
+	if err := c.plumberFor(r).Detach(ctx, r.NSID, gone); err != nil {
 		return fmt.Errorf("disconnect container %s from network %s: %w", shortID(containerID), rec.Name, err)
 	}
-	if err := c.plumber().Default(ctx, r.NSID, c.plugs(r.Endpoints)); err != nil {
+	if err := c.plumberFor(r).Default(ctx, r.NSID, c.plugs(r.Endpoints)); err != nil {
 		return fmt.Errorf("disconnect container %s from network %s: %w", shortID(containerID), rec.Name, err)
 	}
 	if err := c.table.Unguard(ep.HostInterface); err != nil {

@@ -166,6 +166,10 @@ type Request struct {
 	Hostname, Domainname string
 	// Mode; empty means bridge.
 	Mode Mode
+	// Plumbing says how ModeBridge's endpoints are plugged in; empty means
+	// PlumbNetns. Owner is the user that may open the taps.
+	Plumbing Plumbing
+	Owner    uint32
 	// Container is the id of the container whose namespace is shared (ModeContainer).
 	Container string
 	// Endpoints are the networks; empty with ModeBridge means the default bridge.

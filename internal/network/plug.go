@@ -341,7 +341,7 @@ func (c *Controller) makeReady() (*ready, error) {
 		return nil, err
 	}
 	r := &ready{nsid: nsid, ep: ep}
-	if err := c.setup(c.ctx, nsid, []Endpoint{ep}); err != nil {
+	if err := c.setup(c.ctx, c.plumber(), nsid, []Endpoint{ep}); err != nil {
 		c.freeReady(r)
 		return nil, err
 	}
@@ -355,8 +355,8 @@ func (c *Controller) freeReady(r *ready) {
 	c.pool.drop(r.nsid, []Endpoint{r.ep})
 }
 
-// setup plugs a new namespace's endpoints in, their ports guarded before.
-func (c *Controller) setup(ctx context.Context, nsid string, eps []Endpoint) error {
+// setup plugs a container's endpoints in, their ports guarded before.
+func (c *Controller) setup(ctx context.Context, p Plumber, nsid string, eps []Endpoint) error {
 	if err := c.raiseSegments(ctx, eps); err != nil {
 		return err
 	}
@@ -366,7 +366,7 @@ func (c *Controller) setup(ctx context.Context, nsid string, eps []Endpoint) err
 	if err := c.table.Guard(c.guards(eps)...); err != nil {
 		return err
 	}
-	return c.plumber().Setup(ctx, nsid, c.plugs(eps))
+	return p.Setup(ctx, nsid, c.plugs(eps))
 }
 
 // evict takes the ports of dead endpoints down whose addresses are used again:

@@ -47,7 +47,9 @@ type contRecord struct {
 	Domainname string
 	Mode       Mode
 	// NSID names the namespace below RunDir/netns and its first host interface.
-	NSID string
+	NSID     string
+	Plumbing Plumbing `json:",omitempty"`
+	Owner    uint32   `json:",omitempty"`
 	// Shared is the id of the container whose namespace is used.
 	Shared     string `json:",omitempty"`
 	Endpoints  []Endpoint

@@ -201,7 +201,7 @@ func (c *Controller) replug() error {
 	}
 	var b link.Batch
 	for _, l := range links {
-		if idx, ok := want[l.Name]; ok && l.Kind == "veth" {
+		if idx, ok := want[l.Name]; ok && (l.Kind == "veth" || l.Kind == "tun") {
 			if l.Master != idx {
 				b.SetMaster(l.Name, idx)
 			}
