@@ -162,7 +162,7 @@ func TestClients(t *testing.T) {
 	}
 	docker, err := exec.LookPath("docker")
 	if err != nil {
-		t.Fatal("the docker CLI is not installed (scripts/test-setup installs it)")
+		t.Fatal("the docker CLI is not installed (scripts/test installs it)")
 	}
 	cmd := exec.CommandContext(t.Context(), docker, "-H", "unix://"+sock, "version", "--format", "{{.Server.Version}} {{.Server.APIVersion}}")
 	cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+t.TempDir())
