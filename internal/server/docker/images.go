@@ -66,7 +66,7 @@ func (a *API) imageList(c *call) error {
 	if err != nil {
 		return err
 	}
-	out, err := imageShapes(c.v, list)
+	out, err := imageShapes(c.v, list, false)
 	if err != nil {
 		return err
 	}
@@ -74,8 +74,9 @@ func (a *API) imageList(c *call) error {
 }
 
 // imageShapes are images in a list as version v shows them: []any before 1.44,
-// which had one field more.
-func imageShapes(v Version, list []imagetypes.Summary) (any, error) {
+// which had one field more. The number of containers was not counted in lists
+// before 1.51, but was in /system/df.
+func imageShapes(v Version, list []imagetypes.Summary, counted bool) (any, error) {
 	old := []any{}
 	for i := range list {
 		s := &list[i]
@@ -86,7 +87,7 @@ func imageShapes(v Version, list []imagetypes.Summary) (any, error) {
 		if v.before(48) {
 			s.Descriptor = nil
 		}
-		if v.before(51) {
+		if v.before(51) && !counted {
 			s.Containers = -1
 		}
 		if v.before(44) {

@@ -301,7 +301,7 @@ func (a *API) diskUsage(c *call) error {
 		}
 		du.ImageUsage, old.LayersSize = u, u.TotalSize
 		if legacy {
-			if old.Images, err = imageShapes(c.v, slices.Clone(u.Items)); err != nil {
+			if old.Images, err = imageShapes(c.v, slices.Clone(u.Items), true); err != nil {
 				return err
 			}
 		}
