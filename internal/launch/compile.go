@@ -50,8 +50,7 @@ type compiler struct {
 	root slot // the container's root
 	old  slot // the host's root
 	late []func()
-	// sources are binds that were opened with the host's privileges, before
-	// the user namespace was entered.
+	// sources are the clones of what is bound.
 	sources map[*specs.Mount]slot
 
 	userns bool

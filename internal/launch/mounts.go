@@ -284,13 +284,10 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 	}
 	t := c.builder.slot()
 	c.step(kind+" "+c.abs(source)+" → "+dest, o.describe())
-	if m == nil {
-		m = &specs.Mount{Source: source}
-	}
 	tree, opened := c.sources[m]
-	if !opened {
+	if !opened { // of Options.Rootfs
 		tree = c.builder.slot()
-		if err := c.sourceTree(tree, m, o); err != nil {
+		if err := c.sourceTree(tree, &specs.Mount{Source: source}, o); err != nil {
 			return err
 		}
 	}

@@ -36,7 +36,25 @@ func (c *compiler) rootfs() error {
 	if c.userns {
 		return nil // done before the second clone
 	}
-	c.slave()
+	return c.hostSide()
+}
+
+// hostSide does what needs to see the host as it is: what is bound is cloned
+// before the root is attached anywhere, so that a bind of / or /proc has no
+// container in it, and, if the root's propagation is shared, before / is cut
+// off, so that it stays shared with the host.
+func (c *compiler) hostSide() error {
+	if !c.shared {
+		c.slave()
+	}
+	for i := range c.spec.Mounts {
+		if err := c.openSource(i); err != nil {
+			return fmt.Errorf("mounts[%d]: %w", i, err)
+		}
+	}
+	if c.shared {
+		c.slave()
+	}
 	return c.mountRoot()
 }
 

@@ -18,15 +18,8 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 			return fmt.Errorf("linux.namespaces: a user namespace needs a mount namespace of its own")
 		}
 		c.p.Clone = unix.CLONE_NEWNS
-		c.slave()
-		if err := c.mountRoot(); err != nil {
+		if err := c.hostSide(); err != nil {
 			return err
-		}
-		c.step("open what is bound")
-		for i := range c.spec.Mounts {
-			if err := c.openSource(i); err != nil {
-				return fmt.Errorf("mounts[%d]: %w", i, err)
-			}
 		}
 		c.step("detach the root")
 		c.call(unix.SYS_OPEN_TREE, c.root.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(c.root)
@@ -116,8 +109,7 @@ func mapsRoot(maps []specs.LinuxIDMapping) (int, bool) {
 	return 0, false
 }
 
-// openSource opens the source of spec.Mounts[i], if it is a bind, with the
-// host's privileges.
+// openSource clones the source of spec.Mounts[i], if it is a bind.
 func (c *compiler) openSource(i int) error {
 	m := &c.spec.Mounts[i]
 	o, err := parseOptions(m.Options)
@@ -128,6 +120,7 @@ func (c *compiler) openSource(i int) error {
 		return nil
 	}
 	tree := c.builder.slot()
+	c.step("open " + c.abs(m.Source))
 	if err := c.sourceTree(tree, m, o); err != nil {
 		return err
 	}

@@ -319,3 +319,34 @@ func TestTargets(t *testing.T) {
 	)
 	expect(t, s, "hello\nhello\nhello\nhello\n710\n1777\n700")
 }
+
+// TestBindHostRoot: the host's root, bound with all that is mounted below, shows
+// the host, not the container's root, which is attached somewhere there
+// meanwhile; and /proc is the host's.
+func TestBindHostRoot(t *testing.T) {
+	root := busybox(t)
+	mark := filepath.Join(t.TempDir(), "mark")
+	if err := os.WriteFile(mark, []byte("host\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, prop := range []string{"", "rshared", "rprivate"} {
+		for name, opts := range map[string]launch.Options{
+			"path":  {},
+			"mount": {Rootfs: []launch.Mount{{Type: "bind", Source: root, Options: []string{"rbind"}}}},
+		} {
+			t.Run(prop+name, func(t *testing.T) {
+				s := sh(root, fmt.Sprintf("cat /host%s; [ -d /host/usr ] && echo usr; ls /host/proc/%d/comm /hproc/%d/comm >/dev/null && echo proc; cat /hosts >/dev/null && echo ok", mark, os.Getpid(), os.Getpid()))
+				s.Linux.RootfsPropagation = prop
+				s.Mounts = append(s.Mounts,
+					specs.Mount{Destination: "/host", Source: "/", Options: []string{"rbind", "rslave"}},
+					specs.Mount{Destination: "/hproc", Source: "/proc", Options: []string{"rbind", "rslave"}},
+					specs.Mount{Destination: "/hosts", Source: "/etc/hosts", Options: []string{"bind"}},
+				)
+				out, e := run(t, s, opts)
+				if out != "host\nusr\nproc\nok\n" || e.Code != 0 {
+					t.Errorf("%v %s", e, out)
+				}
+			})
+		}
+	}
+}
