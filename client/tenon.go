@@ -17,6 +17,9 @@ type RunConn struct {
 	conn   *Hijacked
 }
 
+// Buffered returns how many bytes from the server can be read without waiting.
+func (c *RunConn) Buffered() int { return c.conn.Reader.Buffered() }
+
 // Close ends the connection. The container goes on.
 func (c *RunConn) Close() error { return c.conn.Close() }
 

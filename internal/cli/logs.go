@@ -12,7 +12,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/container"
 	"github.com/spf13/cobra"
 
@@ -91,7 +90,7 @@ func (a *app) logs(ctx context.Context, c *client.Client, name string, q url.Val
 	if raw {
 		_, err = io.Copy(out, resp.Body)
 	} else {
-		_, err = stdcopy.StdCopy(out, errOut, resp.Body)
+		err = demux(out, errOut, resp.Body)
 	}
 	return err
 }

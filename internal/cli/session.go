@@ -13,7 +13,6 @@ import (
 	"sync/atomic"
 	"syscall"
 
-	"github.com/moby/moby/api/pkg/stdcopy"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/jsonstream"
 	"github.com/moby/term"
@@ -63,10 +62,17 @@ func (s *session) frames(rc *client.RunConn) error {
 		})()
 	}
 	var prog *progress
+	o := newOutputs(s.a.out, s.a.err)
 	detached := make(chan struct{})
 	for {
+		if rc.Buffered() == 0 {
+			if err := o.flush(); err != nil {
+				return readerLeft(err)
+			}
+		}
 		typ, p, err := rc.Reader.Next()
 		if err != nil {
+			_ = o.flush() // the lost connection is the news
 			select {
 			case <-detached:
 				return nil
@@ -79,9 +85,9 @@ func (s *session) frames(rc *client.RunConn) error {
 		}
 		switch typ {
 		case runproto.Stdout:
-			_, err = s.a.out.Write(p)
+			err = o.write(o.out, p)
 		case runproto.Stderr:
-			_, err = s.a.err.Write(p)
+			err = o.write(o.err, p)
 		case runproto.Progress:
 			pulling.Store(true)
 			if prog == nil {
@@ -95,8 +101,12 @@ func (s *session) frames(rc *client.RunConn) error {
 			pulling.Store(false)
 			err = s.created(rc, p, detached)
 		case runproto.Exit:
+			if err := o.flush(); err != nil {
+				return readerLeft(err)
+			}
 			return s.exited(p)
 		case runproto.Error:
+			_ = o.flush() // the server's error says more
 			s.leaveRaw()
 			return s.failed(p)
 		}
@@ -380,7 +390,7 @@ func (t *attached) stream(ctx context.Context, o streamOptions) error {
 	if o.tty {
 		_, err = io.Copy(t.a.out, t.conn.Reader)
 	} else {
-		_, err = stdcopy.StdCopy(t.a.out, t.a.err, t.conn.Reader)
+		err = demux(t.a.out, t.a.err, t.conn.Reader)
 	}
 	select {
 	case <-left:
