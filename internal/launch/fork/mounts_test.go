@@ -335,15 +335,15 @@ func TestBindHostRoot(t *testing.T) {
 			"mount": {Rootfs: []launch.Mount{{Type: "bind", Source: root, Options: []string{"rbind"}}}},
 		} {
 			t.Run(prop+name, func(t *testing.T) {
-				s := sh(root, fmt.Sprintf("cat /host%s; [ -d /host/usr ] && echo usr; ls /host/proc/%d/comm /hproc/%d/comm >/dev/null && echo proc; cat /hosts >/dev/null && echo ok", mark, os.Getpid(), os.Getpid()))
+				s := sh(root, fmt.Sprintf("cat /host%s; [ -d /host/tmp ] && echo tmp; ls /host/proc/%d/comm /hproc/%d/comm >/dev/null && echo proc; cat /hosts >/dev/null && echo ok", mark, os.Getpid(), os.Getpid()))
 				s.Linux.RootfsPropagation = prop
 				s.Mounts = append(s.Mounts,
 					specs.Mount{Destination: "/host", Source: "/", Options: []string{"rbind", "rslave"}},
 					specs.Mount{Destination: "/hproc", Source: "/proc", Options: []string{"rbind", "rslave"}},
-					specs.Mount{Destination: "/hosts", Source: "/etc/hosts", Options: []string{"bind"}},
+					specs.Mount{Destination: "/hosts", Source: mark, Options: []string{"bind"}},
 				)
 				out, e := run(t, s, opts)
-				if out != "host\nusr\nproc\nok\n" || e.Code != 0 {
+				if out != "host\ntmp\nproc\nok\n" || e.Code != 0 {
 					t.Errorf("%v %s", e, out)
 				}
 			})
