@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"path"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
@@ -107,20 +108,37 @@ func (e *Engine) WriteArchive(ctx context.Context, ref, p string, tar io.Reader,
 	if err != nil {
 		return err
 	}
-	r := c.record()
-	for _, m := range r.Mounts {
-		if !m.RW && (p == m.Destination || len(p) > len(m.Destination) && p[:len(m.Destination)+1] == m.Destination+"/") {
-			return errdefs.ErrPermissionDenied.WithMessage("mounted volume is marked read-only")
-		}
-	}
-	if r.HostConfig.ReadonlyRootfs {
-		return errdefs.ErrPermissionDenied.WithMessage("container rootfs is marked read-only")
+	if err := writable(c.record(), path.Clean("/"+p)); err != nil {
+		return err
 	}
 	if err := client.WriteFiles(ctx, f, p, tar, noOverwriteDirNonDir, copyUIDGID); err != nil {
 		return pathError(c, p, err)
 	}
 	e.emit(c, events.ActionExtractToDir, nil)
 	return nil
+}
+
+// writable refuses a path on a read-only mount, or on a read-only root.
+func writable(r *container.Record, p string) error {
+	best, rw := "", !r.HostConfig.ReadonlyRootfs
+	consider := func(dest string, w bool) {
+		if (p == dest || strings.HasPrefix(p, dest+"/")) && len(dest) > len(best) {
+			best, rw = dest, w
+		}
+	}
+	for _, m := range r.Mounts {
+		consider(m.Destination, m.RW)
+	}
+	for dest := range r.HostConfig.Tmpfs {
+		consider(path.Clean(dest), true)
+	}
+	switch {
+	case rw:
+		return nil
+	case best != "":
+		return errdefs.ErrPermissionDenied.WithMessage("mounted volume is marked read-only")
+	}
+	return errdefs.ErrPermissionDenied.WithMessage("container rootfs is marked read-only")
 }
 
 // Changes lists what differs from the image.

@@ -20,11 +20,13 @@ import (
 // Create makes a container. Nothing is made if it fails. Errors: NotFound (the
 // image), InvalidArgument, AlreadyExists (the name).
 func (e *Engine) Create(ctx context.Context, o CreateOptions) (CreateResult, error) {
-	_, res, err := e.create(ctx, o)
+	_, res, err := e.create(ctx, o, false)
 	return res, err
 }
 
-func (e *Engine) create(ctx context.Context, o CreateOptions) (_ *ctr, res CreateResult, err error) {
+// create makes a container. With early the record of one that has made nothing
+// else yet is left to the start, which follows at once.
+func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ctr, res CreateResult, err error) {
 	if e.isClosing() {
 		return nil, res, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
 	}
@@ -65,10 +67,12 @@ func (e *Engine) create(ctx context.Context, o CreateOptions) (_ *ctr, res Creat
 	if err := failpoint("create-volumes"); err != nil {
 		return nil, res, err
 	}
-	if err := e.saver.saveNow(r); err != nil {
-		return nil, res, err
+	if !early || len(r.Mounts) > 0 {
+		if err := e.saver.saveNow(r); err != nil {
+			return nil, res, err
+		}
+		u.add("record", func(context.Context) error { return e.saver.remove(r) })
 	}
-	u.add("record", func(context.Context) error { return e.saver.remove(r) })
 	if err := failpoint("create-record"); err != nil {
 		return nil, res, err
 	}
@@ -195,7 +199,7 @@ func (e *Engine) isClosing() bool {
 
 // Run creates and starts in one call.
 func (e *Engine) Run(ctx context.Context, o RunOptions) (CreateResult, WaitResult, error) {
-	c, res, err := e.create(ctx, o.CreateOptions)
+	c, res, err := e.create(ctx, o.CreateOptions, true)
 	if err != nil {
 		return res, WaitResult{}, err
 	}
@@ -216,7 +220,7 @@ func (e *Engine) Run(ctx context.Context, o RunOptions) (CreateResult, WaitResul
 		exit = c.subscribe(exits)
 	}
 	c.mu.Unlock()
-	if err := e.start(ctx, c, startOptions{byUser: true}); err != nil {
+	if err := e.start(ctx, c, startOptions{byUser: true, fresh: true}); err != nil {
 		if att != nil {
 			c.unsubscribe(exits, exit)
 		}

@@ -20,6 +20,8 @@ type ctr struct {
 
 	rec atomic.Pointer[container.Record] // published; never changed in place
 
+	saveMu sync.Mutex // held while the record goes to the durable store, so that an older one never overwrites a newer
+
 	mu       sync.Mutex // guards publication of rec and all below
 	gone     bool
 	run      *run // the current or last one; nil before the first

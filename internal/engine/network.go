@@ -31,12 +31,15 @@ func (e *Engine) planNetworks(ctx context.Context, r *container.Record, req *mob
 			out[name] = s.Copy()
 		}
 	}
-	main := string(mode)
-	if _, ok := out[main]; !ok {
-		// A client may name the network by ID in one place and by name in the other.
-		if len(out) == 0 || !e.sameNetwork(ctx, main, out) {
-			out[main] = &mobynet.EndpointSettings{}
+	// A client may name a network by its ID, or by ID here and by name there.
+	for key, s := range out {
+		if name := e.networkName(ctx, key); name != key {
+			delete(out, key)
+			out[name] = s
 		}
+	}
+	if main := e.networkName(ctx, string(mode)); out[main] == nil {
+		out[main] = &mobynet.EndpointSettings{}
 	}
 	for name, s := range out {
 		if s == nil {
@@ -53,17 +56,17 @@ func (e *Engine) planNetworks(ctx context.Context, r *container.Record, req *mob
 	return out, nil
 }
 
-func (e *Engine) sameNetwork(ctx context.Context, name string, others map[string]*mobynet.EndpointSettings) bool {
-	n, err := e.cfg.Networks.Inspect(ctx, name)
-	if err != nil {
-		return false
+// networkName is the name of the network that ref means; ref itself if there is
+// none (the start will say so).
+func (e *Engine) networkName(ctx context.Context, ref string) string {
+	switch ref {
+	case mobynet.NetworkBridge, mobynet.NetworkHost, mobynet.NetworkNone:
+		return ref
 	}
-	for other := range others {
-		if o, err := e.cfg.Networks.Inspect(ctx, other); err == nil && o.ID == n.ID {
-			return true
-		}
+	if n, err := e.cfg.Networks.Inspect(ctx, ref); err == nil {
+		return n.Name
 	}
-	return false
+	return ref
 }
 
 func checkEndpoint(name string, s *mobynet.EndpointSettings) error {
@@ -91,7 +94,7 @@ func (e *Engine) endpointRequest(r *container.Record, name string, s *mobynet.En
 		q.IPv4, q.IPv6 = c.IPv4Address, c.IPv6Address
 	}
 	q.Links = slices.Clone(s.Links)
-	if name == string(r.HostConfig.NetworkMode) {
+	if name == e.networkName(e.ctx, string(r.HostConfig.NetworkMode)) {
 		for _, l := range r.HostConfig.Links {
 			target, alias := splitLink(l)
 			c, err := e.find(target)
@@ -139,8 +142,9 @@ func (e *Engine) networkRequest(r *container.Record) (network.Request, error) {
 		return q, nil
 	}
 	names := slices.Sorted(maps.Keys(r.Networks))
+	main := e.networkName(e.ctx, string(h.NetworkMode))
 	slices.SortStableFunc(names, func(a, b string) int { // the main one first
-		return boolInt(b == string(h.NetworkMode)) - boolInt(a == string(h.NetworkMode))
+		return boolInt(b == main) - boolInt(a == main)
 	})
 	for _, name := range names {
 		ep, err := e.endpointRequest(r, name, r.Networks[name])

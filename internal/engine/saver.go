@@ -100,7 +100,7 @@ func (s *saver) write(batch map[string]*container.Record) (failed map[string]*co
 		if gone {
 			continue
 		}
-		if err := s.e.cfg.DB.Put(bucket, id, r); err != nil {
+		if err := s.put(r); err != nil {
 			s.e.log.Error("container record is not on the disk yet", "container", id, "err", err)
 			if failed == nil {
 				failed = map[string]*container.Record{}
@@ -118,6 +118,20 @@ func (s *saver) write(batch map[string]*container.Record) (failed map[string]*co
 		}
 	}
 	return failed
+}
+
+// put writes a container's record as it is now; r if the container is not known
+// any more.
+func (s *saver) put(r *container.Record) error {
+	s.e.mu.Lock()
+	c := s.e.ctrs[r.ID]
+	s.e.mu.Unlock()
+	if c == nil {
+		return s.e.cfg.DB.Put(bucket, r.ID, r)
+	}
+	c.saveMu.Lock()
+	defer c.saveMu.Unlock()
+	return s.e.cfg.DB.Put(bucket, r.ID, c.record())
 }
 
 // remove deletes both copies, the durable one first: what is left after a kill
