@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"net"
@@ -9,6 +11,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -139,5 +142,36 @@ func TestNew(t *testing.T) {
 	}
 	if _, err := New("tcp://127.0.0.1:2375"); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestTCPAndTLS(t *testing.T) {
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"TLS":`+strconv.FormatBool(r.TLS != nil)+`}`) })
+	plain, secure := httptest.NewServer(h), httptest.NewTLSServer(h)
+	defer plain.Close()
+	defer secure.Close()
+	pool := x509.NewCertPool()
+	pool.AddCert(secure.Certificate())
+	for _, x := range []struct {
+		url  string
+		conf *tls.Config
+		tls  bool
+		ok   bool
+	}{
+		{plain.URL, nil, false, true},
+		{secure.URL, &tls.Config{RootCAs: pool}, true, true},
+		{secure.URL, &tls.Config{}, true, false},
+	} {
+		_, addr, _ := strings.Cut(x.url, "://")
+		c, err := New("tcp://" + addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.TLS = x.conf
+		var out struct{ TLS bool }
+		err = c.Get(t.Context(), "/x", nil, &out)
+		if (err == nil) != x.ok || x.ok && out.TLS != x.tls {
+			t.Errorf("%s: got %+v, %v", x.url, out, err)
+		}
 	}
 }
