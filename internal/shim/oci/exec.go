@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
@@ -139,8 +138,7 @@ func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Pro
 	}
 	var forward chan os.Signal
 	if !o.detach {
-		forward = make(chan os.Signal, 64)
-		signal.Notify(forward)
+		forward = catchSignals()
 	}
 	if err := proc.Exec(); err != nil {
 		return 0, explain(err, process)
