@@ -146,7 +146,9 @@ func TestNew(t *testing.T) {
 }
 
 func TestTCPAndTLS(t *testing.T) {
-	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"TLS":`+strconv.FormatBool(r.TLS != nil)+`}`) })
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, `{"TLS":`+strconv.FormatBool(r.TLS != nil)+`}`)
+	})
 	plain, secure := httptest.NewServer(h), httptest.NewTLSServer(h)
 	defer plain.Close()
 	defer secure.Close()
