@@ -162,4 +162,3 @@ func readAccounts(s layered.Stack, name string) ([]byte, error) {
 	}
 	return b, nil
 }
-

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -17,7 +18,6 @@ import (
 	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
-	"tenon.dev/tenon/internal/store"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
@@ -392,13 +392,23 @@ func writeNetworkFiles(dir string, r *container.Record, ns *network.Namespace) e
 	if r.Config.Domainname != "" {
 		hostname += "." + r.Config.Domainname
 	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return fmt.Errorf("container's files: %w", err)
+	}
+	// Written in place: nobody reads them yet, and a start that is cut off writes
+	// them again.
 	for name, text := range map[string]string{
 		"hostname":    hostname + "\n",
 		"hosts":       strings.Join(ns.Hosts, "\n") + "\n",
 		"resolv.conf": resolvConf(ns.Resolver),
 	} {
-		if err := store.WriteFile(filepath.Join(dir, name), []byte(text), 0o644, false); err != nil {
-			return err
+		path := filepath.Join(dir, name)
+		err := os.WriteFile(path, []byte(text), 0o644)
+		if err == nil {
+			err = os.Chmod(path, 0o644) // whatever the daemon's umask
+		}
+		if err != nil {
+			return fmt.Errorf("container's files: %w", err)
 		}
 	}
 	return nil
