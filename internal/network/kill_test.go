@@ -70,6 +70,10 @@ func TestRootKill(t *testing.T) {
 	t.Setenv("TENON_TEST_DNS", dnsBinary)
 	kills := 8
 	t.Cleanup(func() { // if it failed half-way
+		if conn, err := net.Dial("unix", dir+"/run/dns.sock"); err == nil {
+			_, _ = conn.Write([]byte(`{"op":"quit"}` + "\n"))
+			conn.Close()
+		}
 		_ = exec.Command("sh", "-c", "umount -l "+dir+"/run/netns/* "+dir+"/run/netns 2>/dev/null").Run()
 	})
 	for i := range kills {

@@ -63,6 +63,7 @@ func TestMain(m *testing.M) {
 	build := exec.Command("go", "build", "-o", dnsBinary, "tenon.dev/tenon/cmd/tenon-dns")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
+		os.RemoveAll(dir)
 		panic(fmt.Sprintf("build tenon-dns: %v %s", err, out))
 	}
 	code := m.Run()
