@@ -1,6 +1,7 @@
 package logs
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -62,7 +63,7 @@ func (w *Writer) rotateLocked() error {
 		w.packs.Add(1)
 		go func() {
 			defer w.packs.Done()
-			if err := pack(name); err != nil && !os.IsNotExist(err) {
+			if err := pack(name); err != nil && !errors.Is(err, os.ErrNotExist) {
 				w.mu.Lock()
 				defer w.mu.Unlock()
 				w.report(fmt.Errorf("log %s: compress: %w", name, err))
@@ -106,16 +107,15 @@ func pack(name string) error {
 		_ = remove(tmp)
 		return err
 	}
-	// Rotation may have deleted the source meanwhile: don't bring it back.
-	if err := unix.Access(name, unix.F_OK); err != nil {
-		_ = remove(tmp)
-		return os.ErrNotExist
-	}
 	if err := os.Rename(tmp, name+".gz"); err != nil {
 		_ = remove(tmp)
 		return err
 	}
-	return os.Remove(name)
+	if err := os.Remove(name); err != nil {
+		// Rotation deleted it meanwhile, for its age: the packed one goes too.
+		return errors.Join(err, remove(name+".gz"))
+	}
+	return nil
 }
 
 func compress(out io.Writer, in io.Reader) error {
