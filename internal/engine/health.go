@@ -14,8 +14,8 @@ import (
 	"tenon.dev/tenon/internal/health"
 )
 
-// healthAction is the label (or annotation) that holds Podman's
-// --health-on-failure: none, kill, restart or stop.
+// healthAction is the annotation that holds Podman's --health-on-failure: none,
+// kill, restart or stop. It is no label, since an image can bring labels.
 const healthAction = "tenon.health-on-failure"
 
 func initialHealth(c *mobycontainer.Config) *mobycontainer.Health {
@@ -115,7 +115,7 @@ func (e *Engine) observeHealth(c *ctr, h *mobycontainer.Health) {
 
 func (e *Engine) actOnUnhealthy(c *ctr) {
 	r := c.record()
-	action := firstOf(r.Config.Labels[healthAction], r.HostConfig.Annotations[healthAction])
+	action := r.HostConfig.Annotations[healthAction]
 	if action == "" || action == "none" {
 		return
 	}

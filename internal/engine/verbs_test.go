@@ -377,7 +377,7 @@ func TestRootHealthAndRestart(t *testing.T) {
 		return func(c *container.Config, h *container.HostConfig) {
 			c.Healthcheck = &container.HealthConfig{Test: []string{"CMD-SHELL", "test -f /tmp/ok"}, Interval: 50 * time.Millisecond, Retries: 2}
 			if action != "" {
-				c.Labels = map[string]string{"tenon.health-on-failure": action}
+				h.Annotations = map[string]string{"tenon.health-on-failure": action}
 			}
 		}
 	}
