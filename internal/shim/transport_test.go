@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -52,7 +53,7 @@ func TestTransportWithoutDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	s, err := shim.New(shim.Config{
-		RunDir: dir, CgroupParent: fmt.Sprintf("tenon-shimbare-%d", counter.Add(1)), Self: program, Log: slog.New(slog.DiscardHandler),
+		RunDir: dir, CgroupParent: fmt.Sprintf("tenon-shimbare-%d-%d", os.Getpid(), counter.Add(1)), Self: program, Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		t.Fatal(err)
