@@ -187,12 +187,29 @@ func (h *Host) Teardown(context.Context) error {
 	var errs []error
 	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + h.cfg.Name) // no bad pattern: names are [a-z0-9-]
 	for _, g := range append(groups, "/sys/fs/cgroup/"+h.cfg.Name) {
-		if err := unix.Rmdir(g); err != nil && err != unix.ENOENT {
-			errs = append(errs, &os.PathError{Op: "rmdir", Path: g, Err: err})
-		}
+		errs = append(errs, removeGroup(g))
 	}
 	for _, p := range []string{h.Socket(), h.runDir(), filepath.Join(h.cfg.RunRoot, "shm")} {
 		errs = append(errs, os.RemoveAll(p))
+	}
+	return errors.Join(errs...)
+}
+
+// removeGroup removes a control group and those below it (--cgroup-parent), if
+// no process is in them.
+func removeGroup(path string) error {
+	entries, err := os.ReadDir(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if e.IsDir() {
+			errs = append(errs, removeGroup(filepath.Join(path, e.Name())))
+		}
+	}
+	if err := unix.Rmdir(path); err != nil && err != unix.ENOENT {
+		errs = append(errs, &os.PathError{Op: "rmdir", Path: path, Err: err})
 	}
 	return errors.Join(errs...)
 }
