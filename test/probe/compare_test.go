@@ -29,6 +29,7 @@ var allowed = []struct{ scene, field, reason string }{
 	{"", `mount\./sys/fs/cgroup`, "read-only as asked for, the directory of the hierarchies too: theirs stays writable"},
 	{"", `path\./sys/fs/cgroup`, "as above"},
 	{"", `syscall\.(45[78]|462)`, "newer than Debian 12's libseccomp, which cannot name them: ours follows the profile"},
+	{"", `status\.SigIgn`, "all signals have their defaults: the others pass on what the caller of the test ignores"},
 	{"privileged", `session keyring`, "each of the three gives a keyring of its own; only the rights on it differ"},
 	{"user namespace", `mount\./proc/(interrupts|keys|timer_list|kcore|latency_stats|timer_stats|sched_debug)`,
 		"the masking /dev/null is also nosuid, noexec and read-only"},
