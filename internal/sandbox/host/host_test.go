@@ -1,0 +1,106 @@
+package host
+
+import (
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+func newHost(t *testing.T) *Host {
+	t.Helper()
+	h, err := New(Config{Shim: "/nonexistent/tenon-shim", RunRoot: t.TempDir(), Name: "hosttest", Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+func TestFacts(t *testing.T) {
+	f := newHost(t).Facts()
+	if f.BootID == "" || f.KernelRelease == "" || f.CPUs < 1 || f.Memory < 1<<20 || !slices.Contains(f.Capabilities, "CAP_CHOWN") {
+		t.Errorf("%+v", f)
+	}
+}
+
+func TestConnectWithoutAShim(t *testing.T) {
+	if _, _, err := newHost(t).Connect(t.Context()); !errdefs.IsUnavailable(err) {
+		t.Errorf("got %v, want Unavailable", err)
+	}
+}
+
+func TestDevices(t *testing.T) {
+	h := newHost(t)
+	ds, err := h.Devices("/dev/null", "/dev/other", "r")
+	if err != nil || len(ds) != 1 || ds[0].Path != "/dev/other" || ds[0].Major != 1 || ds[0].Minor != 3 || ds[0].Type != "c" || ds[0].Access != "r" {
+		t.Errorf("null: %+v %v", ds, err)
+	}
+	dir := t.TempDir()
+	if err := unix.Mknod(filepath.Join(dir, "n"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ds, err = h.Devices(dir, "/dev/x", "rwm")
+	if err != nil || len(ds) != 1 || ds[0].Path != "/dev/x/n" {
+		t.Errorf("directory: %+v %v", ds, err)
+	}
+	for _, bad := range []string{filepath.Join(dir, "file"), filepath.Join(dir, "nothing")} {
+		if _, err := h.Devices(bad, "", "r"); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	if _, _, err := h.BlockDevice("/dev/null"); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a character device for a block device: %v", err)
+	}
+	all, err := h.AllDevices()
+	if err != nil || len(all) < 5 {
+		t.Errorf("%d devices, %v", len(all), err)
+	}
+}
+
+func TestBindSource(t *testing.T) {
+	h, dir := newHost(t), t.TempDir()
+	if err := h.BindSource(filepath.Join(dir, "a"), false); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("missing: %v", err)
+	}
+	if err := h.BindSource(filepath.Join(dir, "a/b"), true); err != nil {
+		t.Error(err)
+	}
+	if err := h.BindSource(filepath.Join(dir, "a/b"), false); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSharedMemory(t *testing.T) {
+	h := newHost(t)
+	for range 2 { // the second asks for what is there
+		p, err := h.SharedMemory(t.Context(), "c", 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var st unix.Statfs_t
+		if err := unix.Statfs(p, &st); err != nil || st.Type != unix.TMPFS_MAGIC || int64(st.Blocks)*st.Bsize != 1<<20 {
+			t.Errorf("%+v %v", st, err)
+		}
+	}
+	for range 2 { // the second finds nothing, and that is fine
+		if err := h.Release(t.Context(), "c"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := os.Stat(h.shmPath("c")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("still there: %v", err)
+	}
+	if got := h.NamespacePath(7, specs.IPCNamespace); got != "/proc/7/ns/ipc" {
+		t.Error(got)
+	}
+}
