@@ -163,6 +163,9 @@ func hasAnonymous(r *container.Record) bool {
 
 // releaseShm keeps shared memory while another container of the kernel uses it.
 func (e *Engine) releaseShm(ctx context.Context, c *ctr) error {
+	if !c.record().HostConfig.IpcMode.IsShareable() {
+		return nil
+	}
 	for _, other := range e.all() {
 		r := other.record()
 		if other != c && r.Running() && r.HostConfig.IpcMode.Container() == c.id {

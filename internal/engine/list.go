@@ -35,6 +35,7 @@ func (e *Engine) List(ctx context.Context, o ListOptions) ([]mobycontainer.Summa
 		return cmp.Compare(a.id, b.id)
 	})
 	now := time.Now()
+	links := linkNames(ctrs)
 	out := []mobycontainer.Summary{}
 	for _, c := range ctrs {
 		r := c.record()
@@ -46,7 +47,9 @@ func (e *Engine) List(ctx context.Context, o ListOptions) ([]mobycontainer.Summa
 		if !s.match(r, ports) {
 			continue
 		}
-		out = append(out, e.summary(ctx, c, r, ns, ports, o.Size, now))
+		s := e.summary(ctx, c, r, ns, ports, o.Size, now)
+		s.Names = append(s.Names, append(links[r.Name], links[r.ID]...)...)
+		out = append(out, s)
 		if o.Limit > 0 && len(out) == o.Limit {
 			break
 		}
@@ -94,7 +97,7 @@ func (e *Engine) addChildren(ctx context.Context, ids map[string]bool, chain []c
 
 func (e *Engine) summary(ctx context.Context, c *ctr, r *container.Record, ns *network.Namespace, ports []mobycontainer.PortSummary, size bool, now time.Time) mobycontainer.Summary {
 	s := mobycontainer.Summary{
-		ID: r.ID, Names: e.namesOf(r), Image: r.Image.Ref, ImageID: r.Image.ID, ImageManifestDescriptor: r.Image.Manifest,
+		ID: r.ID, Names: []string{"/" + r.Name}, Image: r.Image.Ref, ImageID: r.Image.ID, ImageManifestDescriptor: r.Image.Manifest,
 		Command: r.Command(), Created: r.Created.Unix(), Ports: ports, Labels: r.Config.Labels,
 		State: r.State(), Status: r.Status(now), Mounts: mountPoints(r),
 		NetworkSettings: &mobycontainer.NetworkSettingsSummary{Networks: e.endpoints(r, ns)},
@@ -115,19 +118,17 @@ func (e *Engine) summary(ctx context.Context, c *ctr, r *container.Record, ns *n
 	return s
 }
 
-// namesOf lists the name and the names that links give it.
-func (e *Engine) namesOf(r *container.Record) []string {
-	names := []string{"/" + r.Name}
-	for _, c := range e.all() {
-		o := c.record()
-		for _, l := range o.HostConfig.Links {
+// linkNames lists the names that links give, by the name or ID they point at.
+func linkNames(ctrs []*ctr) map[string][]string {
+	out := map[string][]string{}
+	for _, c := range ctrs {
+		r := c.record()
+		for _, l := range r.HostConfig.Links {
 			target, alias := splitLink(l)
-			if target == r.Name || target == r.ID {
-				names = append(names, "/"+o.Name+"/"+alias)
-			}
+			out[target] = append(out[target], "/"+r.Name+"/"+alias)
 		}
 	}
-	return names
+	return out
 }
 
 // sizes are the bytes of the writable layer, and with the image's layers.
