@@ -9,7 +9,7 @@ import (
 )
 
 // TestMain lets this very program be a UDP echo server inside a container, and
-// its client, since busybox has neither.
+// its client, since busybox has neither, and an attacker's tool (probe).
 func TestMain(m *testing.M) {
 	var err error
 	switch {
@@ -17,6 +17,8 @@ func TestMain(m *testing.M) {
 		err = udpServe(os.Getenv("TENON_E2E_UDP"))
 	case os.Getenv("TENON_E2E_UDP_TO") != "":
 		err = udpAsk(os.Getenv("TENON_E2E_UDP_TO"))
+	case os.Getenv("TENON_E2E_PROBE") != "":
+		err = probe(os.Getenv("TENON_E2E_PROBE"), os.Args[1:])
 	default:
 		os.Exit(m.Run())
 	}
