@@ -7,9 +7,12 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 )
 
 // Bench is one run: the environments started so far, and its settings.
@@ -17,7 +20,8 @@ type Bench struct {
 	places Places
 	n      int
 	only   []string
-	envs   map[string]*Env
+	mu     sync.Mutex
+	envs   map[string]*Env // below mu
 	broken map[string]error
 }
 
@@ -94,6 +98,14 @@ func bench() error {
 		b.only = strings.Split(*only, ",")
 	}
 	defer b.close()
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-interrupted
+		b.close()
+		_ = os.RemoveAll(data) // nothing more can be done about it
+		os.Exit(130)
+	}()
 	bare, err := b.env("bare", "tmpfs", nil)
 	if err != nil {
 		return err
@@ -231,6 +243,8 @@ func (b *Bench) env(kind, state string, start func(*Env) error) (*Env, error) {
 		b.broken[key] = err
 		return nil, err
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.envs[key] = e
 	return e, nil
 }
@@ -238,6 +252,8 @@ func (b *Bench) env(kind, state string, start func(*Env) error) (*Env, error) {
 // release ends the Env of a kind on a state, so that it takes no memory or
 // time from what is measured later.
 func (b *Bench) release(kind, state string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	key := kind + "@" + state
 	if e, ok := b.envs[key]; ok {
 		e.Close()
@@ -246,6 +262,8 @@ func (b *Bench) release(kind, state string) {
 }
 
 func (b *Bench) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for _, e := range b.envs {
 		e.Close()
 	}
