@@ -235,6 +235,9 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 		return nil, err
 	}
 	change := u.Resources
+	if h.PidsLimit != nil && u.PidsLimit != nil {
+		change.PidsLimit = h.PidsLimit
+	}
 	change.MemorySwap = h.MemorySwap
 	if change.Memory == 0 && u.MemorySwap != 0 {
 		change.Memory = h.Memory // a swap limit is set together with memory's
@@ -304,7 +307,11 @@ func mergeUpdate(old *mobycontainer.HostConfig, u mobycontainer.UpdateConfig) (*
 		h.BlkioWeight = u.BlkioWeight
 	}
 	if u.PidsLimit != nil {
-		h.PidsLimit = u.PidsLimit
+		n := *u.PidsLimit
+		if n <= 0 {
+			n = -1 // both mean unlimited
+		}
+		h.PidsLimit = &n
 	}
 	if u.RestartPolicy.Name != "" {
 		if h.AutoRemove && !u.RestartPolicy.IsNone() {

@@ -85,8 +85,12 @@ func imageConfig(c *mobycontainer.Config) *dockerspec.DockerOCIImageConfig {
 	return out
 }
 
-// ImageUsers names the containers that use an image ID.
+// ImageUsers names the containers that use an image ID. Before Recover has read
+// the records every image is in use.
 func (e *Engine) ImageUsers(imageID string) []string {
+	if !e.loaded.Load() {
+		return []string{"a container that is not known yet"}
+	}
 	var out []string
 	for _, c := range e.all() {
 		if c.record().Image.ID == imageID {

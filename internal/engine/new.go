@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/moby/moby/api/types/system"
@@ -88,6 +89,8 @@ type Engine struct {
 	execs    map[string]*execution
 	identity string
 	closing  bool // Shutdown: nothing starts any more
+
+	loaded atomic.Bool // the records have been read
 
 	saver saver
 }

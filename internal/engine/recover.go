@@ -31,6 +31,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	if err := e.loadRecords(); err != nil {
 		e.log.Error("container records that can't be read are left alone", "err", err)
 	}
+	e.loaded.Store(true)
 	client, _, err := e.cfg.Kernel.Connect(ctx)
 	if err != nil {
 		return err
