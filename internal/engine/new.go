@@ -125,7 +125,6 @@ const closeTime = 30 * time.Second
 // Close ends the engine's goroutines and leaves all containers running.
 func (e *Engine) Close() error {
 	e.cancel()
-	e.shim.close()
 	done := make(chan struct{})
 	go func() {
 		e.wg.Wait()
@@ -136,6 +135,7 @@ func (e *Engine) Close() error {
 	case <-time.After(closeTime):
 		e.log.Warn("operations are still under way while the engine closes")
 	}
+	e.shim.close() // after those who still free what an ended container held
 	return e.saver.flush()
 }
 

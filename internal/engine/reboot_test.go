@@ -30,6 +30,7 @@ func (b *bench) reboot() {
 		}
 		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(p))); err == nil && pid != os.Getpid() {
 			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
+			b.awaitEnd(pid)
 		}
 	}
 	out, err := exec.Command(filepath.Join(programs, "tenon-shim"), "reap", "--run-dir", filepath.Join(b.run, "shim"), "--cgroup-parent", b.name).CombinedOutput()
@@ -52,6 +53,22 @@ func (b *bench) reboot() {
 		}
 	}
 	b.open()
+}
+
+// awaitEnd waits until a killed process is gone, or a zombie.
+func (b *bench) awaitEnd(pid int) {
+	b.t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		if err != nil || strings.Contains(string(stat), ") Z ") {
+			return
+		}
+		if time.Now().After(deadline) {
+			b.t.Fatalf("process %d does not end: %s", pid, stat)
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 func TestRootReboot(t *testing.T) {
