@@ -25,7 +25,7 @@ func (b *bench) reboot() {
 	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, p := range procs {
 		cmd, err := os.ReadFile(p)
-		if err != nil || !strings.Contains(string(cmd), b.run) || !strings.Contains(string(cmd), "tenon-") {
+		if err != nil || !strings.HasPrefix(string(cmd), programs+"/") { // one test at a time has them
 			continue
 		}
 		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(p))); err == nil && pid != os.Getpid() {
