@@ -183,6 +183,13 @@ func TestResolveUser(t *testing.T) {
 			t.Errorf("%q: got %+v %v, want InvalidArgument", bad, u, err)
 		}
 	}
+	// Lines whose ids are no ids must not become root.
+	evil := []byte("big:x:4294967296:1::/:\nminus:x:-1:1::/:\nhex:x:0x10:1::/:\nempty:x:::/:\nshort:x\ngid:x:7:-2::/:\nplus:x:+0:0::/:\n")
+	for _, bad := range []string{"big", "minus", "hex", "empty", "short", "gid", "plus", "+0", "1000:+0", "1000:big", "1000:minus"} {
+		if u, err := ResolveUser(bad, nil, evil, []byte("big:x:4294967296:\nminus:x:-1:\n")); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%q: got %+v %v, want InvalidArgument", bad, u, err)
+		}
+	}
 	if _, err := ResolveUser("app", nil, nil, nil); err == nil {
 		t.Error("a name without /etc/passwd was found")
 	}

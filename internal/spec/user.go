@@ -1,10 +1,12 @@
 package spec
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/sys/user"
@@ -13,13 +15,18 @@ import (
 // ResolveUser finds who text ("", "name", "uid", "name:group", …) is by the
 // image's /etc/passwd and /etc/group (either may be nil), with groupAdd as
 // further groups. What does not fit into 31 bits is refused: it would wrap
-// around to root (CVE-2024-40635).
+// around to root (CVE-2024-40635). So are lines of the files whose ids are no
+// such numbers: the parser would take them for 0.
 func ResolveUser(text string, groupAdd []string, passwd, group []byte) (User, error) {
+	if strings.HasPrefix(text, "+") || strings.Contains(text, ":+") {
+		return User{}, invalid("no user or group is called so: %q", text)
+	}
+	passwd, group = validLines(passwd, 2, 3), validLines(group, 2, 2)
 	reader := func(b []byte) io.Reader {
 		if b == nil {
 			return nil
 		}
-		return strings.NewReader(string(b))
+		return bytes.NewReader(b)
 	}
 	e, err := user.GetExecUser(text, nil, reader(passwd), reader(group))
 	if err != nil {
@@ -52,6 +59,33 @@ func ResolveUser(text string, groupAdd []string, passwd, group []byte) (User, er
 		}
 	}
 	return u, nil
+}
+
+// validLines drops the lines of which a field from first to last is no id. Nil
+// stays nil.
+func validLines(b []byte, first, last int) []byte {
+	valid := func(line []byte) bool {
+		fields := bytes.Split(bytes.TrimSpace(line), []byte(":"))
+		for k := first; k <= last; k++ {
+			if k >= len(fields) {
+				return false
+			}
+			if _, err := strconv.ParseUint(string(fields[k]), 10, 31); err != nil {
+				return false
+			}
+		}
+		return true
+	}
+	var out []byte
+	for line := range bytes.Lines(b) {
+		if valid(line) {
+			out = append(out, line...)
+		}
+	}
+	if out == nil && b != nil {
+		out = []byte{}
+	}
+	return out
 }
 
 // MaxAccounts bounds /etc/passwd and /etc/group, which an image writes.
