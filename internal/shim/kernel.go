@@ -14,7 +14,7 @@ import (
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
-// Version is the shim's.
+// Version is the version of the protocol between daemon and shim.
 const Version = "0.1.0"
 
 // kernelService is what containerd's Task API has no words for.
