@@ -111,6 +111,20 @@ func selfPath(t *testing.T) string {
 	return self
 }
 
+// newTarget is a daemon to attack. Its containers are killed before it is shut
+// down, which would wait for them.
+func newTarget(t *testing.T, args ...string) *Daemon {
+	t.Helper()
+	d := NewDaemon(t, args...)
+	t.Cleanup(func() {
+		if ids := strings.Fields(d.Docker(t, "ps", "-aq").Out); len(ids) > 0 {
+			d.Docker(t, append([]string{"rm", "-fv"}, ids...)...)
+		}
+	})
+	d.Busybox(t)
+	return d
+}
+
 func sumOf(t *testing.T, path string) [sha256.Size]byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
@@ -123,7 +137,7 @@ func sumOf(t *testing.T, path string) [sha256.Size]byte {
 // TestA1RuntimeOverwrite (CVE-2019-5736): the engine's own program must not be
 // writable through /proc/PID/exe while it enters a container.
 func TestA1RuntimeOverwrite(t *testing.T) {
-	d := NewDaemon(t)
+	d := newTarget(t)
 	before := map[string][sha256.Size]byte{}
 	for _, p := range []string{"tenon-shim", "tenond", "tenon-oci", "tenon-dns"} {
 		before[p] = sumOf(t, filepath.Join(d.bin, p))
@@ -161,8 +175,7 @@ func TestA1RuntimeOverwrite(t *testing.T) {
 // TestA2LeakedDescriptors (CVE-2024-21626): no descriptor of the engine serves
 // as working directory, and none is inherited.
 func TestA2LeakedDescriptors(t *testing.T) {
-	d := NewDaemon(t)
-	d.Busybox(t)
+	d := newTarget(t)
 	d.forge(t, "fd7", map[string]any{"WorkingDir": "/proc/self/fd/7"})
 	d.forge(t, "via", map[string]any{"WorkingDir": "/w"}, link("w", "/proc/self/fd/8"))
 	d.Must(t, "run", "-d", "--name", "cc", "busybox", "sleep", "100000")
@@ -195,8 +208,7 @@ func TestA2LeakedDescriptors(t *testing.T) {
 // TestA3SwappedDev (CVE-2025-31133, CVE-2025-52565): device files that are links
 // to files of procfs neither unmask anything nor get mounted on the wrong place.
 func TestA3SwappedDev(t *testing.T) {
-	d := NewDaemon(t)
-	d.Busybox(t)
+	d := newTarget(t)
 	dir, changed := canary(t)
 	pattern := "/proc/sys/kernel/core_pattern"
 	before, err := os.ReadFile(pattern)
@@ -244,8 +256,7 @@ func TestA3SwappedDev(t *testing.T) {
 // TestA4DevRace: the same links, swapped for the real thing again and again by
 // another container while containers with that /dev start.
 func TestA4DevRace(t *testing.T) {
-	d := NewDaemon(t)
-	d.Busybox(t)
+	d := newTarget(t)
 	self := selfPath(t)
 	pattern := "/proc/sys/kernel/core_pattern"
 	before, err := os.ReadFile(pattern)
@@ -271,7 +282,7 @@ func TestA4DevRace(t *testing.T) {
 // TestA6LinkedMountPoints (CVE-2026-41579): an image whose mount points are
 // links out of it is refused or stays inside.
 func TestA6LinkedMountPoints(t *testing.T) {
-	d := NewDaemon(t)
+	d := newTarget(t)
 	dir, changed := canary(t)
 	up := "../../../../../../../../../.." + dir
 	for k, files := range [][]tar.Header{
