@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
@@ -105,6 +106,7 @@ func (s security) profile(spec *specs.Spec, privileged bool) (*specs.LinuxSeccom
 	if err != nil {
 		return nil, fmt.Errorf("default seccomp profile: %w", err)
 	}
+	guardSocketcall(p)
 	if len(profiles) > 256 { // every set of capabilities is its own: don't keep them all
 		clear(profiles)
 		encodedMu.Lock()
@@ -113,6 +115,29 @@ func (s security) profile(spec *specs.Spec, privileged bool) (*specs.LinuxSeccom
 	}
 	profiles[key] = p
 	return p, nil
+}
+
+// guardSocketcall closes the other way to socket(2), which 32-bit programs have
+// on x86 and some other machines: the profile's rules about address families
+// (AF_ALG, AF_VSOCK) can't see its arguments, which lie in memory. ENOSYS sends
+// C libraries to the call that can be judged.
+func guardSocketcall(p *specs.LinuxSeccomp) {
+	const name, sysSocket = "socketcall", 1
+	allowed := false
+	for k := range p.Syscalls {
+		r := &p.Syscalls[k]
+		if r.Action == specs.ActAllow && len(r.Args) == 0 && slices.Contains(r.Names, name) {
+			allowed = true
+			r.Names = slices.DeleteFunc(slices.Clone(r.Names), func(s string) bool { return s == name })
+		}
+	}
+	if !allowed {
+		return
+	}
+	enosys := uint(syscall.ENOSYS)
+	p.Syscalls = append(p.Syscalls,
+		specs.LinuxSyscall{Names: []string{name}, Action: specs.ActAllow, Args: []specs.LinuxSeccompArg{{Index: 0, Value: sysSocket, Op: specs.OpNotEqual}}},
+		specs.LinuxSyscall{Names: []string{name}, Action: specs.ActErrno, ErrnoRet: &enosys, Args: []specs.LinuxSeccompArg{{Index: 0, Value: sysSocket, Op: specs.OpEqualTo}}})
 }
 
 // protectedPaths are what Docker hides and write-protects.
