@@ -153,6 +153,10 @@ func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig,
 	if h.MemorySwappiness != nil && *h.MemorySwappiness == -1 {
 		h.MemorySwappiness = nil
 	}
+	if h.MemorySwappiness != nil && e.cfg.Kernel.Facts().CgroupV2 {
+		warnings = append(warnings, "Your kernel does not support memory swappiness capabilities or the cgroup is not mounted. Memory swappiness discarded.")
+		h.MemorySwappiness = nil
+	}
 	if h.OomKillDisable != nil && *h.OomKillDisable {
 		if e.cfg.Kernel.Facts().CgroupV2 {
 			warnings = append(warnings, "Your kernel does not support OomKillDisable. OomKillDisable discarded.")

@@ -1,0 +1,76 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// What users ask for is what the kernel has, in the words of the machine's
+// cgroup version: read by the container itself below /sys/fs/cgroup.
+func TestLimitsInTheKernel(t *testing.T) {
+	d := NewDaemon(t)
+	d.Busybox(t)
+	_, err := os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	pure := err == nil
+	for _, c := range []struct{ flags, v1, want1, v2, want2 string }{
+		{"-m 64m", "memory/memory.limit_in_bytes", "67108864", "memory.max", "67108864"},
+		{"-m 64m --memory-swap 96m", "", "", "memory.swap.max", "33554432"},
+		{"-m 64m", "", "", "memory.swap.max", "67108864"},
+		{"-m 64m --memory-swap 64m", "", "", "memory.swap.max", "0"},
+		{"-m 64m --memory-swap -1", "", "", "memory.swap.max", "max"},
+		{"-m 64m --memory-reservation 32m", "memory/memory.soft_limit_in_bytes", "33554432", "memory.low", "33554432"},
+		{"--memory-swappiness 10", "memory/memory.swappiness", "10", "memory.max", "max"}, // v2 has none: a warning
+		{"--cpu-shares 512", "cpu/cpu.shares", "512", "cpu.weight", "59"},
+		{"--cpu-shares 1024", "cpu/cpu.shares", "1024", "cpu.weight", "100"},
+		{"--cpus 1.5", "cpu/cpu.cfs_quota_us", "150000", "cpu.max", "150000 100000"},
+		{"--cpu-period 50000 --cpu-quota 20000", "cpu/cpu.cfs_period_us", "50000", "cpu.max", "20000 50000"},
+		{"--cpuset-cpus 0", "cpuset/cpuset.cpus", "0", "cpuset.cpus", "0"},
+		{"--pids-limit 77", "pids/pids.max", "77", "pids.max", "77"},
+		{"--blkio-weight 500", "", "", "io.weight", "default 4950"},
+	} {
+		file, want := c.v1, c.want1
+		if pure {
+			file, want = c.v2, c.want2
+		}
+		if file == "" {
+			continue
+		}
+		r := d.Sh(t, "docker run --rm "+c.flags+" busybox cat /sys/fs/cgroup/"+file)
+		if got := strings.TrimSpace(r.Out); got != want || r.Code != 0 {
+			t.Errorf("%s: %s is %q (exit %d, %s), want %q", c.flags, file, got, r.Code, strings.TrimSpace(r.Err), want)
+		}
+	}
+
+	// Throttles are of a device: any disk that there is.
+	disks, _ := filepath.Glob("/sys/block/[a-z]*")
+	for _, disk := range disks {
+		name := filepath.Base(disk)
+		number, err := os.ReadFile(filepath.Join(disk, "dev"))
+		if _, serr := os.Stat("/dev/" + name); err != nil || serr != nil {
+			continue
+		}
+		file, want := "blkio/blkio.throttle.write_bps_device", strings.TrimSpace(string(number))+" 1048576"
+		if pure {
+			file, want = "io.max", strings.TrimSpace(string(number))+" rbps=max wbps=1048576 riops=max wiops=max"
+		}
+		r := d.Sh(t, "docker run --rm --device-write-bps /dev/"+name+":1mb busybox cat /sys/fs/cgroup/"+file)
+		if got := strings.TrimSpace(r.Out); got != want || r.Code != 0 {
+			t.Errorf("throttle of %s: %s is %q (exit %d, %s), want %q", name, file, got, r.Code, strings.TrimSpace(r.Err), want)
+		}
+		break
+	}
+
+	// An update reaches the running one.
+	id := d.Must(t, "run", "-d", "-m", "64m", "--cpus", "1", "busybox", "sleep", "100000")
+	d.Must(t, "update", "-m", "96m", "--memory-swap", "128m", "--cpus", "0.5", "--pids-limit", "55", id)
+	script, want := "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes cpu/cpu.cfs_quota_us pids/pids.max", "100663296\n50000\n55"
+	if pure {
+		script, want = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max pids.max", "100663296\n33554432\n50000 100000\n55"
+	}
+	if got := d.Must(t, "exec", id, "sh", "-c", script); got != want {
+		t.Errorf("after the update: %q, want %q", got, want)
+	}
+	d.Must(t, "rm", "-f", id)
+}
