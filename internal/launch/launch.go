@@ -44,6 +44,9 @@ type Options struct {
 	// Hierarchies are the machine's cgroup mounts, for mounts of type cgroup;
 	// nil asks cgroup.Hierarchies.
 	Hierarchies []cgroup.Hierarchy
+	// OwnHierarchies leaves v1 hierarchies in which Cgroup has no group out of
+	// a read-only mount of type cgroup: it would show the host's groups.
+	OwnHierarchies bool
 	// NoPivot moves the root over / and changes root instead of pivot_root,
 	// for a host whose root is an initramfs.
 	NoPivot bool

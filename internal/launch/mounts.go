@@ -7,6 +7,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/cgroup"
 )
 
 // mounts does spec.Mounts in order.
@@ -329,6 +331,16 @@ func (c *compiler) copyUp(t slot, dest string, resolve uint64, flags uintptr, da
 	c.call(unix.SYS_CLOSE, top.arg())
 }
 
+// foreign tells whether the container's group is not in the hierarchy and the
+// container is not to see those that are.
+func (c *compiler) foreign(h cgroup.Hierarchy) bool {
+	if !c.opts.OwnHierarchies || c.opts.Cgroup == nil {
+		return false
+	}
+	_, own := c.opts.Cgroup.Paths()[h.Controllers]
+	return !own
+}
+
 // cgroupMount mounts the cgroup hierarchies below dest.
 func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 	hs := c.opts.Hierarchies
@@ -356,6 +368,9 @@ func (c *compiler) cgroupMount(dest string, o mountOptions) error {
 	c.open(c.root, dest, pathFlags, resolveRoot).out(top)
 	for _, h := range hs {
 		if h.V2 {
+			continue
+		}
+		if c.foreign(h) && o.flags&unix.MS_RDONLY != 0 {
 			continue
 		}
 		name := h.Name()

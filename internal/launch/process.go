@@ -24,7 +24,8 @@ var rlimits = map[string]int{
 
 // process compiles what is the same for a container's first and further
 // processes: limits, identity, filter, program.
-func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs.LinuxPersonality) error {
+// A missing working directory is made for a first process only.
+func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs.LinuxPersonality, first bool) error {
 	if err := b.rlimits(p); err != nil {
 		return err
 	}
@@ -42,7 +43,7 @@ func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs
 	// while it waits.
 	b.step("close descriptors")
 	b.call(OpCloseRest)
-	if err := b.workdir(p.Cwd); err != nil {
+	if err := b.workdir(p.Cwd, first); err != nil {
 		return err
 	}
 	var filter *seccomp.Filter
@@ -110,17 +111,22 @@ func (b *builder) rlimits(p *specs.Process) error {
 
 // workdir changes to cwd, makes it if it is missing, and makes sure that it is
 // below the container's root (CVE-2024-21626).
-func (b *builder) workdir(cwd string) error {
+func (b *builder) workdir(cwd string, create bool) error {
 	b.step("working directory " + cwd)
-	ok, made, done := b.label(), b.label(), b.label()
-	b.call(unix.SYS_CHDIR, b.str(cwd)).on(unix.ENOENT, made).to(ok)
-	b.mark(made)
-	parts := components(cwd)
-	for i := range parts {
-		b.call(unix.SYS_MKDIRAT, fdcwd, b.str("/"+strings.Join(parts[:i+1], "/")), num(0o755)).ignore(unix.EEXIST)
+	done := b.label()
+	if create {
+		ok, made := b.label(), b.label()
+		b.call(unix.SYS_CHDIR, b.str(cwd)).on(unix.ENOENT, made).to(ok)
+		b.mark(made)
+		parts := components(cwd)
+		for i := range parts {
+			b.call(unix.SYS_MKDIRAT, fdcwd, b.str("/"+strings.Join(parts[:i+1], "/")), num(0o755)).ignore(unix.EEXIST)
+		}
+		b.call(unix.SYS_CHDIR, b.str(cwd))
+		b.mark(ok)
+	} else {
+		b.call(unix.SYS_CHDIR, b.str(cwd))
 	}
-	b.call(unix.SYS_CHDIR, b.str(cwd))
-	b.mark(ok)
 	buf := make([]byte, 4096)
 	b.call(unix.SYS_GETCWD, mem(buf), num(len(buf)))
 	b.call(OpTestMem, mem(buf), num(0), num(1), num(0xff), num('/')).to(done)

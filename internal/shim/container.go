@@ -203,7 +203,7 @@ func (c *container) create(p *process, r createRequest) (child, error) {
 	if c.external != nil {
 		return c.external.create(c, p, r)
 	}
-	plan, err := launch.Compile(r.spec, launch.Options{Bundle: r.bundle, Rootfs: r.rootfs, Cgroup: c.group, Phases: phases(r.spec.Hooks)})
+	plan, err := launch.Compile(r.spec, launch.Options{Bundle: r.bundle, Rootfs: r.rootfs, Cgroup: c.group, OwnHierarchies: true, Phases: phases(r.spec.Hooks)})
 	if err != nil {
 		if task.ErrorCode(err) == codes.Unknown {
 			err = fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
