@@ -74,6 +74,9 @@ func checkEndpoint(name string, s *mobynet.EndpointSettings) error {
 	if s.IPAMConfig != nil && (s.IPAMConfig.IPv4Address.IsValid() || s.IPAMConfig.IPv6Address.IsValid()) && !user {
 		return invalid("user specified IP address is supported on user defined networks only")
 	}
+	if s.IPAMConfig != nil && len(s.IPAMConfig.LinkLocalIPs) > 0 {
+		return invalid("link-local addresses (--link-local-ip) are not available in this release")
+	}
 	if len(s.Aliases) > 0 && !user {
 		return invalid("network-scoped aliases are only supported for user-defined networks")
 	}

@@ -328,6 +328,8 @@ func (n *netw) releaseLocked(ep *Endpoint) {
 }
 
 func splitSysctls(s string) []string {
+	// The docker CLI makes options lower-case.
+	s = strings.ReplaceAll(s, ".ifname.", ".IFNAME.")
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }
 

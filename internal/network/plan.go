@@ -49,6 +49,9 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 	if req.Scope != "" && req.Scope != "local" {
 		return bad("scope %q is not supported, only local", req.Scope)
 	}
+	if req.Ingress {
+		return bad("ingress networks need a swarm and are not supported")
+	}
 	if req.ConfigOnly || req.ConfigFrom != nil && req.ConfigFrom.Network != "" {
 		return bad("config-only networks are not supported")
 	}
