@@ -136,7 +136,7 @@ type CreateOptions struct {
 // options agree (as Docker does); errdefs.ErrAlreadyExists if they don't.
 func (s *Store) Create(_ context.Context, o CreateOptions) (*Volume, error) {
 	if o.Driver != "" && o.Driver != "local" {
-		return nil, fmt.Errorf("volume driver %q is not known; only \"local\" is built in: %w", o.Driver, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("volume driver %q is not known; only \"local\" is built in: %w", o.Driver, errdefs.ErrInvalidArgument)
 	}
 	v := &Volume{Name: o.Name, Created: time.Now().UTC(), Labels: maps.Clone(o.Labels), Options: maps.Clone(o.Options)}
 	if v.Name == "" {

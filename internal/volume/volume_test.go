@@ -77,6 +77,7 @@ func TestNamesAndOptionsRefused(t *testing.T) {
 	s := open(t, t.TempDir())
 	for _, o := range []CreateOptions{
 		{Name: "../etc"}, {Name: "a"}, {Name: ".trash"}, {Name: "a/b"}, {Name: "x\x00y"},
+		{Name: "ok", Driver: "magic"}, // not NotFound: clients would take it for a missing image
 		{Name: "ok", Options: map[string]string{"type": "nfs"}},
 		{Name: "ok", Options: map[string]string{"sise": "1"}},
 		{Name: "ok", Options: map[string]string{"type": "none", "o": "bind", "device": "relative"}},
@@ -84,9 +85,6 @@ func TestNamesAndOptionsRefused(t *testing.T) {
 		if _, err := s.Create(t.Context(), o); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: got %v, want InvalidArgument", o, err)
 		}
-	}
-	if _, err := s.Create(t.Context(), CreateOptions{Name: "ok", Driver: "magic"}); !errdefs.IsNotFound(err) {
-		t.Errorf("unknown driver: %v", err)
 	}
 	if n := len(s.List()); n != 0 {
 		t.Errorf("%d volumes after refusals only", n)

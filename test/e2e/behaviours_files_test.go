@@ -8,6 +8,7 @@ var files = []behaviour{
 	{"anonymous volume goes with --rm", `run -v /data --name $c busybox true; docker volume ls -q --filter dangling=true --filter label=com.docker.volume.anonymous | wc -l >$d/a; run -v /data busybox true; docker volume ls -q --filter dangling=true --filter label=com.docker.volume.anonymous | wc -l | cmp - $d/a && echo same`, `same`, 0},
 	{"rm -v takes anonymous volumes", `docker create -v /data --name $c busybox >/dev/null; k=$(insp $c '{{(index .Mounts 0).Name}}'); docker rm -v $c >/dev/null; docker volume inspect $k >/dev/null 2>&1 || echo gone`, `gone`, 0},
 	{"volume in use can't be removed", `docker create -v $v:/d --name $c busybox >/dev/null; docker volume rm $v 2>&1 | grep -c 'in use'`, `1`, 0},
+	{"unknown volume driver is refused", `run --volume-driver nosuch -v $v:/d busybox true 2>&1 | grep -c 'volume driver "nosuch" is not known'`, `1`, 0},
 	{"volume labels, filters, prune", `docker volume create --label l=$v $v >/dev/null; docker volume ls -q --filter label=l=$v; docker volume prune -af --filter label=l=$v | grep -c "^$v$"; docker volume inspect $v >/dev/null 2>&1 || echo gone`, "vol\\w+\n1\ngone", 0},
 	{"volume driver option tmpfs", `docker volume create -o type=tmpfs -o device=tmpfs -o o=size=1m $v >/dev/null; run -v $v:/t busybox sh -c 'dd if=/dev/zero of=/t/x bs=1k count=2048 2>&1 | grep -c "No space"'`, `1`, 0},
 	{"bind mount", `echo host >$d/f; run -v $d:/mnt busybox sh -c 'cat /mnt/f; echo back >/mnt/g'; cat $d/g`, "host\nback", 0},
