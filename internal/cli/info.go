@@ -134,6 +134,7 @@ func writeInfo(b *bytes.Buffer, v infos) {
 			fmt.Fprintf(b, "   Base: %s, Size: %d\n", p.Base, p.Size)
 		}
 	}
+	line("Host Check", "tenon doctor (overlay, nftables, KVM, QEMU, guest kernel)")
 	for _, w := range i.Warnings {
 		fmt.Fprintln(b, w)
 	}
