@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -321,7 +323,9 @@ func (l overlay) fsmount(target string, lowers []string, opts [][2]string, attrs
 		return os.NewSyscallError("fsopen overlay", err)
 	}
 	defer unix.Close(fs)
-	if err := setLowers(fs, lowers); err != nil {
+	done, err := setLowers(fs, lowers)
+	defer done()
+	if err != nil {
 		return err
 	}
 	for _, o := range opts {
@@ -346,24 +350,68 @@ func (l overlay) fsmount(target string, lowers []string, opts [][2]string, attrs
 }
 
 // setLowers gives the layers one by one, or, to a kernel before 6.7, at once.
-func setLowers(fs int, lowers []string) error {
-	for i, l := range lowers {
-		err := unix.FsconfigSetString(fs, "lowerdir+", l)
-		if err == unix.EINVAL && i == 0 {
-			r := strings.NewReplacer(`\`, `\\`, ":", `\:`)
-			quoted := make([]string, len(lowers))
-			for i, l := range lowers {
-				quoted[i] = r.Replace(l)
+// The function returned closes what the mount's creation needs.
+func setLowers(fs int, lowers []string) (func(), error) {
+	done := func() {}
+	if !overlayIsLegacy() {
+		for i, l := range lowers {
+			err := unix.FsconfigSetString(fs, "lowerdir+", l)
+			if err == unix.EINVAL && i == 0 {
+				return done, pathError("overlay layers", lowers[0], unix.FsconfigSetString(fs, "lowerdir", joinLowers(lowers)))
 			}
-			err = unix.FsconfigSetString(fs, "lowerdir", strings.Join(quoted, ":"))
-			return pathError("overlay layers", lowers[0], err)
+			if err != nil {
+				return done, pathError("overlay layer", l, err)
+			}
 		}
-		if err != nil {
-			return pathError("overlay layer", l, err)
-		}
+		return done, nil
 	}
-	return nil
+	joined := joinLowers(lowers)
+	if len(joined) > legacyLimit || strings.Contains(joined, ",") {
+		// Too long for the one page that all options share, or not to be
+		// written at all: by descriptors, whose names are short.
+		var fds []int
+		done = func() {
+			for _, fd := range fds {
+				_ = unix.Close(fd)
+			}
+		}
+		names := make([]string, len(lowers))
+		for i, l := range lowers {
+			fd, err := unix.Open(l, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return done, pathError("overlay layer", l, err)
+			}
+			fds = append(fds, fd)
+			names[i] = "/proc/self/fd/" + strconv.Itoa(fd)
+		}
+		joined = joinLowers(names)
+	}
+	return done, pathError("overlay layers", lowers[0], unix.FsconfigSetString(fs, "lowerdir", joined))
 }
+
+// legacyLimit leaves room for the other options in a page.
+const legacyLimit = 3000
+
+func joinLowers(lowers []string) string {
+	r := strings.NewReplacer(`\`, `\\`, ":", `\:`)
+	quoted := make([]string, len(lowers))
+	for i, l := range lowers {
+		quoted[i] = r.Replace(l)
+	}
+	return strings.Join(quoted, ":")
+}
+
+// overlayIsLegacy tells whether the kernel (before 6.5) only collects overlay's
+// options as a text, which is understood when the mount is made: it then takes
+// whatever it is given, and says no too late.
+var overlayIsLegacy = sync.OnceValue(func() bool {
+	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return false // the mount itself will say why
+	}
+	defer unix.Close(fs)
+	return unix.FsconfigSetFlag(fs, "tenon-no-such-option") == nil
+})
 
 // Mount mounts m at target, writable unless its options say otherwise. The
 // caller vouches for target.
