@@ -6,7 +6,9 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
+	"time"
 
 	"github.com/moby/term"
 )
@@ -94,7 +96,16 @@ func (a *app) onResize(f func(h, w uint)) (stop func()) {
 // that means something to a container's process, until stop is called.
 func onSignals(f func(name string)) (stop func()) {
 	ch := make(chan os.Signal, 32)
-	signal.Notify(ch)
+	signal.Notify(ch, soonSignals...)
+	var mu sync.Mutex
+	stopped := false
+	rest := time.AfterFunc(restAfter, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if !stopped {
+			signal.Notify(ch)
+		}
+	})
 	done := make(chan struct{})
 	go func() {
 		for {
@@ -114,8 +125,22 @@ func onSignals(f func(name string)) (stop func()) {
 			}
 		}
 	}()
-	return func() { signal.Stop(ch); close(done) }
+	return func() {
+		rest.Stop()
+		mu.Lock()
+		stopped = true
+		signal.Stop(ch)
+		mu.Unlock()
+		close(done)
+	}
 }
+
+// soonSignals are caught at once, all others after restAfter: Go's runtime
+// switches threads for each signal that it is told about, twice, which for all
+// 60 of them takes longer than a short container lives.
+var soonSignals = []os.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2}
+
+const restAfter = 100 * time.Millisecond
 
 var signalNames = map[syscall.Signal]string{
 	syscall.SIGHUP: "SIGHUP", syscall.SIGINT: "SIGINT", syscall.SIGQUIT: "SIGQUIT", syscall.SIGILL: "SIGILL",
