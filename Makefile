@@ -5,11 +5,11 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X tenon.dev/tenon/internal/version.Version=$(VERSION)
 export CGO_ENABLED := 0
 
-.PHONY: all build run stop clean-state test vet fuzz bench install help
+.PHONY: all build run stop clean-state test test-v2 vet fuzz bench install help
 all: build
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 build: ## the programs, into bin/
 	@mkdir -p $(BIN)
@@ -26,6 +26,9 @@ clean-state: ## remove the state (images, volumes, containers) of a stopped daem
 
 test: ## install what the tests need and run all of them
 	@scripts/test
+
+test-v2: build ## the end-to-end tests on Debian 12's kernel and cgroup v2, in QEMU (a quarter of an hour)
+	@TENON_BIN=$(CURDIR)/$(BIN) test/cgroupv2/run
 
 vet: ## formatting and static checks
 	@scripts/vet
