@@ -47,8 +47,12 @@ func helper(name string) (string, error) {
 		return "", err
 	}
 	path := filepath.Join(filepath.Dir(self), name)
-	if _, err := os.Stat(path); err != nil {
+	info, err := os.Stat(path)
+	if err != nil {
 		return "", fmt.Errorf("%s must lie beside tenond: %w", name, err)
+	}
+	if info.Mode().Perm()&0o111 == 0 {
+		return "", fmt.Errorf("%s is not executable (chmod 755 %s)", name, path)
 	}
 	return path, nil
 }
