@@ -2,7 +2,9 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"sync"
 	"time"
@@ -22,10 +24,12 @@ type link struct {
 	mu     sync.Mutex
 	client *task.Client
 	up     chan struct{} // closed while there is a client
+	err    error         // why there will be none by waiting
+	failed chan struct{} // closed while err is set
 }
 
 func newLink(ctx context.Context, k sandbox.Sandbox, log *slog.Logger) *link {
-	return &link{kernel: k, log: log, ctx: ctx, up: make(chan struct{})}
+	return &link{kernel: k, log: log, ctx: ctx, up: make(chan struct{}), failed: make(chan struct{})}
 }
 
 // awayTime is how long an operation waits for a shim that is away.
@@ -36,10 +40,13 @@ func (l *link) get(ctx context.Context) (*task.Client, error) {
 	var late <-chan time.Time
 	for {
 		l.mu.Lock()
-		c, up := l.client, l.up
+		c, up, err, failed := l.client, l.up, l.err, l.failed
 		l.mu.Unlock()
 		if c != nil {
 			return c, nil
+		}
+		if err != nil {
+			return nil, errdefs.ErrUnavailable.WithMessage("the shim is not reachable: " + err.Error())
 		}
 		if late == nil {
 			t := time.NewTimer(awayTime)
@@ -48,6 +55,7 @@ func (l *link) get(ctx context.Context) (*task.Client, error) {
 		}
 		select {
 		case <-up:
+		case <-failed:
 		case <-late:
 			return nil, errdefs.ErrUnavailable.WithMessage(fmt.Sprintf("the shim is not reachable since %v; see the daemon's log", awayTime))
 		case <-ctx.Done():
@@ -63,6 +71,23 @@ func (l *link) set(c *task.Client) {
 	defer l.mu.Unlock()
 	l.client = c
 	close(l.up)
+	if l.err != nil {
+		l.err, l.failed = nil, make(chan struct{})
+	}
+}
+
+// fail tells those who wait why an attempt to reach the shim has failed, if that
+// is nothing that passes: its program is missing or can't be run.
+func (l *link) fail(err error) {
+	if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err == nil {
+		close(l.failed)
+	}
+	l.err = err
 }
 
 func (l *link) clear() {

@@ -37,6 +37,7 @@ func (e *Engine) watch(client *task.Client, seq uint64) {
 				break
 			}
 			e.log.Error("the shim is not reachable", "err", err)
+			e.shim.fail(err)
 			select {
 			case <-time.After(pause):
 			case <-e.ctx.Done():
