@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -276,11 +277,17 @@ func answer(l net.Listener, text string) {
 // address nor what is published on the host's 127.0.0.1.
 func TestE7Neighbours(t *testing.T) {
 	d := newTarget(t)
-	ns, a, b, host := d.Name+"wire", d.Name+"w0", d.Name+"w1", "198.51.100.1"
+	n, err := strconv.Atoi(strings.TrimPrefix(d.Name, "te"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Names and addresses that are this daemon's alone on the machine.
+	ns, a, b := d.Name+"wire", d.Name+"w0", d.Name+"w1"
+	host, neighbour := fmt.Sprintf("198.51.100.%d", 4*n+1), fmt.Sprintf("198.51.100.%d", 4*n+2)
 	setup := fmt.Sprintf(`set -e
 		ip netns add %[1]s; ip link add %[2]s type veth peer name %[3]s netns %[1]s
 		ip addr add %[4]s/30 dev %[2]s; ip link set %[2]s up
-		ip -n %[1]s addr add 198.51.100.2/30 dev %[3]s; ip -n %[1]s link set %[3]s up; ip -n %[1]s link set lo up; ip -n %[1]s route add default via %[4]s`, ns, a, b, host)
+		ip -n %[1]s addr add %[5]s/30 dev %[3]s; ip -n %[1]s link set %[3]s up; ip -n %[1]s link set lo up; ip -n %[1]s route add default via %[4]s`, ns, a, b, host, neighbour)
 	t.Cleanup(func() { d.Sh(t, "ip link del "+a+"; ip netns del "+ns) })
 	if r := d.Sh(t, setup); r.Code != 0 {
 		t.Fatal(r.Err)
