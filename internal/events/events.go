@@ -1,7 +1,7 @@
 // Package events keeps the daemon's recent events and hands them to
 // subscribers, in Docker's words. The newest lie in a ring in memory and, as
-// JSON lines, in two files on the run root (the current one and the one
-// before), so that `events --since` works across a restart of the daemon.
+// JSON lines, in two files under the state root (the current one and the
+// one before), so that `events --since` works across a restart of the daemon.
 //
 // Publishing never waits for a subscriber: one that does not keep up loses its
 // oldest events.
