@@ -30,11 +30,15 @@ fi
 echo "cgroupv2: $(uname -r), controllers: $(cat /sys/fs/cgroup/cgroup.controllers); in $(cat /proc/self/cgroup)"
 
 mkdir -p /var/tmp/e2e
+status=0
+for unit in /job/units/*.test; do
+	echo "cgroupv2: ${unit##*/}"
+	(cd /var/tmp/e2e && "$unit" -test.v -test.timeout 5m) </dev/null 2>&1 || status=1
+done
 set --
 while read -r arg; do set -- "$@" "$arg"; done </job/args
 cd /var/tmp/e2e
-TMPDIR=/var/tmp/e2e TENON_BIN=/job/bin TENON_KILLS=$KILLS /job/e2e.test -test.v -test.parallel 3 -test.timeout 60m "$@" </dev/null 2>&1
-status=$?
+TMPDIR=/var/tmp/e2e TENON_BIN=/job/bin TENON_KILLS=$KILLS /job/e2e.test -test.v -test.parallel 3 -test.timeout 60m "$@" </dev/null 2>&1 || status=$?
 if [ $status -ne 0 ]; then
 	for f in /var/tmp/e2e/tenon-e2e-*/tenond.log; do
 		[ -e "$f" ] && echo "== $f" && grep -E 'level=(WARN|ERROR)' "$f" | tail -n 60

@@ -318,15 +318,18 @@ func (l overlay) mountWrite(target string) error {
 }
 
 func (l overlay) fsmount(target string, lowers []string, opts [][2]string, attrs int) error {
+	if !overlayByParts() {
+		return overlayByText(target, lowers, opts, attrs)
+	}
 	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return os.NewSyscallError("fsopen overlay", err)
 	}
 	defer unix.Close(fs)
-	done, err := setLowers(fs, lowers)
-	defer done()
-	if err != nil {
-		return err
+	for _, l := range lowers {
+		if err := unix.FsconfigSetString(fs, "lowerdir+", l); err != nil {
+			return pathError("overlay layer", l, err)
+		}
 	}
 	for _, o := range opts {
 		if o[1] == "" {
@@ -349,69 +352,62 @@ func (l overlay) fsmount(target string, lowers []string, opts [][2]string, attrs
 	return pathError("mount overlay on", target, unix.MoveMount(m, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS))
 }
 
-// setLowers gives the layers one by one, or, to a kernel before 6.7, at once.
-// The function returned closes what the mount's creation needs.
-func setLowers(fs int, lowers []string) (func(), error) {
-	done := func() {}
-	if !overlayIsLegacy() {
-		for i, l := range lowers {
-			err := unix.FsconfigSetString(fs, "lowerdir+", l)
-			if err == unix.EINVAL && i == 0 {
-				return done, pathError("overlay layers", lowers[0], unix.FsconfigSetString(fs, "lowerdir", joinLowers(lowers)))
-			}
-			if err != nil {
-				return done, pathError("overlay layer", l, err)
-			}
-		}
-		return done, nil
+// overlayByParts tells whether the kernel takes layers one by one (6.7). Before
+// 6.5 it takes any option, and says no only when the mount is made.
+var overlayByParts = sync.OnceValue(func() bool {
+	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return true // the mount itself will say why
 	}
-	joined := joinLowers(lowers)
-	if len(joined) > legacyLimit || strings.Contains(joined, ",") {
-		// Too long for the one page that all options share, or not to be
-		// written at all: by descriptors, whose names are short.
-		var fds []int
-		done = func() {
-			for _, fd := range fds {
-				_ = unix.Close(fd)
-			}
-		}
+	defer unix.Close(fs)
+	return unix.FsconfigSetFlag(fs, "tenon-no-such-option") != nil && unix.FsconfigSetString(fs, "lowerdir+", "/") == nil
+})
+
+// maxText leaves room for the other options in mount(2)'s page.
+const maxText = 3000
+
+// overlayByText mounts by mount(2), whose options are one text of at most a page:
+// layers whose names are too long together are named by descriptors.
+func overlayByText(target string, lowers []string, opts [][2]string, attrs int) error {
+	data := "lowerdir=" + joinLowers(lowers)
+	if len(data) > maxText {
 		names := make([]string, len(lowers))
 		for i, l := range lowers {
 			fd, err := unix.Open(l, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 			if err != nil {
-				return done, pathError("overlay layer", l, err)
+				return pathError("overlay layer", l, err)
 			}
-			fds = append(fds, fd)
-			names[i] = "/proc/self/fd/" + strconv.Itoa(fd)
+			defer unix.Close(fd)
+			names[i] = "/proc/thread-self/fd/" + strconv.Itoa(fd)
 		}
-		joined = joinLowers(names)
+		data = "lowerdir=" + joinLowers(names)
 	}
-	return done, pathError("overlay layers", lowers[0], unix.FsconfigSetString(fs, "lowerdir", joined))
+	comma := strings.NewReplacer(`\`, `\\`, ",", `\,`)
+	for _, o := range opts {
+		data += "," + o[0]
+		if o[1] != "" {
+			data += "=" + comma.Replace(o[1])
+		}
+	}
+	flags := uintptr(0)
+	if attrs&unix.MOUNT_ATTR_RDONLY != 0 {
+		flags = unix.MS_RDONLY
+	}
+	if err := unix.Mount("overlay", target, "overlay", flags, data); err != nil {
+		return pathError(fmt.Sprintf("mount overlay of %d layers on", len(lowers)), target, err)
+	}
+	return nil
 }
 
-// legacyLimit leaves room for the other options in a page.
-const legacyLimit = 3000
-
+// joinLowers is lowerdir's value.
 func joinLowers(lowers []string) string {
-	r := strings.NewReplacer(`\`, `\\`, ":", `\:`)
+	r := strings.NewReplacer(`\`, `\\`, ":", `\:`, ",", `\,`)
 	quoted := make([]string, len(lowers))
 	for i, l := range lowers {
 		quoted[i] = r.Replace(l)
 	}
 	return strings.Join(quoted, ":")
 }
-
-// overlayIsLegacy tells whether the kernel (before 6.5) only collects overlay's
-// options as a text, which is understood when the mount is made: it then takes
-// whatever it is given, and says no too late.
-var overlayIsLegacy = sync.OnceValue(func() bool {
-	fs, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return false // the mount itself will say why
-	}
-	defer unix.Close(fs)
-	return unix.FsconfigSetFlag(fs, "tenon-no-such-option") == nil
-})
 
 // Mount mounts m at target, writable unless its options say otherwise. The
 // caller vouches for target.
