@@ -24,7 +24,7 @@ func document() string {
 
 Tenon's socket speaks the Docker Engine API in every version from %s to %s;
 requests without a version get the newest. Point `+"`DOCKER_HOST`"+` at the socket
-and go on using the docker CLI, Compose and SDKs. Errors have Docker's status
+and go on using the docker CLI and SDKs. Errors have Docker's status
 codes and the body `+"`{\"message\": \"…\"}`"+`.
 
 This is every endpoint of the API, in the order of `+"`internal/server/docker/routes.go`"+`,
