@@ -66,6 +66,7 @@ type Mount struct {
 	Anonymous   bool                `json:"anonymous,omitempty"` // removed with the container on request
 	NoCopy      bool                `json:"noCopy,omitempty"`
 	SubPath     string              `json:"subPath,omitempty"`
+	Image       *Image              `json:"image,omitempty"`   // of --mount type=image, as it was at the creation
 	Spec        *mount.Mount        `json:"spec,omitempty"`    // for --mount
 	Tmpfs       string              `json:"tmpfs,omitempty"`   // options of --tmpfs
 	Create      bool                `json:"create,omitempty"`  // make a missing source directory (-v)

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"maps"
+	"slices"
 	"strings"
 
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
@@ -10,6 +11,7 @@ import (
 	"github.com/moby/moby/api/types/events"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/image"
 )
 
@@ -93,7 +95,8 @@ func (e *Engine) ImageUsers(imageID string) []string {
 	}
 	var out []string
 	for _, c := range e.all() {
-		if c.record().Image.ID == imageID {
+		r := c.record()
+		if r.Image.ID == imageID || slices.ContainsFunc(r.Mounts, func(m container.Mount) bool { return m.Image != nil && m.Image.ID == imageID }) {
 			out = append(out, c.id)
 		}
 	}

@@ -10,7 +10,6 @@ import (
 	"sort"
 	"strings"
 
-	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/mount"
 
@@ -264,7 +263,9 @@ func (e *Engine) parseMount(s mount.Mount) (container.Mount, error) {
 			return m, err
 		}
 	case mount.TypeImage:
-		return m, errdefs.ErrNotImplemented.WithMessage("mounts of type image are not available in this release")
+		if err := e.parseImageMount(&m, bad); err != nil {
+			return m, err
+		}
 	default:
 		return m, invalid("mount type unknown: %q", s.Type)
 	}
@@ -301,7 +302,7 @@ func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, u *und
 		if m.Type != mount.TypeVolume || m.Source != "" {
 			continue
 		}
-		o := volume.CreateOptions{Name: m.Name, Driver: m.Driver}
+		o := volume.CreateOptions{Name: m.Name, Driver: m.Driver, Owner: r.ID}
 		if m.Spec != nil && m.Spec.VolumeOptions != nil {
 			o.Labels = m.Spec.VolumeOptions.Labels
 			if d := m.Spec.VolumeOptions.DriverConfig; d != nil {
@@ -362,6 +363,8 @@ func (e *Engine) specMount(m *container.Mount) (spec.Mount, error) {
 				s.Recursive = false
 			}
 		}
+	case mount.TypeImage:
+		return e.imageMount(m)
 	case mount.TypeTmpfs:
 		s.Type, s.Source, s.Options, s.Propagation = "tmpfs", "tmpfs", spec.TmpfsOptions(m.TmpfsOpts), ""
 	case mount.TypeVolume:

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/events"
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/task"
@@ -28,8 +29,9 @@ const recoverParallel = 8
 // finished, exits that happened in between get their consequences. One bad
 // container does not stop the others.
 func (e *Engine) Recover(ctx context.Context) error {
-	if err := e.loadRecords(); err != nil {
-		e.log.Error("container records that can't be read are left alone", "err", err)
+	unreadable := e.loadRecords()
+	if unreadable != nil {
+		e.log.Error("container records that can't be read are left alone", "err", unreadable)
 	}
 	e.loaded.Store(true)
 	client, _, err := e.cfg.Kernel.Connect(ctx)
@@ -55,6 +57,9 @@ func (e *Engine) Recover(ctx context.Context) error {
 	e.apply(ctx, client, procs, verdicts)
 	e.shim.set(client)
 	e.sweep()
+	if unreadable == nil {
+		e.dropOrphans(ctx)
+	}
 	e.spawn(func() { e.watch(client, seq) })
 	e.restartAll(verdicts)
 	return nil
@@ -323,6 +328,27 @@ func (e *Engine) restartAll(verdicts map[*ctr]verdict) {
 			}
 			e.scheduleRestart(c, 0)
 		}
+	}
+}
+
+// dropOrphans removes anonymous volumes whose container is not known: it was
+// never made whole, or ended with the boot (--rm).
+func (e *Engine) dropOrphans(ctx context.Context) {
+	for _, v := range e.cfg.Volumes.List() {
+		if v.Owner == "" {
+			continue
+		}
+		e.mu.Lock()
+		known := e.ctrs[v.Owner] != nil
+		e.mu.Unlock()
+		if known || len(e.volumeUsers(v.Name, "")) > 0 {
+			continue
+		}
+		if err := e.cfg.Volumes.Remove(ctx, v.Name); err != nil {
+			e.log.Warn("anonymous volume without its container is left", "volume", v.Name, "err", err)
+			continue
+		}
+		e.emitVolume(v.Name, events.ActionDestroy, nil)
 	}
 }
 

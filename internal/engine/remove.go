@@ -127,6 +127,8 @@ func (e *Engine) removeLocked(ctx context.Context, c *ctr, o RemoveOptions) (err
 	}
 	if c.record().Facts.Volumes {
 		e.removeAnonymous(ctx, c)
+	} else if err := e.keepAnonymous(c); err != nil {
+		return err
 	}
 	r := c.record()
 	if err := e.saver.remove(r); err != nil {
@@ -189,7 +191,13 @@ func (e *Engine) free(ctx context.Context, c *ctr) error {
 // removeAnonymous removes the anonymous volumes that nobody else uses.
 func (e *Engine) removeAnonymous(ctx context.Context, c *ctr) {
 	for _, m := range c.record().Mounts {
-		if m.Type != mount.TypeVolume || !m.Anonymous || len(e.volumeUsers(m.Name, c.id)) > 0 {
+		if m.Type != mount.TypeVolume || !m.Anonymous {
+			continue
+		}
+		if len(e.volumeUsers(m.Name, c.id)) > 0 {
+			if err := e.cfg.Volumes.Disown(m.Name); err != nil {
+				e.log.Warn("anonymous volume belongs to a removed container", "container", c.id, "volume", m.Name, "err", err)
+			}
 			continue
 		}
 		if err := e.cfg.Volumes.Remove(ctx, m.Name); err != nil && !errdefs.IsNotFound(err) {
@@ -198,6 +206,18 @@ func (e *Engine) removeAnonymous(ctx context.Context, c *ctr) {
 		}
 		e.emitVolume(m.Name, events.ActionDestroy, nil)
 	}
+}
+
+// keepAnonymous lets the anonymous volumes outlive the container.
+func (e *Engine) keepAnonymous(c *ctr) error {
+	for _, m := range c.record().Mounts {
+		if m.Type == mount.TypeVolume && m.Anonymous {
+			if err := e.cfg.Volumes.Disown(m.Name); err != nil {
+				return fmt.Errorf("container %s: %w", c.id, err)
+			}
+		}
+	}
+	return nil
 }
 
 // dependents refuses the removal of a container whose namespaces others run in.

@@ -449,7 +449,7 @@ func (e *Engine) rootMessage(r *container.Record, root *rootfs.Root, mounts []sp
 		m.Mounts = append(m.Mounts, &taskv1.Mount{Type: x.Type, Source: x.Source, Options: x.Options})
 	}
 	for _, x := range mounts {
-		if x.Type != "bind" {
+		if x.Type != "bind" && x.Type != "overlay" {
 			continue // a tmpfs of a container that does not run has nothing in it
 		}
 		o := x.Options

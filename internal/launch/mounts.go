@@ -157,7 +157,8 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		resolve |= unix.RESOLVE_NO_SYMLINKS
 	}
 	data := strings.Join(o.data, ",")
-	if len(data) > 4095 {
+	parts := typ == "overlay" && len(data) > maxMountData
+	if len(data) > 4095 && !parts {
 		return fmt.Errorf("options are longer than a page")
 	}
 	if source == "" {
@@ -193,6 +194,14 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 		c.copyUp(t, dest, resolve, flags, data)
 		c.call(unix.SYS_CLOSE, t.arg())
 		c.afterMount(dest, resolve, o, readonly)
+		return nil
+	}
+	if parts {
+		tree := c.builder.slot()
+		c.overlayByParts(source, o).out(tree)
+		c.moveMount(tree, t)
+		c.call(unix.SYS_CLOSE, t.arg())
+		c.afterMount(dest, resolve, o, false)
 		return nil
 	}
 	c.call(unix.SYS_FCHDIR, t.arg())

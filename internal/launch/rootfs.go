@@ -131,7 +131,9 @@ func (c *compiler) rootMount(m Mount) error {
 		if m.Type == "overlay" && len(data) > maxMountData {
 			dir, rel, ok := relativeLayers(o.data)
 			if !ok || len(rel) > maxMountData {
-				return c.overlayByParts(m, o)
+				c.overlayByParts(m.Source, o).out(c.root)
+				c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+				return nil
 			}
 			c.call(unix.SYS_CHDIR, c.str(dir))
 			data = rel
@@ -196,14 +198,14 @@ func relativeLayers(options []string) (dir, data string, ok bool) {
 }
 
 // overlayByParts hands the layers over one by one, for which the kernel must be
-// 6.8 or later.
-func (c *compiler) overlayByParts(m Mount, o mountOptions) error {
+// 6.8 or later. The result of the call that it returns is the mount.
+func (c *compiler) overlayByParts(source string, o mountOptions) ins {
 	fs := c.builder.slot()
 	c.call(unix.SYS_FSOPEN, c.str("overlay"), num(unix.FSOPEN_CLOEXEC)).out(fs)
 	set := func(k, v string) {
 		c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_SET_STRING), c.str(k), c.str(v), num(0))
 	}
-	set("source", m.Source)
+	set("source", source)
 	for _, opt := range o.data {
 		k, v, hasValue := strings.Cut(opt, "=")
 		switch {
@@ -218,9 +220,7 @@ func (c *compiler) overlayByParts(m Mount, o mountOptions) error {
 		}
 	}
 	c.call(unix.SYS_FSCONFIG, fs.arg(), num(unix.FSCONFIG_CMD_CREATE), num(0), num(0), num(0))
-	c.call(unix.SYS_FSMOUNT, fs.arg(), num(unix.FSMOUNT_CLOEXEC), num(o.set)).out(c.root)
-	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
-	return nil
+	return c.call(unix.SYS_FSMOUNT, fs.arg(), num(unix.FSMOUNT_CLOEXEC), num(o.set))
 }
 
 // setAttr is mount_setattr on the mount that fd is the root of.

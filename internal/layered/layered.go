@@ -44,6 +44,20 @@ func (s Stack) Open(name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
+// Sub finds what name leads to: the directories that a merged directory is made
+// of, topmost first, or the one place of anything else. No path has a symbolic
+// link below its layer. The error is fs.ErrNotExist if there is nothing.
+func (s Stack) Sub(name string) (paths []string, dir bool, err error) {
+	n, err := s.lookup(name)
+	if err != nil {
+		return nil, false, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	for _, l := range n.layers {
+		paths = append(paths, path.Join(l, n.path))
+	}
+	return paths, n.mode&unix.S_IFMT == unix.S_IFDIR, nil
+}
+
 // IsDir says whether name is a directory, and, if it is, whether it has
 // entries.
 func (s Stack) IsDir(name string) (dir, empty bool, err error) {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -77,5 +78,41 @@ func TestLookupFollowsOverlayRules(t *testing.T) {
 	}
 	if dir, empty, err := s.IsDir("/etc"); !dir || empty || err != nil {
 		t.Errorf("/etc: %v %v %v", dir, empty, err)
+	}
+}
+
+func TestSubFindsWhatAMergedDirectoryIsMadeOf(t *testing.T) {
+	top, mid, low := t.TempDir(), t.TempDir(), t.TempDir()
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, root := range []string{top, mid, low} {
+		do(os.MkdirAll(filepath.Join(root, "d/e"), 0o755))
+	}
+	do(os.WriteFile(filepath.Join(low, "d/f"), nil, 0o600))
+	do(os.Symlink("../../d", filepath.Join(low, "link")))
+	do(unix.Setxattr(filepath.Join(mid, "d/e"), "trusted.overlay.opaque", []byte("y"), 0))
+	s := Stack{top, mid, low}
+	for _, c := range []struct {
+		name string
+		want []string
+		dir  bool
+	}{
+		{"", []string{top, mid, low}, true},
+		{"d", []string{top + "/d", mid + "/d", low + "/d"}, true},
+		{"d/e", []string{top + "/d/e", mid + "/d/e"}, true},
+		{"link/e", []string{top + "/d/e", mid + "/d/e"}, true},
+		{"d/f", []string{low + "/d/f"}, false},
+	} {
+		got, dir, err := s.Sub(c.name)
+		if err != nil || dir != c.dir || !slices.Equal(got, c.want) {
+			t.Errorf("%q: %v %v %v, want %v %v", c.name, got, dir, err, c.want, c.dir)
+		}
+	}
+	if _, _, err := s.Sub("none"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("none: %v", err)
 	}
 }

@@ -6,6 +6,7 @@
 //	<root>/containers/<id>/rootfs/merged  where the root may be mounted
 //	<root>/pool/…                         pairs made ahead
 //	<root>/trash/…                        removed pairs until they are deleted
+//	<root>/empty                          an empty directory, below views of single layers
 //
 // The pair is not a snapshot: there is no database and no transaction, it is
 // found again by listing. Nothing here waits for the disk, and a container
@@ -96,7 +97,7 @@ func Open(cfg Config) (*Store, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), done: make(chan string, 64), stop: make(chan struct{})}
-	for _, d := range []string{s.containers(), s.trash(), s.ahead()} {
+	for _, d := range []string{s.containers(), s.trash(), s.ahead(), s.empty()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("rootfs store: %w", err)
 		}
@@ -123,6 +124,7 @@ func (s *Store) Close() error {
 func (s *Store) containers() string { return filepath.Join(s.cfg.Root, "containers") }
 func (s *Store) trash() string      { return filepath.Join(s.cfg.Root, "trash") }
 func (s *Store) ahead() string      { return filepath.Join(s.cfg.Root, "pool") }
+func (s *Store) empty() string      { return filepath.Join(s.cfg.Root, "empty") }
 
 // reuse takes over the pairs that an earlier process made ahead.
 func (s *Store) reuse() error {
@@ -287,6 +289,17 @@ func overlay(r *Root, opts Options) Mount {
 		o = append(o, "ro")
 	}
 	return Mount{Type: "overlay", Source: "overlay", Options: o}
+}
+
+// View is the mount that shows directories merged, topmost first, read-only.
+func (s *Store) View(lower []string) Mount {
+	switch len(lower) {
+	case 0:
+		return Mount{Type: "bind", Source: s.empty(), Options: []string{"rbind", "ro"}}
+	case 1: // overlay has at least two where it has no upper one
+		lower = []string{lower[0], s.empty()}
+	}
+	return Mount{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + strings.Join(lower, ":"), "ro"}}
 }
 
 // Remove takes the container's writable layer away at once and deletes it in

@@ -52,6 +52,10 @@ type Volume struct {
 	Options   map[string]string `json:"options,omitempty"` // type, o, device
 	Anonymous bool              `json:"anonymous,omitempty"`
 
+	// Owner is the container that an anonymous volume was made for and still
+	// belongs to. It is removed when nobody knows that container; one that is to
+	// outlive it is given up by Disown.
+	Owner string `json:"owner,omitempty"`
 	// Populated says that the first container's copy-up was done (or that there
 	// was nothing to copy), so that it never happens twice.
 	Populated bool `json:"populated,omitempty"`
@@ -130,6 +134,7 @@ type CreateOptions struct {
 	Name            string
 	Driver          string
 	Labels, Options map[string]string
+	Owner           string // of an anonymous volume; see Volume
 }
 
 // Create makes a volume, or returns the existing one of that name if its
@@ -142,7 +147,7 @@ func (s *Store) Create(_ context.Context, o CreateOptions) (*Volume, error) {
 	if v.Name == "" {
 		id := make([]byte, 32)
 		_, _ = rand.Read(id) // never fails: crypto/rand documents it
-		v.Name, v.Anonymous = hex.EncodeToString(id), true
+		v.Name, v.Anonymous, v.Owner = hex.EncodeToString(id), true, o.Owner
 		if v.Labels == nil {
 			v.Labels = map[string]string{}
 		}
@@ -227,6 +232,24 @@ func (s *Store) MarkPopulated(name string) error {
 	c.Populated = true
 	if err := s.db.Put(bucket, name, &c); err != nil {
 		return err
+	}
+	s.volumes[name] = &c
+	return nil
+}
+
+// Disown keeps an anonymous volume beyond its container. One without an owner,
+// or that is not there, is left as it is.
+func (s *Store) Disown(name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, ok := s.volumes[name]
+	if !ok || v.Owner == "" {
+		return nil
+	}
+	c := *v
+	c.Owner = ""
+	if err := s.db.Put(bucket, name, &c); err != nil {
+		return fmt.Errorf("volume %s: %w", name, err)
 	}
 	s.volumes[name] = &c
 	return nil

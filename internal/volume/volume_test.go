@@ -106,3 +106,26 @@ func TestSweepKeepsData(t *testing.T) {
 		t.Errorf("data without a record was lost: %v", err)
 	}
 }
+
+func TestOwnerOfAnAnonymousVolume(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	anon, err := s.Create(t.Context(), CreateOptions{Owner: "c1"})
+	if err != nil || anon.Owner != "c1" {
+		t.Fatalf("%+v %v", anon, err)
+	}
+	if named, err := s.Create(t.Context(), CreateOptions{Name: "named", Owner: "c1"}); err != nil || named.Owner != "" {
+		t.Fatalf("a named volume has an owner: %+v %v", named, err)
+	}
+	if err := s.Disown(anon.Name); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Disown("nosuch"); err != nil {
+		t.Error(err)
+	}
+	_ = s.db.Close()
+	s = open(t, dir)
+	if v, err := s.Get(anon.Name); err != nil || v.Owner != "" || !v.Anonymous {
+		t.Errorf("after reopening: %+v %v", v, err)
+	}
+}
