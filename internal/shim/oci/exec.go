@@ -111,6 +111,10 @@ func (a *app) exec(id string, args []string, setPrivs bool) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	var signals *relay
+	if !o.detach {
+		signals = catchSignals()
+	}
 	proc, err := fork.Start(plan, fork.Stdio{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Extra: extra})
 	if err != nil {
 		return 0, explain(err, process)
@@ -119,10 +123,10 @@ func (a *app) exec(id string, args []string, setPrivs bool) (int, error) {
 		_ = proc.Signal(unix.SIGKILL) // the error says why
 		return 0, err
 	}
-	return a.execStarted(o, proc, process)
+	return a.execStarted(o, proc, process, signals)
 }
 
-func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Process) (_ int, err error) {
+func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Process, signals *relay) (_ int, err error) {
 	defer func() {
 		if err != nil {
 			_ = proc.Signal(unix.SIGKILL) // the error says why
@@ -136,10 +140,7 @@ func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Pro
 			return 0, err
 		}
 	}
-	var forward chan os.Signal
-	if !o.detach {
-		forward = catchSignals()
-	}
+	signals.ready()
 	if err := proc.Exec(); err != nil {
 		return 0, explain(err, process)
 	}
@@ -149,7 +150,7 @@ func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Pro
 	if o.detach {
 		return 0, proc.Close()
 	}
-	exit, err := attend(proc, forward, o.consoleSocket == "")
+	exit, err := attend(proc, signals, o.consoleSocket == "")
 	return exit.Code, err
 }
 

@@ -294,31 +294,40 @@ func TestTwoAtOnce(t *testing.T) {
 	}
 }
 
+// TestSignalsInTheForeground: a signal that comes as soon as the program is seen
+// to run goes to that program.
 func TestSignalsInTheForeground(t *testing.T) {
 	t.Parallel()
-	f := setup(t, `trap 'echo term; exit 5' TERM; echo ready; while true; do sleep 0.05; done`)
-	f.write()
-	cmd := f.command("run", f.id)
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	buf := make([]byte, 64)
-	if n, err := out.Read(buf); err != nil || string(buf[:n]) != "ready\n" {
-		t.Fatalf("%q, %v", buf[:n], err)
-	}
-	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := out.Read(buf); err != nil || string(buf[:n]) != "term\n" {
-		t.Errorf("%q, %v", buf[:n], err)
-	}
-	_ = cmd.Wait() // the exit status is looked at
-	if code := cmd.ProcessState.ExitCode(); code != 5 {
-		t.Errorf("exit %d", code)
+	for _, verb := range []string{"run", "exec"} {
+		f := setup(t, `trap 'echo term; exit 5' TERM; echo ready; while true; do sleep 0.05; done`)
+		args := []string{"run", f.id}
+		if verb == "exec" {
+			script := f.spec.Process.Args
+			f.spec.Process.Args = []string{"sleep", "1000"}
+			f.detached("run", "-d", f.id)
+			args = append([]string{"exec", f.id}, script...)
+		}
+		f.write()
+		cmd := f.command(args...)
+		out, started := pipe(t, cmd)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		started()
+		buf := make([]byte, 64)
+		if n, err := out.Read(buf); err != nil || string(buf[:n]) != "ready\n" {
+			t.Fatalf("%s: %q, %v", verb, buf[:n], err)
+		}
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := out.Read(buf); err != nil || string(buf[:n]) != "term\n" {
+			t.Errorf("%s: %q, %v", verb, buf[:n], err)
+		}
+		_ = cmd.Wait() // the exit status is looked at
+		if code := cmd.ProcessState.ExitCode(); code != 5 {
+			t.Errorf("%s: exit %d (%s)", verb, code, cmd.ProcessState)
+		}
 	}
 }
 

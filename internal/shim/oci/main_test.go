@@ -2,6 +2,7 @@ package oci
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -105,9 +106,15 @@ type result struct {
 	out, errout string
 }
 
+// commandTime bounds each command; what it started is ended by setup's cleanup.
+const commandTime = time.Minute
+
 func (f *fixture) command(args ...string) *exec.Cmd {
-	cmd := exec.Command(program, append([]string{"--root", f.root}, args...)...)
+	ctx, cancel := context.WithTimeout(context.Background(), commandTime)
+	f.t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, program, append([]string{"--root", f.root}, args...)...)
 	cmd.Dir = f.bundle
+	cmd.WaitDelay = 5 * time.Second // a container may hold the pipes
 	return cmd
 }
 
@@ -120,7 +127,11 @@ func (f *fixture) run(edit func(*exec.Cmd), args ...string) result {
 	if edit != nil {
 		edit(cmd)
 	}
+	started := time.Now()
 	err := cmd.Run()
+	if time.Since(started) >= commandTime {
+		f.t.Fatalf("%v: does not end: %s%s", args, out.String(), errout.String())
+	}
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) && !errors.Is(err, exec.ErrWaitDelay) {
 		f.t.Fatalf("%v: %v", args, err)
@@ -179,6 +190,22 @@ func (f *fixture) state() specs.State {
 		f.t.Fatal(err)
 	}
 	return s
+}
+
+// pipe gives the command a pipe as standard output, of which every read is
+// bounded. started is to be called when the command runs.
+func pipe(t *testing.T, cmd *exec.Cmd) (out *os.File, started func()) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	if err := r.SetReadDeadline(time.Now().Add(commandTime)); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stdout = w
+	return r, func() { w.Close() }
 }
 
 // until waits for a condition that the kernel brings about.

@@ -34,13 +34,14 @@ func runRun(a *app, f *flagSet) (int, error) {
 		return 1, err
 	}
 	defer m.close()
+	var signals *relay
+	if a.waits {
+		signals = catchSignals()
+	}
 	if err := m.make(false); err != nil {
 		return 1, err
 	}
-	var forward chan os.Signal
-	if a.waits {
-		forward = catchSignals()
-	}
+	signals.ready()
 	if err := m.begin(); err != nil {
 		m.undo()
 		return 1, err
@@ -49,7 +50,7 @@ func runRun(a *app, f *flagSet) (int, error) {
 		return 0, m.proc.Close()
 	}
 	m.close() // others may kill, pause, exec …
-	exit, err := attend(m.proc, forward, m.opts.consoleSocket == "")
+	exit, err := attend(m.proc, signals, m.opts.consoleSocket == "")
 	if err != nil || m.opts.keep {
 		return exit.Code, err
 	}
@@ -87,21 +88,40 @@ var forwarded = []os.Signal{
 	unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGALRM, unix.SIGCONT,
 }
 
+// relay holds the signals that are to go on to a process.
+type relay struct {
+	caught chan os.Signal
+	armed  chan struct{} // closed when all are subscribed to
+}
+
 // catchSignals begins to collect signals. Each costs 50 µs to subscribe to (the
 // runtime of Go hands it to a thread and waits), so it is done beside the
-// start.
-func catchSignals() chan os.Signal {
-	c := make(chan os.Signal, 64)
-	go signal.Notify(c, forwarded...)
-	return c
+// making of the process.
+func catchSignals() *relay {
+	r := &relay{caught: make(chan os.Signal, 64), armed: make(chan struct{})}
+	go func() {
+		signal.Notify(r.caught, forwarded...)
+		close(r.armed)
+	}()
+	return r
+}
+
+// ready returns when no signal can end this program any more. It is called
+// before the barrier is lifted: who has seen the process run may send one, and
+// if that ended this program alone, the container would be left to nobody. What
+// came earlier waits and is forwarded too. A nil relay collects nothing.
+func (r *relay) ready() {
+	if r != nil {
+		<-r.armed
+	}
 }
 
 // attend waits for a process in the foreground: its terminal is ours, signals
 // go to it. The program ends after it: signals stay subscribed.
-func attend(proc *fork.Process, forward chan os.Signal, ownConsole bool) (fork.Exit, error) {
+func attend(proc *fork.Process, signals *relay, ownConsole bool) (fork.Exit, error) {
 	debug.SetGCPercent(100) // from here on it may take long
 	go func() {
-		for s := range forward {
+		for s := range signals.caught {
 			_ = proc.Signal(s.(syscall.Signal)) // it may be gone already
 		}
 	}()
