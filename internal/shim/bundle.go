@@ -20,34 +20,75 @@ import (
 // that has the container's root in it: it vanishes with the container, and
 // nothing is left to unmount. On success it does not return.
 func Bundle(args []string) error {
-	if len(args) < 2 {
-		return fmt.Errorf("usage: tenon-shim %s MOUNTS RUNTIME [args]", BundleCommand)
+	if len(args) < 3 {
+		return fmt.Errorf("usage: tenon-shim %s MOUNTS CGROUP RUNTIME [args]", BundleCommand)
 	}
 	runtime.LockOSThread() // the thread becomes the runtime
-	b, err := os.ReadFile(args[0])
-	if err != nil {
-		return err
-	}
 	var m BundleMounts
-	if err := json.Unmarshal(b, &m); err != nil {
-		return err
+	if args[0] != "" {
+		b, err := os.ReadFile(args[0])
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal(b, &m); err != nil {
+			return err
+		}
 	}
-	path, err := exec.LookPath(args[1])
+	path, err := exec.LookPath(args[2])
 	if err != nil {
 		return err
+	}
+	if args[1] != "" {
+		if err := os.WriteFile(filepath.Join(args[1], "cgroup.procs"), []byte("0"), 0); err != nil {
+			return fmt.Errorf("join the cgroup: %w", err)
+		}
+	}
+	hide := mixedCgroups()
+	if hide || len(m.Mounts) > 0 {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+	}
+	if hide {
+		if err := hideMount(unifiedCgroups); err != nil {
+			return err
+		}
 	}
 	if len(m.Mounts) > 0 {
 		if err := mountBundle(m.Dir, m.Mounts); err != nil {
 			return err
 		}
 	}
-	return os.NewSyscallError("exec "+path, unix.Exec(path, args[1:], os.Environ()))
+	return os.NewSyscallError("exec "+path, unix.Exec(path, args[2:], os.Environ()))
+}
+
+// unifiedCgroups is where cgroup v2 lies beside hierarchies of v1.
+const unifiedCgroups = "/sys/fs/cgroup/unified"
+
+// mixedCgroups reports whether the machine has controllers in hierarchies of
+// both versions. Tenon limits by those of v1 then; crun refuses such machines, so
+// runtimes are not shown the other hierarchy.
+func mixedCgroups() bool {
+	b, err := os.ReadFile(unifiedCgroups + "/cgroup.controllers")
+	return err == nil && strings.TrimSpace(string(b)) != ""
+}
+
+// hideMount unmounts what is mounted at a path, in this mount namespace only.
+func hideMount(path string) error {
+	on, err := mountOf(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount("", on, "", unix.MS_SLAVE, ""); err != nil {
+		return &os.PathError{Op: "make slave", Path: on, Err: err}
+	}
+	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+		return &os.PathError{Op: "unmount", Path: path, Err: err}
+	}
+	return nil
 }
 
 func mountBundle(dir string, mounts []launch.Mount) error {
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return os.NewSyscallError("unshare", err)
-	}
 	// Only the mount that we mount on stops passing mounts on to the machine;
 	// shared volumes stay shared.
 	on, err := mountOf(dir)

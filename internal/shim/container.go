@@ -128,7 +128,7 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 		execs: map[string]*process{},
 	}
 	if r.opts.Runtime != "" {
-		c.external = &external{path: r.opts.Runtime, args: r.opts.RuntimeArgs}
+		c.external = &external{self: s.conf.Self, path: r.opts.Runtime, args: r.opts.RuntimeArgs}
 	}
 	defer func() {
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,6 +29,7 @@ import (
 //	RunDir/bundles/ID          config.json, rootfs (mounted in the runtime's own
 //	                           mount namespace only), files of single commands
 type external struct {
+	self string // the shim's own program
 	path string
 	args []string
 	root string // --root
@@ -75,6 +77,7 @@ func (e *external) create(c *container, p *process, r createRequest) (_ child, e
 		root.Path = filepath.Join(r.bundle, root.Path)
 		spec.Root = &root
 	}
+	spec.Linux = forLibseccomp(spec.Linux)
 	if err := writeJSON(filepath.Join(e.dir, "config.json"), &spec); err != nil {
 		return nil, err
 	}
@@ -83,16 +86,41 @@ func (e *external) create(c *container, p *process, r createRequest) (_ child, e
 		return nil, err
 	}
 	pid, err := e.spawn(p, "create", []string{"create", "--bundle", e.dir}, []string{c.id}, func(args []string) *exec.Cmd {
-		cmd := exec.Command(c.shim.conf.Self, append([]string{BundleCommand, mounts, e.path}, args...)...)
-		cmd.Args[0] = "tenon-shim"
-		return cmd
-	}, r.opts.ConsoleWidth, r.opts.ConsoleHeight)
+		return e.run(context.Background(), mounts, e.mixedGroup(c), args)
+	}, program(spec.Process), r.opts.ConsoleWidth, r.opts.ConsoleHeight)
 	if err != nil {
 		return nil, err
 	}
-	return newForeign(pid, func() error { return e.command("start", c.id) }, func(sig syscall.Signal) error {
+	return newForeign(pid, func() error {
+		err := e.command("start", c.id)
+		return commandError(program(spec.Process), err)
+	}, func(sig syscall.Signal) error {
 		return e.command("kill", c.id, strconv.Itoa(int(sig)))
 	})
+}
+
+// forLibseccomp leaves out rules for socketcall(2) that look at its first
+// argument: libseccomp derives such rules from those for socket(2), bind(2) and
+// so on, and takes ours for a contradiction.
+func forLibseccomp(l *specs.Linux) *specs.Linux {
+	const name = "socketcall"
+	if l == nil || l.Seccomp == nil || !slices.ContainsFunc(l.Seccomp.Syscalls, func(r specs.LinuxSyscall) bool {
+		return len(r.Args) > 0 && slices.Contains(r.Names, name)
+	}) {
+		return l
+	}
+	linux, filter := *l, *l.Seccomp
+	linux.Seccomp, filter.Syscalls = &filter, nil
+	for _, r := range l.Seccomp.Syscalls {
+		if len(r.Args) > 0 && slices.Contains(r.Names, name) {
+			r.Names = slices.DeleteFunc(slices.Clone(r.Names), func(s string) bool { return s == name })
+			if len(r.Names) == 0 {
+				continue
+			}
+		}
+		filter.Syscalls = append(filter.Syscalls, r)
+	}
+	return &linux
 }
 
 func (e *external) exec(c *container, p *process, process *specs.Process) (child, error) {
@@ -107,8 +135,8 @@ func (e *external) exec(c *container, p *process, process *specs.Process) (child
 	}
 	// The command runs the program at once; there is no barrier.
 	pid, err := e.spawn(p, "exec", []string{"exec", "--detach", "--process", file}, []string{c.id}, func(args []string) *exec.Cmd {
-		return exec.Command(e.path, args...)
-	}, p.width, p.height)
+		return e.run(context.Background(), "", e.mixedGroup(c), args)
+	}, program(process), p.width, p.height)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +144,7 @@ func (e *external) exec(c *container, p *process, process *specs.Process) (child
 }
 
 // spawn runs a command that leaves a process behind, and returns its pid.
-func (e *external) spawn(p *process, name string, args, rest []string, command func([]string) *exec.Cmd, width, height uint32) (pid int, err error) {
+func (e *external) spawn(p *process, name string, args, rest []string, command func([]string) *exec.Cmd, program string, width, height uint32) (pid int, err error) {
 	dir, err := os.MkdirTemp(e.dir, name+"-")
 	if err != nil {
 		return 0, err
@@ -152,7 +180,7 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		if err != nil {
 			_ = cmd.Process.Kill() // it may have ended
 			werr := cmd.Wait()
-			return 0, e.failure(name, errors.Join(err, werr), logFile, p)
+			return 0, e.failure(name, program, errors.Join(err, werr), logFile, p)
 		}
 		if err := p.io.setConsole(master); err != nil {
 			_ = cmd.Process.Kill() // the error says more
@@ -161,7 +189,7 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		}
 	}
 	if err := cmd.Wait(); err != nil {
-		return 0, e.failure(name, err, logFile, p)
+		return 0, e.failure(name, program, err, logFile, p)
 	}
 	if p.terminal && (width > 0 || height > 0) {
 		if err := p.io.resize(width, height); err != nil {
@@ -176,6 +204,30 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		return 0, fmt.Errorf("runtime %s: pid file holds %.20q: %w", e.path, b, errdefs.ErrInternal)
 	}
 	return pid, nil
+}
+
+// run is the runtime's command with these arguments, by way of BundleCommand:
+// with the mounts of a file and in a cgroup (empty: none).
+func (e *external) run(ctx context.Context, mounts, group string, args []string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, e.self, append([]string{BundleCommand, mounts, group, e.path}, args...)...)
+	cmd.Args[0] = "tenon-shim"
+	return cmd
+}
+
+// mixedGroup is the container's directory in a hierarchy of cgroup v2 that is
+// beside those of v1: runtimes put their processes into those only.
+func (e *external) mixedGroup(c *container) string {
+	if len(c.group.JoinV1()) == 0 {
+		return ""
+	}
+	return c.group.V2()
+}
+
+func program(p *specs.Process) string {
+	if p == nil || len(p.Args) == 0 {
+		return ""
+	}
+	return p.Args[0]
 }
 
 // file makes a nil *os.File a nil interface, which exec takes for /dev/null.
@@ -199,7 +251,7 @@ func (e *external) global(logFile string, args []string) []string {
 }
 
 // failure makes an error of a failed command, in the runtime's own words.
-func (e *external) failure(name string, err error, logFile string, p *process) error {
+func (e *external) failure(name, program string, err error, logFile string, p *process) error {
 	said := lastLog(logFile)
 	if said == "" && p != nil {
 		said = p.io.peekErr()
@@ -207,16 +259,28 @@ func (e *external) failure(name string, err error, logFile string, p *process) e
 	if said == "" {
 		return fmt.Errorf("runtime %s: %s: %w", e.path, name, err)
 	}
-	class := error(errdefs.ErrUnknown)
-	switch {
-	case strings.Contains(said, "no such file or directory"), strings.Contains(said, "not found"):
-		if strings.Contains(said, "exec") {
-			class = errdefs.ErrNotFound
-		}
-	case strings.Contains(said, "permission denied") && strings.Contains(said, "exec"):
-		class = errdefs.ErrPermissionDenied
+	return commandError(program, fmt.Errorf("runtime %s: %s: %s", e.path, name, said))
+}
+
+// commandError says of a failed command whether it is the user's program that
+// can't be executed, by the sentences that runtimes have for it, and begins with
+// the one that clients look for.
+func commandError(program string, err error) error {
+	if err == nil {
+		return nil
 	}
-	return fmt.Errorf("runtime %s: %s: %s: %w", e.path, name, said, class)
+	said := strings.ToLower(err.Error())
+	has := func(s string) bool { return strings.Contains(said, s) }
+	switch {
+	case has("executable") && has("not found"), has("exec") && has("no such file or directory"):
+		if strings.Contains(program, "/") {
+			return fmt.Errorf("exec: %q: no such file or directory: %w: %w", program, err, errdefs.ErrNotFound)
+		}
+		return fmt.Errorf("exec: %q: executable file not found in $PATH: %w: %w", program, err, errdefs.ErrNotFound)
+	case has("exec") && has("permission denied"), has("failed to load") && has("permission denied"), has("is not a regular file"), has("exec format error"):
+		return fmt.Errorf("exec: %q: permission denied: %w: %w", program, err, errdefs.ErrPermissionDenied)
+	}
+	return err
 }
 
 // lastLog is the last error in a runtime's log.
@@ -251,7 +315,7 @@ func (e *external) command(name string, args ...string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), runtimeTime)
 	defer cancel()
 	var stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, e.path, e.global("", append([]string{name}, args...))...)
+	cmd := e.run(ctx, "", "", e.global("", append([]string{name}, args...)))
 	cmd.Stderr = &limited{b: &stderr, left: 4096}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Run(); err != nil {

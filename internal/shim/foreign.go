@@ -89,9 +89,10 @@ func (f *foreign) wait() (int, error) {
 }
 
 // BundleCommand is the argument by which the shim's program becomes the one
-// that mounts a bundle's root, and then the runtime:
+// that mounts a bundle's root, joins a cgroup (each may be empty: none), and then
+// is the runtime:
 //
-//	tenon-shim bundle MOUNTS.json RUNTIME [args]
+//	tenon-shim bundle MOUNTS.json CGROUP RUNTIME [args]
 const BundleCommand = "bundle"
 
 // BundleMounts are the contents of MOUNTS.json.
