@@ -17,7 +17,7 @@ import (
 
 // ModuleList is the file in the initramfs that names the modules to load, one
 // path a line, in the order in which they load.
-const ModuleList = "/lib/modules/load"
+const ModuleList = "/modules/order"
 
 // format changes when the archive's layout does.
 const format = "tenon initramfs 1"
@@ -38,9 +38,9 @@ type Initramfs struct {
 // one made before from the same parts. The archive is not compressed: unpacking
 // costs a guest more than reading.
 //
-//	/init                the shim
-//	/lib/modules/*.ko    the modules
-//	/lib/modules/load    their paths in loading order
+//	/init              the shim
+//	/modules/*.ko      the modules
+//	/modules/order     their paths in loading order
 //	/dev/console, /dev/null and empty directories to mount on
 func (k *Kernel) Initramfs(ctx context.Context, dir string, files Files) (*Initramfs, error) {
 	modules, err := k.Needed(ctx)
@@ -93,7 +93,7 @@ func write(w io.Writer, modules []Module, files Files) error {
 		made[p] = true
 		a.dir(strings.TrimPrefix(p, "/"), 0o755)
 	}
-	for _, d := range []string{"/dev", "/proc", "/sys", "/run", "/tmp", "/lib/modules"} {
+	for _, d := range []string{"/dev", "/proc", "/sys", "/run", "/tmp", "/modules"} {
 		parents(d)
 	}
 	a.device("dev/console", 0o600, 5, 1)
@@ -101,7 +101,7 @@ func write(w io.Writer, modules []Module, files Files) error {
 	a.copy("init", 0o755, files.Init)
 	var list strings.Builder
 	for _, m := range modules {
-		name := "/lib/modules/" + m.Name + ".ko"
+		name := "/modules/" + m.Name + ".ko"
 		a.file(name[1:], 0o644, m.Data)
 		list.WriteString(name + "\n")
 	}
