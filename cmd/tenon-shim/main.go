@@ -110,7 +110,7 @@ func serve(args []string) error {
 	if err := os.MkdirAll(*runDir, 0o700); err != nil {
 		return err
 	}
-	lock, err := shim.Lock(*runDir)
+	lock, err := shim.Lock(context.Background(), *runDir)
 	if err != nil {
 		return err
 	}

@@ -238,9 +238,7 @@ func TestRootShimKilled(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(stat), ") Z ") {
-		t.Errorf("process %d of the lost container still runs: %s", pid, stat)
-	}
+	awaitEnd(t, pid) // of the lost container
 	if err := b.Start(t.Context(), "victim"); err != nil {
 		t.Errorf("start the victim again: %v", err)
 	}

@@ -30,7 +30,7 @@ func (b *bench) reboot() {
 		}
 		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(p))); err == nil && pid != os.Getpid() {
 			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
-			b.awaitEnd(pid)
+			awaitEnd(b.t, pid)
 		}
 	}
 	out, err := exec.Command(filepath.Join(programs, "tenon-shim"), "reap", "--run-dir", filepath.Join(b.run, "shim"), "--cgroup-parent", b.name).CombinedOutput()
@@ -55,19 +55,24 @@ func (b *bench) reboot() {
 	b.open()
 }
 
-// awaitEnd waits until a killed process is gone, or a zombie.
-func (b *bench) awaitEnd(pid int) {
-	b.t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-		if err != nil || strings.Contains(string(stat), ") Z ") {
+// awaitEnd waits until a killed process is gone with all its threads. Its state
+// in /proc does not say so: that is the first thread's, and others may hold its
+// files and locks a while longer.
+func awaitEnd(t testing.TB, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return // gone
+	}
+	defer unix.Close(fd)
+	for deadline := time.Now().Add(time.Minute); ; {
+		if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1000); n == 1 { // EINTR: once more
 			return
 		}
 		if time.Now().After(deadline) {
-			b.t.Fatalf("process %d does not end: %s", pid, stat)
+			stat, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+			t.Fatalf("process %d does not end: %s", pid, stat)
 		}
-		time.Sleep(time.Millisecond)
 	}
 }
 

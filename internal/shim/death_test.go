@@ -2,6 +2,7 @@ package shim_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,8 +12,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/shim"
 	"tenon.dev/tenon/internal/task"
@@ -68,9 +72,7 @@ func TestReap(t *testing.T) {
 		t.Errorf("reaped %+v, %v", list, err)
 	}
 	for _, pid := range pids {
-		if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && !strings.Contains(string(b), ") Z ") {
-			t.Errorf("process %d lives", pid)
-		}
+		awaitEnd(t, pid)
 	}
 	if list, err = reap(); err != nil || len(list) != 0 {
 		t.Errorf("reaped again: %+v, %v", list, err)
@@ -89,6 +91,25 @@ func TestReap(t *testing.T) {
 	s.start()
 	if r, err := s.run(ctx, task.CreateRequest{ID: "running", Spec: spec(root, nil, "echo", "on")}, nil); err != nil || r.out != "on\n" {
 		t.Errorf("after the reaping: %+v, %v", r, err)
+	}
+}
+
+// awaitEnd waits until a killed process is gone with all its threads, or a
+// zombie without any.
+func awaitEnd(t *testing.T, pid int) {
+	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return // gone
+	}
+	defer unix.Close(fd)
+	for deadline := time.Now().Add(time.Minute); ; {
+		if n, _ := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1000); n == 1 { // EINTR: once more
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("process %d lives", pid)
+		}
 	}
 }
 
@@ -225,4 +246,30 @@ func TestShutdown(t *testing.T) {
 		t.Error("shut down with tasks")
 	}
 	// The end of the test shuts down with them.
+}
+
+// TestLock: who comes while the last holder dies gets the lock.
+func TestLock(t *testing.T) {
+	dir := t.TempDir()
+	first, err := shim.Lock(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		second, err := shim.Lock(t.Context(), dir)
+		if err == nil {
+			err = second.Close()
+		}
+		got <- err
+	}()
+	refused, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := shim.Lock(refused, dir); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("two have the lock: %v", err)
+	}
+	first.Close()
+	if err := <-got; err != nil { // Lock is bounded
+		t.Error(err)
+	}
 }

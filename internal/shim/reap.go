@@ -18,22 +18,40 @@ import (
 	"tenon.dev/tenon/internal/cgroup"
 )
 
+// lockTime is how long a lock that another shim holds is waited for. One that
+// was killed holds it until the last of its threads has ended, and as long as a
+// child that it just forked has not closed its descriptors: to the eye it is
+// dead already, a zombie.
+const lockTime = 5 * time.Second
+
 // Lock makes its holder the one shim of a run directory; it is held as long as
-// the file is open, and so ends with the process. If another has it, the error
-// is of class FailedPrecondition.
-func Lock(runDir string) (*os.File, error) {
+// the file is open, and so ends with the process. If another has it and keeps
+// it for seconds, the error is of class FailedPrecondition.
+func Lock(ctx context.Context, runDir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(runDir, "lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+	ctx, cancel := context.WithTimeout(ctx, lockTime)
+	defer cancel()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return f, nil
+		case errors.Is(err, unix.EINTR):
+			continue
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			f.Close()
+			return nil, &os.PathError{Op: "lock", Path: f.Name(), Err: err}
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			f.Close()
 			return nil, fmt.Errorf("%s: another shim works there: %w", runDir, errdefs.ErrFailedPrecondition)
 		}
-		return nil, &os.PathError{Op: "lock", Path: f.Name(), Err: err}
 	}
-	return f, nil
 }
 
 // Reaped is what Reap found of one container.
@@ -54,7 +72,7 @@ func Reap(ctx context.Context, runDir, cgroupParent string) ([]Reaped, error) {
 	if err := os.MkdirAll(runDir, 0o700); err != nil {
 		return nil, err
 	}
-	lock, err := Lock(runDir)
+	lock, err := Lock(ctx, runDir)
 	if err != nil {
 		return nil, err
 	}

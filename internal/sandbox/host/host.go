@@ -97,8 +97,9 @@ func (h *Host) readFacts() error {
 // Socket is where the shim listens.
 func (h *Host) Socket() string { return filepath.Join(h.cfg.RunRoot, "shim.sock") }
 
-// startTime is how long a new shim may take until it listens.
-const startTime = 10 * time.Second
+// startTime is how long a new shim may take until it listens, and how long the
+// cleaning up after a killed one may take. A machine under load needs seconds.
+const startTime = 30 * time.Second
 
 // Connect connects to the daemon's shim and starts one if none listens.
 func (h *Host) Connect(ctx context.Context) (*task.Client, bool, error) {

@@ -108,7 +108,7 @@ func (m *making) make(gated bool) (err error) {
 		return err
 	}
 	m.Pid = m.proc.Pid
-	if m.PidStart, _, err = startTime(m.Pid); err != nil {
+	if m.PidStart, err = startTime(m.Pid); err != nil {
 		return err
 	}
 	if err := m.sendConsole(); err != nil {

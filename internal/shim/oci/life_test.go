@@ -237,11 +237,13 @@ func TestForcedDeletion(t *testing.T) {
 			f.must("pause", f.id)
 		}
 		pid := f.state().Pid
+		start, err := startTime(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
 		f.must("delete", "--force", f.id)
-		if _, _, err := startTime(pid); err == nil {
-			if _, zombie, _ := startTime(pid); !zombie {
-				t.Errorf("process %d lives on", pid)
-			}
+		if alive(pid, start) {
+			t.Errorf("process %d lives on", pid)
 		}
 	}
 }

@@ -285,28 +285,58 @@ func (c *container) state() specs.State {
 	return s
 }
 
-// startTime reads a process's start time and whether it is a zombie.
-func startTime(pid int) (start uint64, zombie bool, err error) {
+// startTime reads a process's start time, which tells it from a later one of
+// the same number.
+func startTime(pid int) (start uint64, err error) {
 	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	// The name in parentheses may hold anything: the fields come after the last one.
 	i := bytes.LastIndexByte(raw, ')')
 	if i < 0 {
-		return 0, false, fmt.Errorf("/proc/%d/stat: no name", pid)
+		return 0, fmt.Errorf("/proc/%d/stat: no name", pid)
 	}
 	fields := strings.Fields(string(raw[i+1:]))
 	if len(fields) < 20 {
-		return 0, false, fmt.Errorf("/proc/%d/stat: %d fields", pid, len(fields))
+		return 0, fmt.Errorf("/proc/%d/stat: %d fields", pid, len(fields))
 	}
-	start, err = strconv.ParseUint(fields[19], 10, 64)
-	return start, fields[0] == "Z" || fields[0] == "X", err
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// openProcess opens a process that lives, by number and start time. It lives as
+// long as one of its threads does: its state in /proc is the first thread's
+// alone, which may end before the others.
+func openProcess(pid int, start uint64) (pidfd int, err error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1, errNotRunning
+	}
+	now, err := startTime(pid)
+	if err != nil || now != start || ended(fd) {
+		unix.Close(fd)
+		return -1, errNotRunning
+	}
+	return fd, nil
+}
+
+// ended tells whether a process has ended; it may be a zombie of its parent's.
+func ended(pidfd int) bool {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+		if err != unix.EINTR {
+			return n > 0
+		}
+	}
 }
 
 func alive(pid int, start uint64) bool {
-	now, zombie, err := startTime(pid)
-	return err == nil && !zombie && now == start
+	fd, err := openProcess(pid, start)
+	if err != nil {
+		return false
+	}
+	unix.Close(fd)
+	return true
 }
 
 // pidfd opens the container's process; errNotRunning if it has ended.
@@ -314,15 +344,7 @@ func (c *container) pidfd() (int, error) {
 	if c.Pid == 0 {
 		return -1, errNotRunning
 	}
-	fd, err := unix.PidfdOpen(c.Pid, 0)
-	if err != nil {
-		return -1, errNotRunning
-	}
-	if !alive(c.Pid, c.PidStart) {
-		unix.Close(fd)
-		return -1, errNotRunning
-	}
-	return fd, nil
+	return openProcess(c.Pid, c.PidStart)
 }
 
 // errNotRunning has the words that containerd looks for.
