@@ -132,9 +132,9 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		DB: db, Volatile: volatile, Images: d.images, Roots: roots, Networks: d.networks, Volumes: volumes,
 		Events: hub, Kernel: kernel,
 		Pids: cfg.Limits.PIDs, ShmSize: config.Bytes(cfg.Limits.ShmSize), MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve),
-		StopTimeout: cfg.Limits.StopTimeout,
-		Log:         engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
-		Runtimes:    runtimes, DefaultRuntime: defaultRuntime,
+		StopTimeout: cfg.Limits.StopTimeout, DiskLimit: config.Bytes(cfg.Limits.Disk),
+		Log:      engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
+		Runtimes: runtimes, DefaultRuntime: defaultRuntime,
 		Describe: d.describe, Logger: log,
 	})
 	if err != nil {

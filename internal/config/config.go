@@ -61,6 +61,7 @@ type Limits struct {
 	MemoryReserve string `toml:"memory-reserve" comment:"memory that containers without a limit of their own can't take from the host; 0 none"`
 	ShmSize       string `toml:"shm-size"`
 	StopTimeout   int    `toml:"stop-timeout" comment:"seconds"`
+	Disk          string `toml:"disk" comment:"size of a container's writable layer, as --storage-opt size sets it; 0 unbounded"`
 	// MaxLayerSize bounds one unpacked layer.
 	MaxLayerSize string `toml:"max-layer-size" comment:"unpacked bytes of one image layer"`
 }
@@ -115,7 +116,7 @@ func Default() *Config {
 		DefaultRuntime:   "tenon",
 		ImageBudget:      "0",
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
-		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", StopTimeout: 10, MaxLayerSize: "64g"},
+		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g"},
 		Network: Network{
 			AddressPools:  []Pool{{Base: "172.20.0.0/14", Size: 24}, {Base: "192.168.96.0/20", Size: 24}},
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
@@ -196,7 +197,7 @@ func (c *Config) Validate() error {
 	}
 	for _, s := range []struct{ key, value string }{
 		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
-		{"limits.shm-size", c.Limits.ShmSize}, {"image-budget", c.ImageBudget}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"image-budget", c.ImageBudget}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
 	} {
 		if _, err := units.RAMInBytes(s.value); err != nil {
 			bad("%s %q is not a size (such as 64m)", s.key, s.value)

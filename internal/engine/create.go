@@ -103,6 +103,13 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if err := spec.Validate(cfg, h); err != nil {
 		return nil, nil, err
 	}
+	if limit, err := spec.DiskLimit(h); err != nil {
+		return nil, nil, err
+	} else if limit != 0 {
+		if err := e.cfg.Roots.CheckLimit(limit); err != nil {
+			return nil, nil, err
+		}
+	}
 	r := &container.Record{
 		V: container.Version, Seq: 1, ID: id, Name: o.Name, Created: time.Now().UTC(),
 		Config: cfg, HostConfig: h, Isolation: e.cfg.Kernel.Isolation(),

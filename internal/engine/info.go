@@ -190,7 +190,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 		e.cancel() // the shim's end is not news
 		errs = append(errs, client.Shutdown(ctx, true))
 	}
-	errs = append(errs, e.cfg.Kernel.Teardown(ctx))
+	errs = append(errs, e.cfg.Kernel.Teardown(ctx), e.cfg.Roots.Unmount())
 	errs = append(errs, e.cfg.Networks.Teardown(ctx), e.saver.flush())
 	e.cfg.Events.Publish(events.Message{Type: events.DaemonEventType, Action: "shutdown", Actor: events.Actor{ID: e.cfg.Name}})
 	return errors.Join(errs...)

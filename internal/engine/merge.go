@@ -4,6 +4,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
@@ -164,6 +165,13 @@ func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig,
 		} else if h.Memory == 0 {
 			warnings = append(warnings, "OOM killer is disabled for the container, but no memory limit is set, this can result in the system running out of resources.")
 		}
+	}
+	if _, ok := h.StorageOpt["size"]; !ok && e.cfg.DiskLimit > 0 {
+		h.StorageOpt = maps.Clone(h.StorageOpt)
+		if h.StorageOpt == nil {
+			h.StorageOpt = map[string]string{}
+		}
+		h.StorageOpt["size"] = strconv.FormatInt(e.cfg.DiskLimit, 10)
 	}
 	if h.LogConfig.Type == "" {
 		h.LogConfig.Type = e.cfg.Log.Driver

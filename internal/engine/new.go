@@ -43,7 +43,10 @@ type Config struct {
 	// MemoryReserve is what such containers can't take from the host (bytes).
 	Pids, ShmSize, MemoryReserve int64
 	StopTimeout                  int // seconds
-	Log                          LogDefaults
+	// DiskLimit bounds the writable layer of containers that don't say; bytes,
+	// 0: unbounded.
+	DiskLimit int64
+	Log       LogDefaults
 	// Runtimes are OCI runtime commands by name; DefaultRuntime is one of them,
 	// or empty for Tenon's own.
 	Runtimes       map[string]Runtime

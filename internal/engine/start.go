@@ -340,7 +340,11 @@ func (e *Engine) rootOf(ctx context.Context, r *container.Record) (*rootfs.Root,
 	if err != nil {
 		return nil, fmt.Errorf("container %s: its image: %w", r.ID, err)
 	}
-	return e.cfg.Roots.Prepare(ctx, r.ID, img, rootfs.Options{Volatile: r.HostConfig.AutoRemove})
+	limit, err := spec.DiskLimit(r.HostConfig)
+	if err != nil {
+		return nil, err
+	}
+	return e.cfg.Roots.Prepare(ctx, r.ID, img, rootfs.Options{Volatile: r.HostConfig.AutoRemove, SizeLimit: limit})
 }
 
 func taskMounts(root *rootfs.Root) []task.Mount {

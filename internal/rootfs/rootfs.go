@@ -4,6 +4,8 @@
 //	<root>/containers/<id>/rootfs/upper   what the container has changed
 //	<root>/containers/<id>/rootfs/work    overlay's own
 //	<root>/containers/<id>/rootfs/merged  where the root may be mounted
+//	<root>/containers/<id>/rootfs/disk…   a file system with the pair in it, if
+//	                                      its size is limited
 //	<root>/pool/…                         pairs made ahead
 //	<root>/trash/…                        removed pairs until they are deleted
 //	<root>/empty                          an empty directory, below views of single layers
@@ -56,6 +58,7 @@ type Store struct {
 	stop  chan struct{}
 	wg    sync.WaitGroup
 	close sync.Once
+	disks sync.Mutex // one at a time makes or mounts a disk
 }
 
 // Mount is one mount(8) to make, as in an OCI bundle or a Task API request.
@@ -72,7 +75,8 @@ type Options struct {
 	// Volatile leaves out every sync of the writable layer: for containers that
 	// do not outlive the machine's crash (--rm).
 	Volatile bool
-	// SizeLimit, in bytes, is refused with errdefs.ErrNotImplemented unless 0.
+	// SizeLimit, in bytes, is what a new pair may hold; 0: no limit. See
+	// CheckLimit.
 	SizeLimit int64
 }
 
@@ -195,9 +199,6 @@ func (s *Store) dir(id string) (string, error) {
 // Prepare makes (or finds again) the writable pair of a container and returns
 // the mounts of its root. The same arguments give the same mounts.
 func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts Options) (_ *Root, err error) {
-	if opts.SizeLimit != 0 {
-		return nil, fmt.Errorf("size limit of a writable layer: %w", errdefs.ErrNotImplemented)
-	}
 	dir, err := s.dir(id)
 	if err != nil {
 		return nil, err
@@ -207,7 +208,10 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 		return nil, err
 	}
 	r := &Root{Upper: dir + "/upper", Work: dir + "/work", Merged: dir + "/merged", Lower: lower}
-	if err := s.pair(r, dir); err != nil {
+	if opts.SizeLimit != 0 {
+		r.Upper, r.Work = filepath.Join(dir, diskDir, "upper"), filepath.Join(dir, diskDir, "work")
+	}
+	if err := s.pair(ctx, r, dir, opts); err != nil {
 		return nil, fmt.Errorf("container %s: writable layer: %w", id, err)
 	}
 	r.Mounts = []Mount{overlay(r, opts)}
@@ -215,29 +219,37 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 }
 
 // pair puts a pair of directories in its place, unless it is there.
-func (s *Store) pair(r *Root, dir string) error {
+func (s *Store) pair(ctx context.Context, r *Root, dir string, opts Options) error {
+	if opts.SizeLimit != 0 {
+		return s.limitedPair(ctx, r, dir, opts)
+	}
 	if _, err := os.Lstat(r.Merged); err == nil {
 		return nil
 	}
 	if err := s.take(dir); err != nil {
 		return err
 	}
-	// The merged root has the attributes of the upper directory: give it those
-	// of the image's root.
-	if len(r.Lower) > 0 {
-		var st unix.Stat_t
-		if err := unix.Stat(r.Lower[0], &st); err != nil {
-			return &os.PathError{Op: "stat", Path: r.Lower[0], Err: err}
+	return likeImage(r.Upper, r.Lower)
+}
+
+// likeImage gives an upper directory, whose attributes the merged root has, those
+// of the image's root.
+func likeImage(upper string, lower []string) error {
+	if len(lower) == 0 {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(lower[0], &st); err != nil {
+		return &os.PathError{Op: "stat", Path: lower[0], Err: err}
+	}
+	if st.Uid != 0 || st.Gid != 0 {
+		if err := os.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
+			return err
 		}
-		if st.Uid != 0 || st.Gid != 0 {
-			if err := os.Chown(r.Upper, int(st.Uid), int(st.Gid)); err != nil {
-				return err
-			}
-		}
-		if st.Mode&0o7777 != 0o755 {
-			if err := unix.Chmod(r.Upper, st.Mode&0o7777); err != nil {
-				return &os.PathError{Op: "chmod", Path: r.Upper, Err: err}
-			}
+	}
+	if st.Mode&0o7777 != 0o755 {
+		if err := unix.Chmod(upper, st.Mode&0o7777); err != nil {
+			return &os.PathError{Op: "chmod", Path: upper, Err: err}
 		}
 	}
 	return nil
@@ -310,6 +322,9 @@ func (s *Store) Remove(id string) error {
 	if err != nil {
 		return err
 	}
+	if err := unmountDisk(dir); err != nil {
+		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
+	}
 	if err := os.Rename(dir, filepath.Join(s.trash(), rand.Text())); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
@@ -379,14 +394,18 @@ func (s *Store) Usage(ctx context.Context, id string) (bytes, inodes int64, err 
 	if err != nil {
 		return 0, 0, err
 	}
+	upper, err := s.upper(dir)
+	if err != nil {
+		return 0, 0, fmt.Errorf("container %s: writable layer: %w", id, err)
+	}
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}
-	err = filepath.WalkDir(dir+"/upper", func(path string, d fs.DirEntry, err error) error {
+	err = filepath.WalkDir(upper, func(path string, d fs.DirEntry, err error) error {
 		if cerr := ctx.Err(); cerr != nil {
 			return context.Cause(ctx)
 		}
 		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) && path != dir+"/upper" {
+			if errors.Is(err, fs.ErrNotExist) && path != upper {
 				return nil // the container goes on meanwhile
 			}
 			return err

@@ -159,7 +159,7 @@ func TestPrepareRefuses(t *testing.T) {
 			t.Errorf("remove %q: %v", id, err)
 		}
 	}
-	if _, err := s.Prepare(context.Background(), "a", img, Options{SizeLimit: 1}); !errdefs.IsNotImplemented(err) {
+	if _, err := s.Prepare(context.Background(), "a", img, Options{SizeLimit: 1}); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("%v", err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
 )
 
@@ -134,8 +135,6 @@ func validateSysctl(name string, h *container.HostConfig) error {
 	return invalid("sysctl '%s' is not whitelisted", name)
 }
 
-var storageSize = regexp.MustCompile(`^size$`)
-
 func validateLimits(_ *container.Config, h *container.HostConfig) error {
 	if err := ValidateResources(&h.Resources); err != nil {
 		return err
@@ -146,13 +145,25 @@ func validateLimits(_ *container.Config, h *container.HostConfig) error {
 	if h.OomScoreAdj < -1000 || h.OomScoreAdj > 1000 {
 		return invalid("Invalid value %d, range for oom score adj is [-1000, 1000]", h.OomScoreAdj)
 	}
-	for k := range h.StorageOpt {
-		if !storageSize.MatchString(k) {
-			return invalid("unknown storage option %q", k)
+	_, err := DiskLimit(h)
+	return err
+}
+
+// DiskLimit is what the container's writable layer may hold, in bytes; 0: all
+// that there is.
+func DiskLimit(h *container.HostConfig) (int64, error) {
+	var limit int64
+	for k, v := range h.StorageOpt {
+		if !strings.EqualFold(k, "size") {
+			return 0, invalid("unknown storage option %q; there is size", k)
 		}
-		return errdefs.ErrNotImplemented.WithMessage("--storage-opt size is not available in this release; nothing was started")
+		n, err := units.RAMInBytes(v)
+		if err != nil || n < 0 {
+			return 0, invalid("invalid storage option size=%s", v)
+		}
+		limit = n
 	}
-	return nil
+	return limit, nil
 }
 
 // MinMemory is the smallest memory limit, in bytes.

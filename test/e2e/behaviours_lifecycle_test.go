@@ -80,6 +80,9 @@ var environment = []behaviour{
 }
 
 var limits = []behaviour{
+	{"--storage-opt size bounds the writable layer alone", `run --storage-opt size=32m busybox sh -c 'dd if=/dev/zero of=/big bs=1M count=64 2>&1 | grep -c "No space left"; test $(stat -c %s /big) -le 33554432 && rm /big && echo small >/f && cat /f; df -m / | tail -n 1 | awk "{print (\$2 <= 32)}"'`, "1\nsmall\n1", 0},
+	{"--storage-opt size over restarts, cp, diff, commit, export, ps -s", `docker run $m --storage-opt size=64m --name $c busybox sh -c 'test -e /f && cat /f; stat -c %a /; echo kept >/f; chmod 711 /'; docker start -a $c; docker cp -q $c:/f - | tar -xO; echo new >$d/g; docker cp -q $d/g $c:/g; docker diff $c | grep -c '^A /[fg]'; docker export $c | tar -xO g; docker commit $c $i >/dev/null; run $i cat /f; docker ps -as --filter name=$c --format '{{.Size}}' | grep -cv '^0B'; insp $c '{{.HostConfig.StorageOpt.size}}'`, "755\nkept\n711\nkept\n2\nnew\nkept\n1\n64m", 0},
+	{"--storage-opt is refused clearly", `run --storage-opt size=1k busybox true 2>&1 | grep -c 'must be between 16 MiB'; run --storage-opt size=x busybox true 2>&1 | grep -c 'invalid storage option size=x'; run --storage-opt inodes=5 busybox true 2>&1 | grep -c 'unknown storage option "inodes"'`, "1\n1\n1", 0},
 	{"memory as the container's cgroup has it", `docker create --name $c -m 64m busybox >/dev/null; insp $c '{{.HostConfig.Memory}}'`, `67108864`, 0},
 	{"memory limit holds", `run -m 24m --memory-swap 24m busybox sh -c 'tail /dev/zero' >/dev/null 2>&1 || echo $?`, `137`, 0},
 	{"stats show the limit", `bg -m 64m --name $c busybox sleep 1000; docker stats --no-stream --format '{{.MemUsage}}' $c | sed 's,.*/ ,,'`, `64MiB`, 0},

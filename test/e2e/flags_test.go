@@ -1,0 +1,124 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// settings writes a settings file for a daemon.
+func settings(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "tenond.toml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// disks lists the mounts and loop devices of limited writable layers.
+func (d *Daemon) disks(t *testing.T) (list []string) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if strings.Contains(line, d.Root) {
+			list = append(list, strings.TrimSpace(line))
+		}
+	}
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(b), d.Root) {
+			list = append(list, "loop device of "+strings.TrimSpace(string(b)))
+		}
+	}
+	return list
+}
+
+// TestLimitedDisk: a limit of the writable layer that the daemon's settings give
+// holds over the daemon's death at any step, and leaves nothing.
+func TestLimitedDisk(t *testing.T) {
+	d := NewDaemon(t, "--config", settings(t, "[limits]\ndisk = \"32m\"\n"))
+	d.Busybox(t)
+	const fill = "dd if=/dev/zero of=/big bs=1M count=64 2>&1 | grep -c 'No space left'"
+	d.Must(t, "run", "-d", "--name", "c1", "busybox", "sh", "-c", "echo kept >/f; sleep 1000")
+	eventually(t, "its file", func() string { return d.Docker(t, "exec", "c1", "cat", "/f").Err })
+	if s := d.Must(t, "inspect", "-f", "{{.HostConfig.StorageOpt.size}}", "c1"); s != "33554432" {
+		t.Errorf("inspect says %q", s)
+	}
+	d.Kill(t)
+	d.Start(t)
+	if s := d.Must(t, "exec", "c1", "sh", "-c", fill); s != "1" {
+		t.Errorf("filling it after the daemon's death: %q", s)
+	}
+	d.Must(t, "restart", "-t", "0", "c1")
+	if s := d.Must(t, "exec", "c1", "sh", "-c", "rm /big; cat /f"); s != "kept" {
+		t.Errorf("after a restart: %q", s)
+	}
+	if s := d.Must(t, "run", "--rm", "--storage-opt", "size=64m", "busybox", "sh", "-c", "df -m / | awk 'END {print ($2 > 40)}'"); s != "1" {
+		t.Errorf("a container's own size: %q", s)
+	}
+	d.Must(t, "rm", "-f", "c1")
+	for _, c := range []struct{ point, script string }{
+		{"create-end", "docker create --name cut busybox sleep 1000"},
+		{"start-prepared", "docker run -d --name cut busybox sleep 1000"},
+		{"start-created", "tenon run -d --name cut busybox sleep 1000"},
+		{"start-prepared", "tenon run --rm --name cut busybox sleep 1000"},
+		{"rm-marked", "docker run -d --name cut busybox sleep 1000; docker rm -f cut"},
+		{"rm-root", "docker run -d --name cut busybox sleep 1000; docker rm -f cut"},
+	} {
+		d.dieAt(t, c.point, c.script)
+		if r := d.Docker(t, "inspect", "cut"); r.Code == 0 {
+			if r := d.Docker(t, "start", "cut"); r.Code != 0 {
+				t.Errorf("%s: start again: %s", c.point, r.Err)
+			}
+			if s := d.Must(t, "exec", "cut", "sh", "-c", fill); s != "1" {
+				t.Errorf("%s: filling it: %q", c.point, s)
+			}
+			d.Must(t, "rm", "-f", "cut")
+		}
+	}
+	eventually(t, "nothing is left", func() string { return strings.Join(d.disks(t), "\n") })
+
+	// What is stopped is still mounted; the daemon's end takes it away, and the
+	// next use finds it.
+	d.Must(t, "run", "--name", "c1", "busybox", "sh", "-c", "echo kept >/f")
+	if r := d.Sh(t, "tenon system shutdown --force"); r.Code != 0 {
+		t.Fatal(r.Err)
+	}
+	d.Wait(t, 30*time.Second)
+	eventually(t, "nothing is mounted", func() string { return strings.Join(d.disks(t), "\n") })
+	d.Start(t)
+	if r := d.Sh(t, "docker cp -q c1:/f - | tar -xO"); r.Out != "kept\n" {
+		t.Errorf("after a shutdown: %q %s", r.Out, r.Err)
+	}
+	d.Must(t, "rm", "c1")
+}
+
+// TestAnonymousVolumeOutlivesItsContainer: what `rm` without -v leaves, no later
+// daemon takes for a leftover.
+func TestAnonymousVolumeOutlivesItsContainer(t *testing.T) {
+	d := NewDaemon(t)
+	d.Busybox(t)
+	d.Must(t, "run", "--name", "c1", "-v", "/data", "busybox", "sh", "-c", "echo kept >/data/f")
+	v := d.Must(t, "inspect", "-f", "{{(index .Mounts 0).Name}}", "c1")
+	d.Kill(t)
+	d.Start(t)
+	if s := d.Must(t, "volume", "ls", "-q"); s != v {
+		t.Errorf("volumes of a stopped container: %q, want %q", s, v)
+	}
+	d.Must(t, "rm", "c1")
+	d.Kill(t)
+	d.Start(t)
+	if s := d.Must(t, "run", "--rm", "-v", v+":/d", "busybox", "cat", "/d/f"); s != "kept" {
+		t.Errorf("its file: %q", s)
+	}
+	d.Must(t, "volume", "rm", v)
+}
