@@ -1,5 +1,5 @@
-// Command tenon-shim is the task server of one kernel; under the name tenon-oci
-// it is an OCI runtime command.
+// Command tenon-shim is the task server of one kernel: the host's, or, as its
+// init, that of a virtual machine.
 //
 //	tenon-shim serve --socket PATH --run-dir DIR --cgroup-parent NAME --name PREFIX
 //	tenon-shim reap --run-dir DIR --cgroup-parent NAME
@@ -28,9 +28,13 @@ import (
 
 	"tenon.dev/tenon/internal/shim"
 	"tenon.dev/tenon/internal/shim/files"
+	"tenon.dev/tenon/internal/shim/guest"
 )
 
 func main() {
+	if os.Getpid() == 1 && filepath.Base(os.Args[0]) == "init" {
+		guest.Main() // of a virtual machine; does not return
+	}
 	if len(os.Args) < 2 {
 		fmt.Fprintln(os.Stderr, "usage: tenon-shim serve|reap [flags]")
 		os.Exit(2)

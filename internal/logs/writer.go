@@ -198,6 +198,7 @@ func lastNewline(f io.ReaderAt, size int64) (int64, error) {
 // methods are for one goroutine.
 type Stream struct {
 	w      *Writer
+	remote *Remote // instead of w
 	source Source
 	tail   []byte // of a line whose end has not come; at most MaxLine
 	part   partial
@@ -210,6 +211,10 @@ func (w *Writer) Stream(source Source) *Stream { return &Stream{w: w, source: so
 // keeps has one time and goes to the file in as few writes as possible.
 // Failures are told to onError; the stream goes on.
 func (s *Stream) Write(p []byte) {
+	if s.remote != nil && len(p) > 0 {
+		s.remote.send(frameData, s.source, p)
+		return
+	}
 	if s.w == nil || len(p) == 0 {
 		return
 	}
@@ -266,6 +271,10 @@ func (s *Stream) next(last bool) partial {
 // Close keeps what is left of an unfinished line, flagged as partial: there is
 // no newline to give back.
 func (s *Stream) Close() {
+	if s.remote != nil {
+		s.remote.send(frameEnd, s.source, nil)
+		return
+	}
 	if s.w == nil || len(s.tail) == 0 {
 		return
 	}

@@ -33,7 +33,8 @@ type container struct {
 	owner      string
 	bundle     string
 	autoDelete bool
-	log        *logs.Writer
+	log        logs.Sink
+	logged     bool // log is one
 	group      *cgroup.Group
 	external   *external // nil: the plan
 	spec       kept
@@ -110,6 +111,16 @@ func (f *filters) one(s *specs.LinuxSeccomp) *specs.LinuxSeccomp {
 	return s
 }
 
+// noLog discards.
+var noLog logs.Sink = (*logs.Writer)(nil)
+
+func openLogFiles(_ string, l *taskv1.Log, onError func(error)) (logs.Sink, error) {
+	return logs.Open(logs.Config{
+		Driver: l.Driver, Path: l.Path, MaxSize: int64(min(l.MaxSize, 1<<62)), MaxFiles: int(min(l.MaxFiles, 1<<20)),
+		Compress: l.Compress, Attrs: l.Attrs,
+	}, onError)
+}
+
 // createRequest is Create with everything parsed.
 type createRequest struct {
 	id, bundle       string
@@ -125,7 +136,7 @@ type createRequest struct {
 func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 	c := &container{
 		shim: s, id: r.id, owner: r.opts.Owner, bundle: r.bundle, autoDelete: r.opts.AutoDelete,
-		execs: map[string]*process{},
+		execs: map[string]*process{}, log: noLog,
 	}
 	if r.opts.Runtime != "" {
 		c.external = &external{self: s.conf.Self, path: r.opts.Runtime, args: r.opts.RuntimeArgs}
@@ -137,13 +148,11 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 		}
 	}()
 	if l := r.opts.Log; l != nil && l.Driver != "" && l.Driver != logs.None {
-		c.log, err = logs.Open(logs.Config{
-			Driver: l.Driver, Path: l.Path, MaxSize: int64(min(l.MaxSize, 1<<62)), MaxFiles: int(min(l.MaxFiles, 1<<20)),
-			Compress: l.Compress, Attrs: l.Attrs,
-		}, c.logFailed)
+		sink, err := s.conf.OpenLog(r.id, l, c.logFailed)
 		if err != nil {
 			return nil, fmt.Errorf("log: %w", err)
 		}
+		c.log, c.logged = sink, true
 	}
 	path := s.cgroupPath(r.id, r.spec)
 	var res *specs.LinuxResources

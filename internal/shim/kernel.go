@@ -101,7 +101,7 @@ func (k *kernelService) FlushLog(ctx context.Context, r *taskv1.FlushLogRequest)
 	if err != nil {
 		return nil, err
 	}
-	if p.c.log == nil {
+	if !p.c.logged {
 		return nil, fmt.Errorf("task %s: has no log: %w", r.Id, errdefs.ErrFailedPrecondition)
 	}
 	ctx, cancel := context.WithTimeout(ctx, flushPatience)

@@ -38,6 +38,7 @@ import (
 
 	"tenon.dev/tenon/internal/cgroup"
 	"tenon.dev/tenon/internal/channel"
+	"tenon.dev/tenon/internal/logs"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
@@ -50,6 +51,11 @@ type Config struct {
 	Self         string // path by which the program can execute itself (`files`)
 	OOMScoreAdj  int    // of processes whose spec has none: not the shim's own, which is protected
 	Log          *slog.Logger
+
+	// OpenLog opens a task's log. Nil: the files that the task's options name.
+	OpenLog func(id string, o *taskv1.Log, onError func(error)) (logs.Sink, error)
+	// Register adds services to the server. Nil: none.
+	Register func(*ttrpc.Server)
 }
 
 // Shim is a task server.
@@ -81,6 +87,9 @@ func New(c Config) (*Shim, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.OpenLog == nil {
+		c.OpenLog = openLogFiles
+	}
 	s := &Shim{
 		conf: c, log: c.Log, poll: p, events: newRing(), started: time.Now(), down: make(chan struct{}),
 		tasks: map[string]*container{}, busy: map[string]chan struct{}{},
@@ -99,6 +108,9 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 	}
 	taskv3.RegisterTaskService(srv, &taskService{s})
 	taskv1.RegisterKernelService(srv, &kernelService{s})
+	if s.conf.Register != nil {
+		s.conf.Register(srv)
+	}
 	s.work.Add(1)
 	go func() {
 		defer s.work.Done()

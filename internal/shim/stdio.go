@@ -34,7 +34,7 @@ var pumpBuffers = sync.Pool{New: func() any {
 type stdio struct {
 	terminal bool
 	hub      hub
-	log      *logs.Writer // nil: none
+	log      logs.Sink
 
 	// child's ends, until it is started
 	in, out, err *os.File
@@ -52,7 +52,10 @@ type stdio struct {
 }
 
 // newStdio makes the pipes. A terminal's console comes later (setConsole).
-func newStdio(terminal, stdin bool, log *logs.Writer) (s *stdio, err error) {
+func newStdio(terminal, stdin bool, log logs.Sink) (s *stdio, err error) {
+	if log == nil {
+		log = noLog
+	}
 	s = &stdio{terminal: terminal, log: log}
 	s.hub.terminal = terminal
 	if terminal {

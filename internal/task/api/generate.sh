@@ -3,7 +3,7 @@
 # (libprotobuf-dev, or PROTOBUF_INCLUDE), protoc-gen-go and protoc-gen-go-ttrpc.
 set -e
 cd "$(dirname "$0")/../../.."
-for p in v1/task v3/shim; do
+for p in v1/task v1/guest v3/shim; do
 	d=internal/task/api/${p%/*}
 	protoc -I "$d" -I "${PROTOBUF_INCLUDE:-/usr/include}" --go_out=. --go_opt=module=tenon.dev/tenon \
 		--go-ttrpc_out=. --go-ttrpc_opt=module=tenon.dev/tenon "$d/${p#*/}.proto"

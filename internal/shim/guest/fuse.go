@@ -1,0 +1,100 @@
+package guest
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// maxMessage bounds a FUSE message: 1 MiB of data and its headers
+// (include/uapi/linux/fuse.h; max_write is the host's to choose below that).
+const maxMessage = 1<<20 + 4096
+
+// share mounts a host directory. Messages go between /dev/fuse and the host as
+// they are: each begins with its own length.
+func (g *service) share(ctx context.Context, s *taskv1.Share) error {
+	if err := os.MkdirAll(s.Target, 0o755); err != nil {
+		return err
+	}
+	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: "/dev/fuse", Err: err}
+	}
+	f := os.NewFile(uintptr(dev), "/dev/fuse")
+	c, err := g.toHost(ctx, &taskv1.HostHeader{Kind: &taskv1.HostHeader_Share{Share: &taskv1.ShareStream{Tag: s.Tag}}})
+	if err != nil {
+		f.Close()
+		return err
+	}
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV)
+	if s.ReadOnly {
+		flags |= unix.MS_RDONLY
+	}
+	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", dev, 1<<20)
+	if err := unix.Mount("tenon:"+s.Tag, s.Target, "fuse.tenon", flags, data); err != nil {
+		f.Close()
+		c.Close()
+		return fmt.Errorf("mount fuse on %s: %w", s.Target, err)
+	}
+	go func() {
+		err := requests(f, c)
+		_ = c.Close() // ends the other direction
+		if err != nil {
+			g.log.Warn("host directory is gone", "tag", s.Tag, "err", err)
+		}
+	}()
+	go func() {
+		_ = replies(c, f) // ends with the stream
+		_ = f.Close()     // aborts the mount: callers get ENOTCONN
+	}()
+	return nil
+}
+
+// requests passes on what the kernel asks, until the file system is unmounted.
+func requests(f *os.File, c net.Conn) error {
+	buf := make([]byte, maxMessage)
+	for {
+		n, err := f.Read(buf)
+		switch {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.ENOENT), errors.Is(err, unix.EAGAIN):
+			continue // a request that was interrupted
+		case errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrClosed), errors.Is(err, io.EOF):
+			return nil // unmounted
+		case err != nil:
+			return err
+		}
+		if _, err := c.Write(buf[:n]); err != nil {
+			return err
+		}
+	}
+}
+
+// replies passes back what the host answers.
+func replies(c net.Conn, f *os.File) error {
+	buf := make([]byte, maxMessage)
+	for {
+		if _, err := io.ReadFull(c, buf[:4]); err != nil {
+			return err
+		}
+		n := binary.NativeEndian.Uint32(buf)
+		if n < 16 || n > maxMessage {
+			return fmt.Errorf("fuse reply of %d bytes", n)
+		}
+		if _, err := io.ReadFull(c, buf[4:n]); err != nil {
+			return err
+		}
+		// ENOENT: the request was interrupted and is forgotten. Other errors are
+		// the reply's, and the kernel has told its caller.
+		if _, err := f.Write(buf[:n]); err != nil && errors.Is(err, os.ErrClosed) {
+			return err
+		}
+	}
+}

@@ -1,0 +1,208 @@
+// Package guest makes the shim the init of a virtual machine's guest: it boots
+// from an initramfs that holds nothing but the shim and the kernel's modules,
+// prepares the kernel for containers, and serves the ordinary shim on the
+// virtio port that the host holds the other end of.
+//
+//	boot.go      from the kernel's first instruction for it to a root of its own
+//	guest.go     the port, the sessions, the end
+//	apply.go     the Guest service: what the host has done before containers run
+//	netlink.go   network interfaces
+//	fuse.go      host directories
+//
+// The host is trusted. The containers are not, and find here what they find on
+// any host: the shim's own protection.
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/channel"
+	"tenon.dev/tenon/internal/channel/mux"
+	"tenon.dev/tenon/internal/logs"
+	"tenon.dev/tenon/internal/shim"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// PortName is the virtio-serial port's name (virtserialport,name=…).
+const PortName = "tenon"
+
+const (
+	runDir = "/run/tenon"
+	// heapPercent, as for the host's shim: every resident page is private
+	// memory of this machine.
+	heapPercent = 50
+	// portTime is how long the port may take to appear.
+	portTime = 30 * time.Second
+)
+
+// Main is init. It does not return: when it can't go on, the machine ends.
+func Main() {
+	debug.SetGCPercent(heapPercent)
+	log := slog.New(slog.NewTextHandler(kernelLog{}, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey {
+			return slog.Attr{} // the kernel's log has times
+		}
+		return a
+	}}))
+	err := boot()
+	if err == nil {
+		err = serve(log)
+	}
+	if err != nil {
+		log.Error("init ends", "err", err)
+	}
+	powerOff()
+}
+
+// kernelLog writes lines to the kernel's log, which the host keeps.
+type kernelLog struct{}
+
+func (kernelLog) Write(b []byte) (int, error) {
+	f, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
+	if err != nil {
+		return os.Stderr.Write(b)
+	}
+	defer f.Close()
+	return f.Write(append([]byte("<4>tenon-shim: "), b...))
+}
+
+// serve runs the shim until it is shut down or the host is gone.
+func serve(log *slog.Logger) error {
+	port, err := openPort()
+	if err != nil {
+		return err
+	}
+	session := mux.New(port, mux.Config{})
+	defer session.Close()
+	g := &service{session: session, log: log}
+	s, err := shim.New(shim.Config{
+		RunDir: runDir, CgroupParent: "tenon", Name: "tenon", Self: "/proc/self/exe", Log: log,
+		OpenLog:  g.openLog,
+		Register: func(srv *ttrpc.Server) { taskv1.RegisterGuestService(srv, g) },
+	})
+	if err != nil {
+		return err
+	}
+	log.Info("ready")
+	return s.Serve(context.Background(), session)
+}
+
+// openPort waits for the port and opens it.
+func openPort() (io.ReadWriteCloser, error) {
+	deadline := time.Now().Add(portTime)
+	for {
+		names, _ := filepath.Glob("/sys/class/virtio-ports/*/name") // no bad pattern
+		for _, n := range names {
+			b, err := os.ReadFile(n)
+			if err != nil || strings.TrimSpace(string(b)) != PortName {
+				continue
+			}
+			f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(n)), os.O_RDWR, 0)
+			if err == nil {
+				return &port{f}, nil
+			}
+			if time.Now().After(deadline) {
+				return nil, err
+			}
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("no virtio port is named %s", PortName)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// port is the virtio port: while the host's end is away its reads return
+// nothing, which is not the end.
+type port struct{ *os.File }
+
+func (p *port) Read(b []byte) (int, error) {
+	for {
+		n, err := p.File.Read(b)
+		if n > 0 || err != nil && !errors.Is(err, io.EOF) {
+			return n, err
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// openLog sends a container's output to the host.
+func (g *service) openLog(id string, _ *taskv1.Log, onError func(error)) (logs.Sink, error) {
+	c, err := g.toHost(context.Background(), &taskv1.HostHeader{Kind: &taskv1.HostHeader_Log{Log: &taskv1.LogStream{Id: id}}})
+	if err != nil {
+		return nil, err
+	}
+	return logs.NewRemote(c, onError), nil
+}
+
+// toHost opens a stream to the host.
+func (g *service) toHost(ctx context.Context, h *taskv1.HostHeader) (net.Conn, error) {
+	c, err := g.session.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	reply := new(taskv1.StreamReply)
+	_ = c.SetReadDeadline(time.Now().Add(hostTime)) // without it, the host's end still ends the read
+	err = channel.WriteMessage(c, h)
+	if err == nil {
+		err = channel.ReadMessage(c, reply)
+	}
+	if err == nil && reply.Error != "" {
+		err = errors.New(reply.Error)
+	}
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("host: %w", err)
+	}
+	_ = c.SetReadDeadline(time.Time{})
+	return c, nil
+}
+
+// hostTime is how long the host may take to answer a stream's header.
+const hostTime = 30 * time.Second
+
+// powerOff writes what is unwritten and ends the machine.
+func powerOff() {
+	endProcesses()
+	unix.Sync()
+	unmountDisks()
+	unix.Sync()
+	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) // QEMU runs with -no-reboot
+	}
+	select {}
+}
+
+// endProcesses kills all but init.
+func endProcesses() { _ = unix.Kill(-1, unix.SIGKILL) } // there may be none
+
+// unmountDisks makes the block devices' file systems clean, as far as nothing
+// holds them.
+func unmountDisks() {
+	b, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	for i := len(lines) - 1; i >= 0; i-- {
+		f := strings.Fields(lines[i])
+		if len(f) > 1 && strings.HasPrefix(f[0], "/dev/vd") {
+			if unix.Unmount(f[1], 0) != nil {
+				_ = unix.Mount("", f[1], "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // better than nothing
+			}
+		}
+	}
+}
