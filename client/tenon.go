@@ -9,7 +9,7 @@ import (
 	"tenon.dev/tenon/client/runproto"
 )
 
-// RunConn is a container run in one round trip (runproto). Frames from the
+// RunConn is a run or an exec in one round trip (runproto). Frames from the
 // server are read with Reader by one goroutine; Writer may be used by several.
 type RunConn struct {
 	Reader *runproto.Reader
@@ -20,7 +20,7 @@ type RunConn struct {
 // Buffered returns how many bytes from the server can be read without waiting.
 func (c *RunConn) Buffered() int { return c.conn.Reader.Buffered() }
 
-// Close ends the connection. The container goes on.
+// Close ends the connection. The process goes on.
 func (c *RunConn) Close() error { return c.conn.Close() }
 
 // Run sends a run request and returns when the server has understood it.
@@ -32,6 +32,16 @@ func (c *Client) Run(ctx context.Context, req *runproto.Request, auth string) (*
 		h.Set("X-Registry-Auth", auth)
 	}
 	conn, err := c.Hijack(ctx, Request{Method: http.MethodPost, Path: runproto.Path, Body: req, Header: h}, runproto.Upgrade)
+	if err != nil {
+		return nil, err
+	}
+	return &RunConn{Reader: runproto.NewReader(conn.Reader), Writer: runproto.NewWriter(conn.Conn), conn: conn}, nil
+}
+
+// Exec runs a further process in a container, as Run does a container: frames
+// follow. A server without the endpoint gives an *Error with status 404 or 501.
+func (c *Client) Exec(ctx context.Context, req *runproto.ExecRequest) (*RunConn, error) {
+	conn, err := c.Hijack(ctx, Request{Method: http.MethodPost, Path: runproto.ExecPath, Body: req}, runproto.ExecUpgrade)
 	if err != nil {
 		return nil, err
 	}

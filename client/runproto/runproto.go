@@ -1,5 +1,6 @@
 // Package runproto is the wire format of POST /tenon/v1/run: create, start,
-// attach and wait for a container in one round trip.
+// attach and wait for a container in one round trip; and of POST
+// /tenon/v1/exec, which does the same for a further process.
 //
 // The request is an HTTP/1.1 POST with "Connection: Upgrade", "Upgrade:
 // tenon-run" and a Request as its JSON body. The server answers "101 UPGRADED"
@@ -17,7 +18,9 @@
 //	[Progress]*  Created  [Stdout|Stderr]*  (Exit | Error)
 //
 // where Error may come at any point and, like Exit, is the last frame; Created
-// is missing when creation failed. docs/tenon-api.md describes the whole
+// is missing when creation failed. An exec has no Progress and takes no Signal;
+// its Created, with the exec's ID, says that the process runs, and the payloads
+// are otherwise the same. docs/tenon-api.md describes the whole
 // exchange. Reader and Writer speak it; a Writer may be used by several
 // goroutines, a Reader by one.
 //
@@ -35,10 +38,13 @@ import (
 	"sync"
 )
 
-// Path is the endpoint, Upgrade the protocol name in the Upgrade headers.
+// Path is the endpoint of a run, Upgrade its protocol name in the Upgrade
+// headers; ExecPath and ExecUpgrade are those of an exec.
 const (
-	Path    = "/tenon/v1/run"
-	Upgrade = "tenon-run"
+	Path        = "/tenon/v1/run"
+	Upgrade     = "tenon-run"
+	ExecPath    = "/tenon/v1/exec"
+	ExecUpgrade = "tenon-exec"
 )
 
 // Frame types that the server sends.
@@ -100,6 +106,17 @@ type Request struct {
 	Attach []string `json:"attach,omitempty"`
 	// ConsoleSize is the terminal's height and width in cells, with TTY.
 	ConsoleSize *[2]uint `json:"consoleSize,omitempty"`
+}
+
+// ExecRequest is the body of the POST of an exec.
+type ExecRequest struct {
+	// Container is the name, the ID or a unique prefix of the ID of a running
+	// container.
+	Container string `json:"container"`
+	// Detach asks for an Exit frame as soon as the process is started.
+	Detach bool `json:"detach,omitempty"`
+	// Config is the body of POST /containers/{id}/exec, unchanged.
+	Config json.RawMessage `json:"config"`
 }
 
 // CreatedMessage is the payload of Created.

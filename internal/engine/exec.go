@@ -196,47 +196,88 @@ func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o Attac
 	}
 	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTime)
 	defer cancel()
-	err = client.Exec(sctx, task.ExecRequest{
+	r := task.ExecRequest{
 		ID: x.c.id, ExecID: x.id, Process: process, Terminal: x.o.Tty, Stdin: o.Stdin != nil, Privileged: x.o.Privileged,
 		ConsoleWidth: uint32(o.Width), ConsoleHeight: uint32(o.Height),
-	})
+	}
+	if detach {
+		return e.startDetached(sctx, client, x, r)
+	}
+	att, pid, err := client.Execute(sctx, r, stdio(o, x.o.Tty))
+	if errdefs.IsNotImplemented(err) {
+		return e.runExecStepwise(ctx, sctx, client, x, r, o)
+	}
 	if err != nil {
+		x.finish(startExitCode(err))
+		if errdefs.IsUnavailable(err) { // it may run nevertheless
+			e.killExec(x)
+			e.deleteExec(client, x)
+		} else {
+			e.forgetExecsLater([]*execution{x})
+		}
+		return execError(x, err)
+	}
+	x.runs(pid)
+	if o.Ready != nil {
+		o.Ready()
+	}
+	return e.waitExec(ctx, client, x, att)
+}
+
+// runs records the process's start.
+func (x *execution) runs(pid int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.running, x.pid = x.exit == nil, pid
+}
+
+// startDetached starts a process that nobody is attached to.
+func (e *Engine) startDetached(ctx context.Context, client *task.Client, x *execution, r task.ExecRequest) error {
+	if err := client.Exec(ctx, r); err != nil {
 		x.finish(startExitCode(err))
 		return execError(x, err)
 	}
-	var att *task.Attachment
-	if !detach {
-		if att, err = client.Attach(sctx, x.c.id, x.id, stdio(o, x.o.Tty)); err != nil {
-			x.finish(126)
+	pid, err := client.Start(ctx, x.c.id, x.id)
+	if err != nil {
+		x.finish(startExitCode(err))
+		e.deleteExec(client, x)
+		return execError(x, err)
+	}
+	x.runs(pid)
+	e.spawn(func() {
+		select {
+		case <-x.ended:
 			e.deleteExec(client, x)
-			return err
+		case <-e.ctx.Done():
 		}
-		if o.Ready != nil {
-			o.Ready()
-		}
+	})
+	return nil
+}
+
+// runExecStepwise is runExec's way with a shim of an earlier version, which may
+// still run after an upgrade. ctx is the session's, sctx the start's.
+func (e *Engine) runExecStepwise(ctx, sctx context.Context, client *task.Client, x *execution, r task.ExecRequest, o AttachOptions) error {
+	if err := client.Exec(sctx, r); err != nil {
+		x.finish(startExitCode(err))
+		return execError(x, err)
+	}
+	att, err := client.Attach(sctx, x.c.id, x.id, stdio(o, x.o.Tty))
+	if err != nil {
+		x.finish(126)
+		e.deleteExec(client, x)
+		return err
+	}
+	if o.Ready != nil {
+		o.Ready()
 	}
 	pid, err := client.Start(sctx, x.c.id, x.id)
 	if err != nil {
 		x.finish(startExitCode(err))
-		if att != nil {
-			_ = att.Close() // nothing will come
-		}
+		_ = att.Close() // nothing will come
 		e.deleteExec(client, x)
 		return execError(x, err)
 	}
-	x.mu.Lock()
-	x.running, x.pid = x.exit == nil, pid
-	x.mu.Unlock()
-	if att == nil {
-		e.spawn(func() {
-			select {
-			case <-x.ended:
-				e.deleteExec(client, x)
-			case <-e.ctx.Done():
-			}
-		})
-		return nil
-	}
+	x.runs(pid)
 	return e.waitExec(ctx, client, x, att)
 }
 

@@ -12,6 +12,7 @@ import (
 	"tenon.dev/tenon/internal/channel"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
 )
 
 // serveStream is the channel.Handler of the shim.
@@ -21,6 +22,8 @@ func (s *Shim) serveStream(ctx context.Context, conn channel.Conn, h *taskv1.Str
 	switch k := h.Kind.(type) {
 	case *taskv1.StreamHeader_Attach:
 		s.serveAttach(conn, k.Attach)
+	case *taskv1.StreamHeader_Execute:
+		s.serveExecute(conn, k.Execute)
 	case *taskv1.StreamHeader_Files:
 		s.serveFiles(ctx, conn, k.Files)
 	default:
@@ -47,7 +50,36 @@ func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
 	// Output is kept from now on, and follows the reply.
 	c := newClient(conn, a.Stdout, a.Stderr)
 	p.io.hub.add(c)
-	if err := channel.WriteMessage(conn, &taskv1.StreamReply{}); err != nil {
+	s.attached(p, c, a.Stdin, &taskv1.StreamReply{})
+}
+
+// serveExecute makes a further process, attaches to it and starts it.
+func (s *Shim) serveExecute(conn channel.Conn, x *taskv1.Execute) {
+	a, o := x.Attach, x.Options
+	if a == nil || o == nil || a.ExecId == "" {
+		refuse(conn, fmt.Errorf("execute: what is missing: %w", errdefs.ErrInvalidArgument))
+		return
+	}
+	p, err := s.makeExec(&taskv3.ExecProcessRequest{Id: a.Id, ExecId: a.ExecId, Terminal: x.Terminal}, o)
+	if err != nil {
+		refuse(conn, err)
+		return
+	}
+	c := newClient(conn, a.Stdout, a.Stderr)
+	p.io.hub.add(c)
+	pid, err := p.start()
+	if err != nil {
+		p.io.hub.remove(c)
+		p.c.forget(p.execID)
+		refuse(conn, err)
+		return
+	}
+	s.attached(p, c, a.Stdin, &taskv1.StreamReply{Pid: uint32(pid)})
+}
+
+// attached answers and serves an attached client until its side ends.
+func (s *Shim) attached(p *process, c *client, stdin bool, reply *taskv1.StreamReply) {
+	if err := channel.WriteMessage(c.conn, reply); err != nil {
 		p.io.hub.remove(c)
 		c.hungUp()
 		return
@@ -55,18 +87,18 @@ func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
 	c.flush()
 	raw := c.raw
 	if raw == nil {
-		s.attachGeneric(p, c, a.Stdin)
+		s.attachGeneric(p, c, stdin)
 		return
 	}
 	// The client's bytes, or only its end.
-	stdin := a.Stdin
+	open := stdin
 	for {
 		b, n, err := readPooled(raw, 0)
-		if n > 0 && stdin {
+		if n > 0 && open {
 			if f := p.io.stdinFile(); f == nil {
-				stdin = false
+				open = false
 			} else if _, err := f.Write((*b)[:n]); err != nil {
-				stdin = false // the process has closed it: discard
+				open = false // the process has closed it: discard
 			}
 		}
 		if b != nil {
@@ -76,7 +108,7 @@ func (s *Shim) serveAttach(conn channel.Conn, a *taskv1.Attach) {
 			break
 		}
 	}
-	s.detach(p, c, a.Stdin)
+	s.detach(p, c, stdin)
 }
 
 // attachGeneric is serveAttach's reading for transports without descriptors.

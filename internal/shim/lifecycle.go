@@ -105,35 +105,35 @@ func (p *process) resize(width, height uint32) error {
 }
 
 // exec prepares a further process; its start makes the child.
-func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, process *specs.Process) (err error) {
+func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, spec *specs.Process) (_ *process, err error) {
 	p := newProcess(c, r.ExecId)
-	p.terminal = process.Terminal
+	p.terminal = spec.Terminal
 	p.once = true
 	p.width, p.height = o.ConsoleWidth, o.ConsoleHeight
 	c.init.mu.Lock()
 	status := c.init.status
 	c.init.mu.Unlock()
 	if status != taskv1.Status_STATUS_RUNNING {
-		return fmt.Errorf("exec in task %s: it is %s: %w", c.id, stateName(status), errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("exec in task %s: it is %s: %w", c.id, stateName(status), errdefs.ErrFailedPrecondition)
 	}
 	if c.isPaused() {
-		return fmt.Errorf("exec in task %s: it is paused: %w", c.id, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("exec in task %s: it is paused: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	if p.io, err = newStdio(p.terminal, o.Stdin, nil); err != nil {
-		return err
+		return nil, err
 	}
 	if err := p.io.openFIFOs(r.Stdin, r.Stdout, r.Stderr); err != nil {
 		p.io.close()
-		return err
+		return nil, err
 	}
-	if process.OOMScoreAdj == nil {
-		process.OOMScoreAdj = c.spec.oomScoreAdj
+	if spec.OOMScoreAdj == nil {
+		spec.OOMScoreAdj = c.spec.oomScoreAdj
 	}
 	p.prepare = func() (child, error) {
 		if c.external != nil {
-			return c.external.exec(c, p, process)
+			return c.external.exec(c, p, spec)
 		}
-		return c.forkExec(p, process, o.Privileged)
+		return c.forkExec(p, spec, o.Privileged)
 	}
 	c.mu.Lock()
 	if c.execs == nil {
@@ -146,8 +146,16 @@ func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, pr
 	c.mu.Unlock()
 	if err != nil {
 		p.io.close()
+		return nil, err
 	}
-	return err
+	return p, nil
+}
+
+// forget lets an exec go that has ended, or never ran.
+func (c *container) forget(execID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.execs, execID)
 }
 
 // forkExec makes an exec's child by the plan.

@@ -139,9 +139,7 @@ func (t *taskService) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*tas
 		return nil, err
 	}
 	if r.ExecId != "" {
-		c.mu.Lock()
-		delete(c.execs, r.ExecId)
-		c.mu.Unlock()
+		c.forget(r.ExecId)
 	} else {
 		if !t.s.take(c) {
 			return nil, fmt.Errorf("task %s: %w", r.Id, errdefs.ErrNotFound)
@@ -153,13 +151,6 @@ func (t *taskService) Delete(ctx context.Context, r *taskv3.DeleteRequest) (*tas
 }
 
 func (t *taskService) Exec(_ context.Context, r *taskv3.ExecProcessRequest) (*emptypb.Empty, error) {
-	if err := checkID(r.ExecId); err != nil {
-		return nil, err
-	}
-	c, err := t.s.task(r.Id)
-	if err != nil {
-		return nil, err
-	}
 	o := new(taskv1.ExecOptions)
 	switch {
 	case r.Spec == nil:
@@ -171,12 +162,25 @@ func (t *taskService) Exec(_ context.Context, r *taskv3.ExecProcessRequest) (*em
 	default: // containerd's: the OCI process itself
 		o.Process, o.Stdin = r.Spec.Value, r.Stdin != ""
 	}
+	_, err := t.s.makeExec(r, o)
+	return empty, err
+}
+
+// makeExec prepares a further process.
+func (s *Shim) makeExec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions) (*process, error) {
+	if err := checkID(r.ExecId); err != nil {
+		return nil, err
+	}
+	c, err := s.task(r.Id)
+	if err != nil {
+		return nil, err
+	}
 	process := new(specs.Process)
 	if err := json.Unmarshal(o.Process, process); err != nil {
 		return nil, fmt.Errorf("exec %s: process: %w: %w", r.ExecId, err, errdefs.ErrInvalidArgument)
 	}
 	process.Terminal = r.Terminal || process.Terminal
-	return empty, c.exec(r, o, process)
+	return c.exec(r, o, process)
 }
 
 func (t *taskService) State(_ context.Context, r *taskv3.StateRequest) (*taskv3.StateResponse, error) {

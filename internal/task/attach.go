@@ -54,6 +54,27 @@ func (c *Client) Attach(ctx context.Context, id, execID string, s Stdio) (*Attac
 	if err != nil {
 		return nil, err
 	}
+	return attachment(conn, s), nil
+}
+
+// Execute is Exec, Attach and Start in one round trip, and tells the process's
+// pid. On an error nothing is left of the process; its class is as Start's, and
+// NotImplemented from a shim that has no Execute.
+func (c *Client) Execute(ctx context.Context, r ExecRequest, s Stdio) (a *Attachment, pid int, err error) {
+	conn, reply, err := c.Stream(ctx, &taskv1.StreamHeader{Kind: &taskv1.StreamHeader_Execute{Execute: &taskv1.Execute{
+		Attach: &taskv1.Attach{
+			Id: r.ID, ExecId: r.ExecID, Stdin: s.Stdin != nil, Stdout: s.Stdout != nil, Stderr: s.Stderr != nil,
+		},
+		Options: r.options(), Terminal: r.Terminal,
+	}}})
+	if err != nil {
+		return nil, 0, err
+	}
+	return attachment(conn, s), int(reply.Pid), nil
+}
+
+// attachment copies between a connection and s.
+func attachment(conn channel.Conn, s Stdio) *Attachment {
 	a := &Attachment{conn: conn, done: make(chan struct{})}
 	if s.Stdin != nil {
 		go func() {
@@ -70,7 +91,7 @@ func (c *Client) Attach(ctx context.Context, id, execID string, s Stdio) (*Attac
 			a.err = Demux(conn, s.Stdout, s.Stderr)
 		}
 	}()
-	return a, nil
+	return a
 }
 
 // Wait returns when all output has been copied, or copying it failed.

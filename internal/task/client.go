@@ -137,15 +137,19 @@ type ExecRequest struct {
 
 // Exec prepares a process; Start with its ExecID runs it.
 func (c *Client) Exec(ctx context.Context, r ExecRequest) error {
-	o, err := pack(ExecOptionsURL, &taskv1.ExecOptions{
-		Process: r.Process, Stdin: r.Stdin, Privileged: r.Privileged,
-		ConsoleWidth: r.ConsoleWidth, ConsoleHeight: r.ConsoleHeight,
-	})
+	o, err := pack(ExecOptionsURL, r.options())
 	if err != nil {
 		return err
 	}
 	_, err = c.Task.Exec(ctx, &taskv3.ExecProcessRequest{Id: r.ID, ExecId: r.ExecID, Terminal: r.Terminal, Spec: o})
 	return err
+}
+
+func (r ExecRequest) options() *taskv1.ExecOptions {
+	return &taskv1.ExecOptions{
+		Process: r.Process, Stdin: r.Stdin, Privileged: r.Privileged,
+		ConsoleWidth: r.ConsoleWidth, ConsoleHeight: r.ConsoleHeight,
+	}
 }
 
 // Resize sets the size of a process's terminal.

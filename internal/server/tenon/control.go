@@ -6,15 +6,15 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"tenon.dev/tenon/internal/engine"
 )
 
-// control delivers signals and resizes to a container in the order they came,
-// also those that came before it ran. Its goroutine exists only while there is
-// something to deliver.
+// control delivers signals and resizes to a container, or an exec, in the order
+// they came, also those that came before it ran. Its goroutine exists only while
+// there is something to deliver.
 type control struct {
-	ctx context.Context
-	eng engine.API
+	ctx  context.Context
+	kill func(ctx context.Context, id, signal string) error // nil: signals are not delivered
+	size func(ctx context.Context, id string, height, width uint) error
 
 	mu      sync.Mutex
 	id      string
@@ -25,12 +25,12 @@ type control struct {
 // maxQueued bounds what a client can pile up before its container runs.
 const maxQueued = 64
 
-func newControl(ctx context.Context, eng engine.API) *control {
-	return &control{ctx: ctx, eng: eng}
+func newControl(ctx context.Context, kill func(ctx context.Context, id, signal string) error, size func(ctx context.Context, id string, height, width uint) error) *control {
+	return &control{ctx: ctx, kill: kill, size: size}
 }
 
-// container tells which container it is; what has been queued starts to move.
-func (c *control) container(id string) {
+// target tells who it is for; what has been queued starts to move.
+func (c *control) target(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.id = id
@@ -38,13 +38,16 @@ func (c *control) container(id string) {
 }
 
 func (c *control) signal(sig string) {
-	c.add(func(ctx context.Context, id string) error { return c.eng.Kill(ctx, id, sig) })
+	if c.kill == nil {
+		return
+	}
+	c.add(func(ctx context.Context, id string) error { return c.kill(ctx, id, sig) })
 }
 
 func (c *control) resize(h, w uint) {
 	until := time.Now().Add(retryFor)
 	c.add(func(ctx context.Context, id string) error {
-		err := c.eng.Resize(ctx, id, h, w)
+		err := c.size(ctx, id, h, w)
 		if time.Now().After(until) {
 			return nil // too late to matter
 		}

@@ -1,16 +1,12 @@
 package tenon
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/registry"
@@ -54,23 +50,20 @@ func (a *API) run(w http.ResponseWriter, r *http.Request) error {
 	}
 	sess.Begin()
 	defer sess.End()
-	rn := &run{api: a, req: &req, sess: sess, out: wire.NewFrames(sess.Conn()), warnings: warnings,
-		image: o.Request.Image, tty: o.Request.Tty, auth: docker.Auth(r)}
+	rn := &run{link: link{sess: sess, out: wire.NewFrames(sess.Conn()), tty: o.Request.Tty},
+		api: a, req: &req, warnings: warnings, image: o.Request.Image, auth: docker.Auth(r)}
 	rn.do(ctx, o)
 	return nil
 }
 
 // run is one run's connection.
 type run struct {
+	link
 	api      *API
 	req      *runproto.Request
-	sess     *wire.Session
-	out      *wire.Frames
 	warnings []string
 	image    string
-	tty      bool
 	auth     *registry.AuthConfig
-	ctl      *control
 }
 
 func (rn *run) do(ctx context.Context, o engine.CreateOptions) {
@@ -94,7 +87,7 @@ func (rn *run) do(ctx context.Context, o engine.CreateOptions) {
 			at.Stdin = in
 			defer in.close(io.EOF)
 		}
-		rn.ctl = newControl(ctx, rn.api.cfg.Engine)
+		rn.ctl = newControl(ctx, rn.api.cfg.Engine.Kill, rn.api.cfg.Engine.Resize)
 		ro.Attach = at
 		go rn.read(in, cancel) // ends with the session
 	}
@@ -119,23 +112,9 @@ func (rn *run) do(ctx context.Context, o engine.CreateOptions) {
 
 func (rn *run) created(res engine.CreateResult) {
 	if rn.ctl != nil {
-		rn.ctl.container(res.ID)
+		rn.ctl.target(res.ID)
 	}
 	rn.send(runproto.Created, runproto.CreatedMessage{ID: res.ID, Warnings: append(rn.warnings, res.Warnings...)})
-}
-
-func (rn *run) send(typ byte, v any) {
-	b, err := json.Marshal(v)
-	if err == nil {
-		err = rn.out.WriteFrame(typ, b)
-	}
-	if err != nil {
-		rn.sess.Gone()
-	}
-}
-
-func (rn *run) fail(err error, kind string, code int) {
-	rn.send(runproto.Error, runproto.ErrorMessage{Status: wire.Status(err), Message: wire.Message(err), Kind: kind, Code: code})
 }
 
 // startCode is the exit code of a container whose command could not be
@@ -176,54 +155,3 @@ func (rn *run) fetch(ctx context.Context, o *engine.CreateOptions) error {
 }
 
 func (rn *run) progress(p image.Progress) { rn.send(runproto.Progress, docker.Message(p)) }
-
-// read handles what the client sends until the connection ends.
-func (rn *run) read(in *inbox, cancel context.CancelCauseFunc) {
-	err := rn.frames(in)
-	if in != nil {
-		in.close(err)
-	}
-	cancel(wire.ErrClientGone)
-}
-
-var errLeft = errors.New("the client detached")
-
-// frames returns errLeft for a client that detached, io.EOF for one that is
-// lost (its container's stdin ends then, unless it is a terminal).
-func (rn *run) frames(in *inbox) error {
-	fr := runproto.NewReader(bufio.NewReaderSize(rn.sess, 16<<10))
-	for {
-		typ, p, err := fr.Next()
-		if err != nil {
-			if rn.tty {
-				return errLeft
-			}
-			return io.EOF
-		}
-		switch typ {
-		case runproto.Stdin:
-			if in != nil && !in.put(p) {
-				in = nil // nobody reads any more
-			}
-		case runproto.StdinEOF:
-			if in != nil && !rn.tty {
-				in.close(io.EOF)
-			}
-		case runproto.Resize:
-			var m runproto.ResizeMessage
-			if json.Unmarshal(p, &m) == nil {
-				rn.ctl.resize(m.H, m.W)
-			}
-		case runproto.Signal:
-			var m runproto.SignalMessage
-			if json.Unmarshal(p, &m) == nil && m.Signal != "" {
-				rn.ctl.signal(m.Signal)
-			}
-		case runproto.Detach:
-			return errLeft
-		}
-	}
-}
-
-// retryFor bounds how long a resize waits for its container to run.
-const retryFor = 2 * time.Second

@@ -1,7 +1,8 @@
 // Package tenon serves what Tenon's socket answers beside the Docker API, under
-// /tenon/v1: a container's run in one round trip, the host's check-up, base
-// images without a registry, and the daemon's end. docs/tenon-api.md describes
-// it; the frames of a run are package client/runproto's.
+// /tenon/v1: a container's run in one round trip, an exec likewise, the host's
+// check-up, base images without a registry, and the daemon's end.
+// docs/tenon-api.md describes it; the frames of a run are package
+// client/runproto's.
 package tenon
 
 import (
@@ -45,6 +46,7 @@ func New(cfg Config) *API {
 	}
 	a := &API{cfg: cfg, log: cfg.Log, mux: http.NewServeMux()}
 	a.handle("POST "+runproto.Path, a.run)
+	a.handle("POST "+runproto.ExecPath, a.exec)
 	a.handle("GET /tenon/v1/doctor", a.doctor)
 	a.handle("POST /tenon/v1/images/bootstrap", a.bootstrap)
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)

@@ -202,7 +202,7 @@ func (x Files_Operation) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Files_Operation.Descriptor instead.
 func (Files_Operation) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{21, 0}
+	return file_task_proto_rawDescGZIP(), []int{22, 0}
 }
 
 type Change_Kind int32
@@ -251,7 +251,7 @@ func (x Change_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Change_Kind.Descriptor instead.
 func (Change_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{25, 0}
+	return file_task_proto_rawDescGZIP(), []int{26, 0}
 }
 
 // CreateOptions travels in CreateTaskRequest.options.
@@ -1564,6 +1564,7 @@ type StreamHeader struct {
 	//
 	//	*StreamHeader_Attach
 	//	*StreamHeader_Files
+	//	*StreamHeader_Execute
 	Kind          isStreamHeader_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1624,6 +1625,15 @@ func (x *StreamHeader) GetFiles() *Files {
 	return nil
 }
 
+func (x *StreamHeader) GetExecute() *Execute {
+	if x != nil {
+		if x, ok := x.Kind.(*StreamHeader_Execute); ok {
+			return x.Execute
+		}
+	}
+	return nil
+}
+
 type isStreamHeader_Kind interface {
 	isStreamHeader_Kind()
 }
@@ -1636,15 +1646,22 @@ type StreamHeader_Files struct {
 	Files *Files `protobuf:"bytes,2,opt,name=files,proto3,oneof"`
 }
 
+type StreamHeader_Execute struct {
+	Execute *Execute `protobuf:"bytes,3,opt,name=execute,proto3,oneof"`
+}
+
 func (*StreamHeader_Attach) isStreamHeader_Kind() {}
 
 func (*StreamHeader_Files) isStreamHeader_Kind() {}
+
+func (*StreamHeader_Execute) isStreamHeader_Kind() {}
 
 type StreamReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         string                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"` // empty: go on
 	Code          int32                  `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`  // google.rpc.Code of the error
 	Stat          []byte                 `protobuf:"bytes,3,opt,name=stat,proto3" json:"stat,omitempty"`   // Files: FileStat of the path, where asked for
+	Pid           uint32                 `protobuf:"varint,4,opt,name=pid,proto3" json:"pid,omitempty"`    // Execute: as StartResponse has it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1698,6 +1715,13 @@ func (x *StreamReply) GetStat() []byte {
 		return x.Stat
 	}
 	return nil
+}
+
+func (x *StreamReply) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
 }
 
 // Attach connects a client to a process's stdio. If the process has no tty,
@@ -1779,6 +1803,69 @@ func (x *Attach) GetStderr() bool {
 	return false
 }
 
+// Execute is Exec, Attach and Start in one: the reply comes when the program
+// runs, or tells why it does not, and nothing is left of it then. What follows
+// is an Attach's.
+type Execute struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Attach        *Attach                `protobuf:"bytes,1,opt,name=attach,proto3" json:"attach,omitempty"` // with an exec_id that is not in use
+	Options       *ExecOptions           `protobuf:"bytes,2,opt,name=options,proto3" json:"options,omitempty"`
+	Terminal      bool                   `protobuf:"varint,3,opt,name=terminal,proto3" json:"terminal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Execute) Reset() {
+	*x = Execute{}
+	mi := &file_task_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Execute) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Execute) ProtoMessage() {}
+
+func (x *Execute) ProtoReflect() protoreflect.Message {
+	mi := &file_task_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Execute.ProtoReflect.Descriptor instead.
+func (*Execute) Descriptor() ([]byte, []int) {
+	return file_task_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Execute) GetAttach() *Attach {
+	if x != nil {
+		return x.Attach
+	}
+	return nil
+}
+
+func (x *Execute) GetOptions() *ExecOptions {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *Execute) GetTerminal() bool {
+	if x != nil {
+		return x.Terminal
+	}
+	return false
+}
+
 // Files reads or writes files of a container's root, running or not, as seen
 // by the container (mounts included), never leaving it.
 type Files struct {
@@ -1798,7 +1885,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_task_proto_msgTypes[21]
+	mi := &file_task_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1810,7 +1897,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[21]
+	mi := &file_task_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1823,7 +1910,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{21}
+	return file_task_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Files) GetId() string {
@@ -1900,7 +1987,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_task_proto_msgTypes[22]
+	mi := &file_task_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +1999,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[22]
+	mi := &file_task_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +2012,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{22}
+	return file_task_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Root) GetMounts() []*Mount {
@@ -1961,7 +2048,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1973,7 +2060,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1986,7 +2073,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{23}
+	return file_task_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Mount) GetType() string {
@@ -2030,7 +2117,7 @@ type FileStat struct {
 
 func (x *FileStat) Reset() {
 	*x = FileStat{}
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2129,7 @@ func (x *FileStat) String() string {
 func (*FileStat) ProtoMessage() {}
 
 func (x *FileStat) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2142,7 @@ func (x *FileStat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileStat.ProtoReflect.Descriptor instead.
 func (*FileStat) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{24}
+	return file_task_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FileStat) GetName() string {
@@ -2103,7 +2190,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_task_proto_msgTypes[25]
+	mi := &file_task_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2115,7 +2202,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[25]
+	mi := &file_task_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2128,7 +2215,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{25}
+	return file_task_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Change) GetPath() string {
@@ -2154,7 +2241,7 @@ type ProcessesResponse_Row struct {
 
 func (x *ProcessesResponse_Row) Reset() {
 	*x = ProcessesResponse_Row{}
-	mi := &file_task_proto_msgTypes[27]
+	mi := &file_task_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2253,7 @@ func (x *ProcessesResponse_Row) String() string {
 func (*ProcessesResponse_Row) ProtoMessage() {}
 
 func (x *ProcessesResponse_Row) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[27]
+	mi := &file_task_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2202,7 +2289,7 @@ type Metrics_BlockIO struct {
 
 func (x *Metrics_BlockIO) Reset() {
 	*x = Metrics_BlockIO{}
-	mi := &file_task_proto_msgTypes[29]
+	mi := &file_task_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2301,7 @@ func (x *Metrics_BlockIO) String() string {
 func (*Metrics_BlockIO) ProtoMessage() {}
 
 func (x *Metrics_BlockIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[29]
+	mi := &file_task_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2282,7 +2369,7 @@ type Metrics_NetworkIO struct {
 
 func (x *Metrics_NetworkIO) Reset() {
 	*x = Metrics_NetworkIO{}
-	mi := &file_task_proto_msgTypes[30]
+	mi := &file_task_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +2381,7 @@ func (x *Metrics_NetworkIO) String() string {
 func (*Metrics_NetworkIO) ProtoMessage() {}
 
 func (x *Metrics_NetworkIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[30]
+	mi := &file_task_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,21 +2625,27 @@ const file_task_proto_rawDesc = "" +
 	"\x10FlushLogResponse\"7\n" +
 	"\fAwaitRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"u\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\xa9\x01\n" +
 	"\fStreamHeader\x12/\n" +
 	"\x06attach\x18\x01 \x01(\v2\x15.tenon.task.v1.AttachH\x00R\x06attach\x12,\n" +
-	"\x05files\x18\x02 \x01(\v2\x14.tenon.task.v1.FilesH\x00R\x05filesB\x06\n" +
-	"\x04kind\"K\n" +
+	"\x05files\x18\x02 \x01(\v2\x14.tenon.task.v1.FilesH\x00R\x05files\x122\n" +
+	"\aexecute\x18\x03 \x01(\v2\x16.tenon.task.v1.ExecuteH\x00R\aexecuteB\x06\n" +
+	"\x04kind\"]\n" +
 	"\vStreamReply\x12\x14\n" +
 	"\x05error\x18\x01 \x01(\tR\x05error\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x12\n" +
-	"\x04stat\x18\x03 \x01(\fR\x04stat\"w\n" +
+	"\x04stat\x18\x03 \x01(\fR\x04stat\x12\x10\n" +
+	"\x03pid\x18\x04 \x01(\rR\x03pid\"w\n" +
 	"\x06Attach\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x14\n" +
 	"\x05stdin\x18\x03 \x01(\bR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x04 \x01(\bR\x06stdout\x12\x16\n" +
-	"\x06stderr\x18\x05 \x01(\bR\x06stderr\"\xf3\x02\n" +
+	"\x06stderr\x18\x05 \x01(\bR\x06stderr\"\x8a\x01\n" +
+	"\aExecute\x12-\n" +
+	"\x06attach\x18\x01 \x01(\v2\x15.tenon.task.v1.AttachR\x06attach\x124\n" +
+	"\aoptions\x18\x02 \x01(\v2\x1a.tenon.task.v1.ExecOptionsR\aoptions\x12\x1a\n" +
+	"\bterminal\x18\x03 \x01(\bR\bterminal\"\xf3\x02\n" +
 	"\x05Files\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12<\n" +
 	"\toperation\x18\x02 \x01(\x0e2\x1e.tenon.task.v1.Files.OperationR\toperation\x12\x12\n" +
@@ -2623,7 +2716,7 @@ func file_task_proto_rawDescGZIP() []byte {
 }
 
 var file_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_task_proto_goTypes = []any{
 	(Status)(0),                   // 0: tenon.task.v1.Status
 	(Event_Type)(0),               // 1: tenon.task.v1.Event.Type
@@ -2650,54 +2743,58 @@ var file_task_proto_goTypes = []any{
 	(*StreamHeader)(nil),          // 22: tenon.task.v1.StreamHeader
 	(*StreamReply)(nil),           // 23: tenon.task.v1.StreamReply
 	(*Attach)(nil),                // 24: tenon.task.v1.Attach
-	(*Files)(nil),                 // 25: tenon.task.v1.Files
-	(*Root)(nil),                  // 26: tenon.task.v1.Root
-	(*Mount)(nil),                 // 27: tenon.task.v1.Mount
-	(*FileStat)(nil),              // 28: tenon.task.v1.FileStat
-	(*Change)(nil),                // 29: tenon.task.v1.Change
-	nil,                           // 30: tenon.task.v1.Log.AttrsEntry
-	(*ProcessesResponse_Row)(nil), // 31: tenon.task.v1.ProcessesResponse.Row
-	nil,                           // 32: tenon.task.v1.Metrics.MemoryStatEntry
-	(*Metrics_BlockIO)(nil),       // 33: tenon.task.v1.Metrics.BlockIO
-	(*Metrics_NetworkIO)(nil),     // 34: tenon.task.v1.Metrics.NetworkIO
+	(*Execute)(nil),               // 25: tenon.task.v1.Execute
+	(*Files)(nil),                 // 26: tenon.task.v1.Files
+	(*Root)(nil),                  // 27: tenon.task.v1.Root
+	(*Mount)(nil),                 // 28: tenon.task.v1.Mount
+	(*FileStat)(nil),              // 29: tenon.task.v1.FileStat
+	(*Change)(nil),                // 30: tenon.task.v1.Change
+	nil,                           // 31: tenon.task.v1.Log.AttrsEntry
+	(*ProcessesResponse_Row)(nil), // 32: tenon.task.v1.ProcessesResponse.Row
+	nil,                           // 33: tenon.task.v1.Metrics.MemoryStatEntry
+	(*Metrics_BlockIO)(nil),       // 34: tenon.task.v1.Metrics.BlockIO
+	(*Metrics_NetworkIO)(nil),     // 35: tenon.task.v1.Metrics.NetworkIO
 }
 var file_task_proto_depIdxs = []int32{
 	6,  // 0: tenon.task.v1.CreateOptions.log:type_name -> tenon.task.v1.Log
-	30, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
+	31, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
 	0,  // 2: tenon.task.v1.Process.status:type_name -> tenon.task.v1.Status
 	9,  // 3: tenon.task.v1.ListResponse.processes:type_name -> tenon.task.v1.Process
 	1,  // 4: tenon.task.v1.Event.type:type_name -> tenon.task.v1.Event.Type
-	31, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
+	32, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
 	18, // 6: tenon.task.v1.MetricsResponse.metrics:type_name -> tenon.task.v1.Metrics
-	32, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
-	33, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
-	34, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
+	33, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
+	34, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
+	35, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
 	24, // 10: tenon.task.v1.StreamHeader.attach:type_name -> tenon.task.v1.Attach
-	25, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
-	2,  // 12: tenon.task.v1.Files.operation:type_name -> tenon.task.v1.Files.Operation
-	26, // 13: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
-	27, // 14: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
-	27, // 15: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
-	3,  // 16: tenon.task.v1.Change.kind:type_name -> tenon.task.v1.Change.Kind
-	7,  // 17: tenon.task.v1.Kernel.Info:input_type -> tenon.task.v1.InfoRequest
-	10, // 18: tenon.task.v1.Kernel.List:input_type -> tenon.task.v1.ListRequest
-	12, // 19: tenon.task.v1.Kernel.Events:input_type -> tenon.task.v1.EventsRequest
-	14, // 20: tenon.task.v1.Kernel.Processes:input_type -> tenon.task.v1.ProcessesRequest
-	16, // 21: tenon.task.v1.Kernel.Metrics:input_type -> tenon.task.v1.MetricsRequest
-	19, // 22: tenon.task.v1.Kernel.FlushLog:input_type -> tenon.task.v1.FlushLogRequest
-	21, // 23: tenon.task.v1.Kernel.Await:input_type -> tenon.task.v1.AwaitRequest
-	8,  // 24: tenon.task.v1.Kernel.Info:output_type -> tenon.task.v1.InfoResponse
-	11, // 25: tenon.task.v1.Kernel.List:output_type -> tenon.task.v1.ListResponse
-	13, // 26: tenon.task.v1.Kernel.Events:output_type -> tenon.task.v1.Event
-	15, // 27: tenon.task.v1.Kernel.Processes:output_type -> tenon.task.v1.ProcessesResponse
-	17, // 28: tenon.task.v1.Kernel.Metrics:output_type -> tenon.task.v1.MetricsResponse
-	20, // 29: tenon.task.v1.Kernel.FlushLog:output_type -> tenon.task.v1.FlushLogResponse
-	9,  // 30: tenon.task.v1.Kernel.Await:output_type -> tenon.task.v1.Process
-	24, // [24:31] is the sub-list for method output_type
-	17, // [17:24] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	26, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
+	25, // 12: tenon.task.v1.StreamHeader.execute:type_name -> tenon.task.v1.Execute
+	24, // 13: tenon.task.v1.Execute.attach:type_name -> tenon.task.v1.Attach
+	5,  // 14: tenon.task.v1.Execute.options:type_name -> tenon.task.v1.ExecOptions
+	2,  // 15: tenon.task.v1.Files.operation:type_name -> tenon.task.v1.Files.Operation
+	27, // 16: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
+	28, // 17: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
+	28, // 18: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
+	3,  // 19: tenon.task.v1.Change.kind:type_name -> tenon.task.v1.Change.Kind
+	7,  // 20: tenon.task.v1.Kernel.Info:input_type -> tenon.task.v1.InfoRequest
+	10, // 21: tenon.task.v1.Kernel.List:input_type -> tenon.task.v1.ListRequest
+	12, // 22: tenon.task.v1.Kernel.Events:input_type -> tenon.task.v1.EventsRequest
+	14, // 23: tenon.task.v1.Kernel.Processes:input_type -> tenon.task.v1.ProcessesRequest
+	16, // 24: tenon.task.v1.Kernel.Metrics:input_type -> tenon.task.v1.MetricsRequest
+	19, // 25: tenon.task.v1.Kernel.FlushLog:input_type -> tenon.task.v1.FlushLogRequest
+	21, // 26: tenon.task.v1.Kernel.Await:input_type -> tenon.task.v1.AwaitRequest
+	8,  // 27: tenon.task.v1.Kernel.Info:output_type -> tenon.task.v1.InfoResponse
+	11, // 28: tenon.task.v1.Kernel.List:output_type -> tenon.task.v1.ListResponse
+	13, // 29: tenon.task.v1.Kernel.Events:output_type -> tenon.task.v1.Event
+	15, // 30: tenon.task.v1.Kernel.Processes:output_type -> tenon.task.v1.ProcessesResponse
+	17, // 31: tenon.task.v1.Kernel.Metrics:output_type -> tenon.task.v1.MetricsResponse
+	20, // 32: tenon.task.v1.Kernel.FlushLog:output_type -> tenon.task.v1.FlushLogResponse
+	9,  // 33: tenon.task.v1.Kernel.Await:output_type -> tenon.task.v1.Process
+	27, // [27:34] is the sub-list for method output_type
+	20, // [20:27] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_task_proto_init() }
@@ -2708,6 +2805,7 @@ func file_task_proto_init() {
 	file_task_proto_msgTypes[18].OneofWrappers = []any{
 		(*StreamHeader_Attach)(nil),
 		(*StreamHeader_Files)(nil),
+		(*StreamHeader_Execute)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2715,7 +2813,7 @@ func file_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_task_proto_rawDesc), len(file_task_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
