@@ -99,7 +99,7 @@ func runPlan(t testing.TB, plan *launch.Plan) (string, Exit) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	p, err := Start(plan, Stdio{Out: w, Err: w})
+	p, err := begin(t, plan, Stdio{Out: w, Err: w})
 	w.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestExec(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	p, err := Start(plan, Stdio{In: r})
+	p, err := begin(t, plan, Stdio{In: r})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestExec(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tp, err := Start(ex, Stdio{})
+	tp, err := begin(t, ex, Stdio{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestNotFound(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Start(plan, Stdio{}); err == nil || err.Error() != want {
+		if _, err := begin(t, plan, Stdio{}); err == nil || err.Error() != want {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	}

@@ -126,7 +126,7 @@ func TestLinksStayInside(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, err := Start(plan, Stdio{})
+		p, err := begin(t, plan, Stdio{})
 		if err == nil { // made inside
 			p.abort()
 		} else if name != "magic" {
@@ -204,7 +204,7 @@ func TestPropagation(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	p, err := Start(plan, Stdio{In: in, Out: w, Err: w})
+	p, err := begin(t, plan, Stdio{In: in, Out: w, Err: w})
 	w.Close()
 	if err != nil {
 		t.Fatal(err)

@@ -38,7 +38,7 @@ func failure(t *testing.T, spec *specs.Spec) error {
 	if err != nil {
 		return err
 	}
-	p, err := Start(plan, Stdio{})
+	p, err := begin(t, plan, Stdio{})
 	if err == nil {
 		err = p.Exec()
 	}
@@ -120,7 +120,7 @@ func running(t *testing.T, s *specs.Spec) (*Process, func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := Start(plan, Stdio{In: r})
+	p, err := begin(t, plan, Stdio{In: r})
 	r.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -182,7 +182,7 @@ func TestConsole(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p, err := Start(plan, Stdio{})
+			p, err := begin(t, plan, Stdio{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -276,7 +276,7 @@ func TestHooks(t *testing.T) {
 		return specs.Hook{Path: "/bin/sh", Args: []string{"sh", "-c", s}, Env: []string{"A=b", "OUT=" + out}}
 	}
 	var seen []launch.Phase
-	p, err := Start(plan, Stdio{AtPhase: func(ph launch.Phase, p *Process) error {
+	p, err := begin(t, plan, Stdio{AtPhase: func(ph launch.Phase, p *Process) error {
 		seen = append(seen, ph)
 		if ph == launch.PhaseNamespaces {
 			return RunHook(script(`read x; echo "$x $A $(hostname | wc -c)" >>$OUT`), []byte("state\n"))
@@ -311,7 +311,7 @@ func TestHooks(t *testing.T) {
 		t.Error(err)
 	}
 	// A hook that fails ends the start.
-	_, err = Start(plan, Stdio{AtPhase: func(launch.Phase, *Process) error { return errors.New("hook said no") }})
+	_, err = begin(t, plan, Stdio{AtPhase: func(launch.Phase, *Process) error { return errors.New("hook said no") }})
 	if err == nil || err.Error() != "hook said no" {
 		t.Error(err)
 	}
@@ -337,7 +337,7 @@ func TestGate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := Start(plan, Stdio{Gate: gate, GateStatus: status})
+	p, err := begin(t, plan, Stdio{Gate: gate, GateStatus: status})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -376,7 +376,7 @@ func TestDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	p, err := Start(plan, Stdio{Out: w, Err: w, Extra: []*os.File{nil, f}})
+	p, err := begin(t, plan, Stdio{Out: w, Err: w, Extra: []*os.File{nil, f}})
 	w.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -406,7 +406,7 @@ func TestDumpable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := Start(plan, Stdio{})
+	p, err := begin(t, plan, Stdio{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -428,7 +428,7 @@ func TestWorkdirOutside(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, err := Start(plan, Stdio{})
+		p, err := begin(t, plan, Stdio{})
 		if err != nil {
 			if !strings.HasPrefix(err.Error(), "working directory /proc/self/fd/") {
 				t.Errorf("%d: %v", fd, err)
@@ -487,7 +487,7 @@ func TestSeccompListener(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer r.Close()
-		p, err := Start(plan, Stdio{Out: w, Err: w})
+		p, err := begin(t, plan, Stdio{Out: w, Err: w})
 		w.Close()
 		if err != nil {
 			t.Fatal(err)

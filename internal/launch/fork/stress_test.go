@@ -96,7 +96,7 @@ func TestEveryStepFails(t *testing.T) {
 			if err := p.Exec(); err != nil {
 				return err
 			}
-			if e, err := p.Wait(); err != nil || e.Code != 0 {
+			if e, err := await(t, p); err != nil || e.Code != 0 {
 				return fmt.Errorf("%v, %v", e, err)
 			}
 			return nil
@@ -162,7 +162,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		}
 		// Not on the way, or after the barrier.
 		_ = p.Exec() // a failure is what is tried
-		if e, err := p.Wait(); err != nil || e.Code != 0 && e.Code != 77 {
+		if e, err := await(t, p); err != nil || e.Code != 0 && e.Code != 77 {
 			t.Errorf("instruction %d: %v %v", i, e, err)
 		}
 		p.Close()
@@ -230,7 +230,7 @@ func TestStorm(t *testing.T) {
 				if err := p.Exec(); err != nil {
 					t.Error(err)
 				}
-				if e, err := p.Wait(); err != nil || e.Code != 0 {
+				if e, err := await(t, p); err != nil || e.Code != 0 {
 					t.Error(e, err)
 				}
 				p.Close()
