@@ -87,13 +87,13 @@ func (e *external) create(c *container, p *process, r createRequest) (_ child, e
 	}
 	pid, err := e.spawn(p, "create", []string{"create", "--bundle", e.dir}, []string{c.id}, func(args []string) *exec.Cmd {
 		return e.run(context.Background(), mounts, e.mixedGroup(c), args)
-	}, program(spec.Process), r.opts.ConsoleWidth, r.opts.ConsoleHeight)
+	}, spec.Process, r.opts.ConsoleWidth, r.opts.ConsoleHeight)
 	if err != nil {
 		return nil, err
 	}
 	return newForeign(pid, func() error {
-		err := e.command("start", c.id)
-		return commandError(program(spec.Process), err)
+		said, err := e.output("start", c.id)
+		return commandError(spec.Process, said, err)
 	}, func(sig syscall.Signal) error {
 		return e.command("kill", c.id, strconv.Itoa(int(sig)))
 	})
@@ -136,7 +136,7 @@ func (e *external) exec(c *container, p *process, process *specs.Process) (child
 	// The command runs the program at once; there is no barrier.
 	pid, err := e.spawn(p, "exec", []string{"exec", "--detach", "--process", file}, []string{c.id}, func(args []string) *exec.Cmd {
 		return e.run(context.Background(), "", e.mixedGroup(c), args)
-	}, program(process), p.width, p.height)
+	}, process, p.width, p.height)
 	if err != nil {
 		return nil, err
 	}
@@ -144,7 +144,7 @@ func (e *external) exec(c *container, p *process, process *specs.Process) (child
 }
 
 // spawn runs a command that leaves a process behind, and returns its pid.
-func (e *external) spawn(p *process, name string, args, rest []string, command func([]string) *exec.Cmd, program string, width, height uint32) (pid int, err error) {
+func (e *external) spawn(p *process, name string, args, rest []string, command func([]string) *exec.Cmd, sp *specs.Process, width, height uint32) (pid int, err error) {
 	dir, err := os.MkdirTemp(e.dir, name+"-")
 	if err != nil {
 		return 0, err
@@ -180,7 +180,7 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		if err != nil {
 			_ = cmd.Process.Kill() // it may have ended
 			werr := cmd.Wait()
-			return 0, e.failure(name, program, errors.Join(err, werr), logFile, p)
+			return 0, e.failure(name, sp, errors.Join(err, werr), logFile, p)
 		}
 		if err := p.io.setConsole(master); err != nil {
 			_ = cmd.Process.Kill() // the error says more
@@ -189,7 +189,7 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		}
 	}
 	if err := cmd.Wait(); err != nil {
-		return 0, e.failure(name, program, err, logFile, p)
+		return 0, e.failure(name, sp, err, logFile, p)
 	}
 	if p.terminal && (width > 0 || height > 0) {
 		if err := p.io.resize(width, height); err != nil {
@@ -223,13 +223,6 @@ func (e *external) mixedGroup(c *container) string {
 	return c.group.V2()
 }
 
-func program(p *specs.Process) string {
-	if p == nil || len(p.Args) == 0 {
-		return ""
-	}
-	return p.Args[0]
-}
-
 // file makes a nil *os.File a nil interface, which exec takes for /dev/null.
 func file(f *os.File) interface {
 	Read([]byte) (int, error)
@@ -251,7 +244,7 @@ func (e *external) global(logFile string, args []string) []string {
 }
 
 // failure makes an error of a failed command, in the runtime's own words.
-func (e *external) failure(name, program string, err error, logFile string, p *process) error {
+func (e *external) failure(name string, sp *specs.Process, err error, logFile string, p *process) error {
 	said := lastLog(logFile)
 	if said == "" && p != nil {
 		said = p.io.peekErr()
@@ -259,25 +252,30 @@ func (e *external) failure(name, program string, err error, logFile string, p *p
 	if said == "" {
 		return fmt.Errorf("runtime %s: %s: %w", e.path, name, err)
 	}
-	return commandError(program, fmt.Errorf("runtime %s: %s: %s", e.path, name, said))
+	return commandError(sp, said, fmt.Errorf("runtime %s: %s: %s", e.path, name, said))
 }
 
-// commandError says of a failed command whether it is the user's program that
-// can't be executed, by the sentences that runtimes have for it, and begins with
-// the one that clients look for.
-func commandError(program string, err error) error {
-	if err == nil {
-		return nil
+// commandError is err, with which a command for a process failed, under the
+// sentence that clients look for if what the runtime said means that the user's
+// program can't be executed.
+func commandError(p *specs.Process, said string, err error) error {
+	if err == nil || p == nil || len(p.Args) == 0 {
+		return err
 	}
-	said := strings.ToLower(err.Error())
-	has := func(s string) bool { return strings.Contains(said, s) }
+	lower := strings.ToLower(said)
+	has := func(s string) bool { return strings.Contains(lower, s) }
+	program := p.Args[0]
+	missing := has("no such file or directory")
 	switch {
-	case has("executable") && has("not found"), has("exec") && has("no such file or directory"):
+	case missing && len(p.Cwd) > 1 && strings.Contains(said, p.Cwd) && !strings.HasPrefix(program, p.Cwd):
+		return fmt.Errorf("working directory %s: no such file or directory: %w: %w", p.Cwd, err, errdefs.ErrNotFound)
+	case has("executable") && has("not found"), has("exec") && missing:
 		if strings.Contains(program, "/") {
 			return fmt.Errorf("exec: %q: no such file or directory: %w: %w", program, err, errdefs.ErrNotFound)
 		}
 		return fmt.Errorf("exec: %q: executable file not found in $PATH: %w: %w", program, err, errdefs.ErrNotFound)
-	case has("exec") && has("permission denied"), has("failed to load") && has("permission denied"), has("is not a regular file"), has("exec format error"):
+	case (has("exec") || has("failed to load")) && (has("permission denied") || has("operation not permitted") || has("exec format error")),
+		has("is not a regular file"):
 		return fmt.Errorf("exec: %q: permission denied: %w: %w", program, err, errdefs.ErrPermissionDenied)
 	}
 	return err
@@ -312,20 +310,26 @@ func (s *stdio) peekErr() string {
 
 // command runs a command to its end.
 func (e *external) command(name string, args ...string) error {
+	_, err := e.output(name, args...)
+	return err
+}
+
+// output is command that returns what the runtime said of its failure, too.
+func (e *external) output(name string, args ...string) (said string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), runtimeTime)
 	defer cancel()
 	var stderr bytes.Buffer
 	cmd := e.run(ctx, "", "", e.global("", append([]string{name}, args...)))
 	cmd.Stderr = &limited{b: &stderr, left: 4096}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Run(); err != nil {
-		said := strings.TrimSpace(stderr.String())
-		if name == "kill" && (strings.Contains(said, "not running") || strings.Contains(said, "No such process") || strings.Contains(said, "already finished")) {
-			return syscall.ESRCH
-		}
-		return fmt.Errorf("runtime %s: %s: %w: %s", e.path, name, err, said)
+	if err = cmd.Run(); err == nil {
+		return "", nil
 	}
-	return nil
+	said = strings.TrimSpace(stderr.String())
+	if name == "kill" && (strings.Contains(said, "not running") || strings.Contains(said, "No such process") || strings.Contains(said, "already finished")) {
+		return said, syscall.ESRCH
+	}
+	return said, fmt.Errorf("runtime %s: %s: %w: %s", e.path, name, err, said)
 }
 
 // delete frees what the runtime and the bundle hold.
