@@ -28,10 +28,9 @@ func (g *service) share(ctx context.Context, s *taskv1.Share) error {
 	if err != nil {
 		return &os.PathError{Op: "open", Path: "/dev/fuse", Err: err}
 	}
-	f := os.NewFile(uintptr(dev), "/dev/fuse")
 	c, err := g.toHost(ctx, &taskv1.HostHeader{Kind: &taskv1.HostHeader_Share{Share: &taskv1.ShareStream{Tag: s.Tag}}})
 	if err != nil {
-		f.Close()
+		unix.Close(dev)
 		return err
 	}
 	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV)
@@ -40,10 +39,11 @@ func (g *service) share(ctx context.Context, s *taskv1.Share) error {
 	}
 	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", dev, 1<<20)
 	if err := unix.Mount("tenon:"+s.Tag, s.Target, "fuse.tenon", flags, data); err != nil {
-		f.Close()
+		unix.Close(dev)
 		c.Close()
 		return fmt.Errorf("mount fuse on %s: %w", s.Target, err)
 	}
+	f := os.NewFile(uintptr(dev), "/dev/fuse") // only now: one without a mount can't be polled
 	go func() {
 		err := requests(f, c)
 		_ = c.Close() // ends the other direction
