@@ -58,7 +58,7 @@ type Log struct {
 // Limits protect the host from containers that ask for no limit.
 type Limits struct {
 	PIDs          int64  `toml:"pids" comment:"processes per container; -1 unlimited"`
-	MemoryReserve string `toml:"memory-reserve" comment:"memory that containers without a limit of their own can't take from the host; 0 none"`
+	MemoryReserve string `toml:"memory-reserve" comment:"memory that containers, all together, can't take from the host; 0 none"`
 	ShmSize       string `toml:"shm-size"`
 	StopTimeout   int    `toml:"stop-timeout" comment:"seconds"`
 	Disk          string `toml:"disk" comment:"size of a container's writable layer, as --storage-opt size sets it; 0 unbounded"`

@@ -92,7 +92,7 @@ func (c *Config) flags(fs *pflag.FlagSet) (pools *[]string) {
 	fs.StringVar(&c.DefaultRuntime, "default-runtime", c.DefaultRuntime, "OCI runtime of containers that ask for none")
 	fs.StringVar(&c.Log.Driver, "log-driver", c.Log.Driver, "default log driver: local, json-file, none")
 	fs.Int64Var(&c.Limits.PIDs, "default-pids-limit", c.Limits.PIDs, "processes per container that asks for no limit; -1 unlimited")
-	fs.StringVar(&c.Limits.MemoryReserve, "memory-reserve", c.Limits.MemoryReserve, "memory that containers without a limit can't take from the host")
+	fs.StringVar(&c.Limits.MemoryReserve, "memory-reserve", c.Limits.MemoryReserve, "memory that containers, all together, can't take from the host")
 	fs.StringVar(&c.Network.DefaultBridge, "bip", c.Network.DefaultBridge, "subnet of the default bridge")
 	pools = fs.StringArray("default-address-pool", nil, "base=PREFIX,size=BITS, may be given several times")
 	fs.IntVar(&c.Network.Ready, "ready-networks", c.Network.Ready, "network namespaces kept ready")

@@ -115,9 +115,7 @@ func New(cfg Config) (*Engine, error) {
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.shim = newLink(e.ctx, cfg.Kernel, e.log)
 	e.def = spec.Defaults{Pids: cfg.Pids, ShmSize: cfg.ShmSize}
-	if total := cfg.Kernel.Facts().Memory; cfg.MemoryReserve > 0 && total > 2*cfg.MemoryReserve {
-		e.def.Memory = total - cfg.MemoryReserve
-	}
+	e.def.Memory = cfg.Kernel.Facts().ForContainers(cfg.MemoryReserve)
 	e.saver.init(e)
 	return e, nil
 }

@@ -30,6 +30,22 @@ type Facts struct {
 	Swap         int64 // bytes
 }
 
+// minMemory is the least that containers get together, in bytes.
+const minMemory = 64 << 20
+
+// ForContainers is what containers may take of the memory, one of them or all
+// together, if reserve bytes are to stay free of them; 0 is no limit. Of a
+// machine that has little more than the reserve they get half.
+func (f Facts) ForContainers(reserve int64) int64 {
+	switch {
+	case reserve <= 0 || f.Memory <= 0:
+		return 0
+	case f.Memory-reserve >= minMemory:
+		return f.Memory - reserve
+	}
+	return f.Memory / 2
+}
+
 // Handover is what the engine made for a container on the host.
 type Handover struct {
 	ID    string

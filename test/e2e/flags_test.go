@@ -3,7 +3,9 @@ package e2e
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -121,4 +123,48 @@ func TestAnonymousVolumeOutlivesItsContainer(t *testing.T) {
 		t.Errorf("its file: %q", s)
 	}
 	d.Must(t, "volume", "rm", v)
+}
+
+// TestMemoryReserve: containers can't take the host's reserve together either,
+// and whom the kernel ends for it is told so.
+func TestMemoryReserve(t *testing.T) {
+	var si syscall.Sysinfo_t
+	if err := syscall.Sysinfo(&si); err != nil {
+		t.Fatal(err)
+	}
+	reserve := int64(si.Totalram)*int64(si.Unit) - 256<<20
+	d := NewDaemon(t, "--memory-reserve", strconv.FormatInt(reserve, 10))
+	d.Busybox(t)
+	d.Must(t, "run", "-d", "--name", "small", "busybox", "sleep", "1000")
+	// Each alone has room, both together have not.
+	d.Must(t, "run", "-d", "--name", "hog1", "-m", "4g", "busybox", "dd", "if=/dev/zero", "of=/dev/null", "bs=160M")
+	d.Must(t, "run", "-d", "--name", "hog2", "busybox", "dd", "if=/dev/zero", "of=/dev/null", "bs=160M")
+	eventually(t, "the kernel ends one of both", func() string {
+		s := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.OOMKilled}} {{.State.ExitCode}}", "hog1", "hog2", "small")
+		switch s {
+		case "exited true 137\nrunning false 0\nrunning false 0", "running false 0\nexited true 137\nrunning false 0":
+			return ""
+		}
+		return s
+	})
+	// One that asks for more than there is ends whoever was left of them, or itself.
+	d.Must(t, "run", "-d", "--name", "hog3", "busybox", "dd", "if=/dev/zero", "of=/dev/null", "bs=1G")
+	if s := d.Must(t, "wait", "hog3"); s != "137" {
+		t.Errorf("the third ended with %s", s)
+	}
+	if s := d.Must(t, "inspect", "-f", "{{.State.OOMKilled}} {{.State.Status}}", "hog3", "small"); s != "true exited\nfalse running" {
+		t.Errorf("the third and its neighbour: %s", s)
+	}
+	// Another reserve is in force when the daemon is back, for what runs too.
+	d.Kill(t)
+	d.Args = append(d.Args, "--memory-reserve", strconv.FormatInt(reserve-64<<20, 10))
+	d.Start(t)
+	group := "/sys/fs/cgroup/memory/" + d.Name + "/memory.limit_in_bytes"
+	if _, err := os.Stat("/sys/fs/cgroup/memory"); err != nil {
+		group = "/sys/fs/cgroup/" + d.Name + "/memory.max"
+	}
+	if b, err := os.ReadFile(group); err != nil || strings.TrimSpace(string(b)) != strconv.FormatInt((320<<20)&^4095, 10) {
+		t.Errorf("the group's limit: %q %v", b, err)
+	}
+	d.Must(t, "rm", "-f", "small", "hog1", "hog2", "hog3")
 }

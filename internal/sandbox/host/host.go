@@ -34,7 +34,10 @@ type Config struct {
 	RunRoot string
 	// Name is the daemon's prefix.
 	Name string
-	Log  *slog.Logger
+	// MemoryReserve is what all containers together leave to the host; bytes, 0:
+	// nothing.
+	MemoryReserve int64
+	Log           *slog.Logger
 }
 
 // Host is the host's kernel.
@@ -105,6 +108,16 @@ const startTime = 30 * time.Second
 func (h *Host) Connect(ctx context.Context) (*task.Client, bool, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	c, started, err := h.connect(ctx)
+	if err == nil {
+		if err := h.limitMemory(); err != nil {
+			h.cfg.Log.Warn("the host's reserve of memory holds for each container, but not for their sum", "err", err)
+		}
+	}
+	return c, started, err
+}
+
+func (h *Host) connect(ctx context.Context) (*task.Client, bool, error) {
 	if c, err := task.Dial(ctx, h.Socket()); err == nil {
 		if _, err := c.Info(ctx); err == nil {
 			return c, false, nil
