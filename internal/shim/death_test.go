@@ -29,7 +29,7 @@ func TestReap(t *testing.T) {
 	root := rootfs(t)
 	runDir := filepath.Join(s.dir, "run")
 	reap := func() ([]shim.Reaped, error) {
-		out, err := exec.Command(program, "reap", "--run-dir", runDir, "--cgroup-parent", s.parent).Output()
+		out, err := exec.CommandContext(ctx, program, "reap", "--run-dir", runDir, "--cgroup-parent", s.parent).Output()
 		var list []shim.Reaped
 		if err == nil {
 			err = json.Unmarshal(out, &list)
@@ -66,7 +66,7 @@ func TestReap(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = s.cmd.Wait() // killed
-	<-s.Closed()
+	closed(t, s.Client)
 	list, err := reap()
 	if err != nil || len(list) != 4 {
 		t.Errorf("reaped %+v, %v", list, err)

@@ -93,7 +93,9 @@ func names(t *testing.T, r io.Reader) map[string]string {
 func tarOf(entries ...*tar.Header) *bytes.Buffer {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	for _, h := range entries {
+	for _, e := range entries {
+		h := new(tar.Header)
+		*h = *e // the caller's may be used again
 		text := h.PAXRecords["text"]
 		h.PAXRecords = nil
 		if h.Mode == 0 {

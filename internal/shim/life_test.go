@@ -30,6 +30,16 @@ func testContext(t testing.TB) context.Context {
 	return ctx
 }
 
+// closed waits for the end of a connection.
+func closed(t *testing.T, c *task.Client) {
+	t.Helper()
+	select {
+	case <-c.Closed():
+	case <-time.After(time.Minute):
+		t.Fatal("the connection does not close")
+	}
+}
+
 // result is all that a container's run leaves.
 type result struct {
 	out, errs string
@@ -455,7 +465,7 @@ func TestReconnect(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Client.Close()
-	<-s.Client.Closed()
+	closed(t, s.Client)
 	s.Client = s.dial()
 	if e, err := s.Wait(ctx, "a", ""); err != nil || e.Status != 4 || e.StartedAt.IsZero() || e.ExitedAt.Before(e.StartedAt) {
 		t.Errorf("exit %+v, %v", e, err)

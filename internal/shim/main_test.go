@@ -70,6 +70,9 @@ func startShim(t testing.TB) *shimProcess {
 	return s
 }
 
+// shimTime bounds one test.
+const shimTime = 2 * time.Minute
+
 // start runs the program and connects to it.
 func (s *shimProcess) start() {
 	t, dir := s.t, s.dir
@@ -88,6 +91,13 @@ func (s *shimProcess) start() {
 		t.Fatal(err)
 	}
 	w.Close()
+	// Whatever waits for the shim ends with it.
+	pid := s.cmd.Process
+	late := time.AfterFunc(shimTime, func() {
+		t.Errorf("the test does not end: the shim is killed")
+		_ = pid.Kill()
+	})
+	t.Cleanup(func() { late.Stop() })
 	var b [1]byte
 	if _, err := r.Read(b[:]); err != nil {
 		t.Fatalf("shim did not become ready: %v", err)
@@ -105,16 +115,23 @@ func (s *shimProcess) dial() *task.Client {
 }
 
 func (s *shimProcess) stop() {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := s.Shutdown(ctx, true); err != nil {
 		s.t.Errorf("shutdown: %v", err)
 		_ = s.cmd.Process.Kill()
 	}
 	s.Close()
+	late := time.AfterFunc(time.Minute, func() {
+		s.t.Error("the shim does not end")
+		_ = s.cmd.Process.Kill()
+	})
 	if err := s.cmd.Wait(); err != nil {
 		s.t.Errorf("shim: %v", err)
+		out, err := exec.CommandContext(ctx, program, "reap", "--run-dir", filepath.Join(s.dir, "run"), "--cgroup-parent", s.parent).CombinedOutput()
+		s.t.Logf("reaped: %s (%v)", out, err)
 	}
+	late.Stop()
 	dirs, _ := filepath.Glob("/sys/fs/cgroup/*/" + s.parent)
 	if len(dirs) > 0 {
 		s.t.Errorf("cgroups left behind: %v", dirs)

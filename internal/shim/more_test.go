@@ -225,7 +225,12 @@ func TestSeccompListener(t *testing.T) {
 	if err != nil || r.out != "ok\n" {
 		t.Fatalf("%+v, %v", r, err)
 	}
-	m := <-got
+	var m message
+	select {
+	case m = <-got:
+	case <-ctx.Done():
+		t.Fatal("no listener came")
+	}
 	if m.err != nil || m.fd <= 0 || m.state.Metadata != "meta" || m.state.State.ID != "a" || m.state.Pid == 0 {
 		t.Errorf("%+v", m)
 	}

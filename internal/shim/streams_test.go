@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"tenon.dev/tenon/internal/task"
 	taskv3 "tenon.dev/tenon/internal/task/api/v3"
@@ -130,6 +131,7 @@ func TestFIFOs(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { f.Close() })
+		_ = f.SetDeadline(time.Now().Add(time.Minute)) // pipes have deadlines
 		return f
 	}
 	in, out, errs := open(r.StdinPath, os.O_WRONLY), open(r.StdoutPath, os.O_RDONLY), open(r.StderrPath, os.O_RDONLY)

@@ -97,7 +97,12 @@ func TestTransportWithoutDescriptors(t *testing.T) {
 	if err := c.Shutdown(ctx, true); err != nil {
 		t.Error(err)
 	}
-	if err := <-served; err != nil {
-		t.Error(err)
+	select {
+	case err := <-served:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-ctx.Done():
+		t.Error("serves on after the shutdown")
 	}
 }

@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -34,7 +36,11 @@ func receiveConsole(l *net.UnixListener) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return os.NewFile(uintptr(fds[0]), "console"), nil
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		return nil, err
+	}
+	console := os.NewFile(uintptr(fds[0]), "console")
+	return console, console.SetDeadline(time.Now().Add(commandTime))
 }
 
 func TestConsoleSocket(t *testing.T) {
@@ -55,6 +61,9 @@ func TestConsoleSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	if err := l.SetDeadline(time.Now().Add(commandTime)); err != nil {
+		t.Fatal(err)
+	}
 	f.must("create", "--console-socket", socket, f.id)
 	console, err := receiveConsole(l)
 	if err != nil {
@@ -92,7 +101,9 @@ func TestOwnTerminal(t *testing.T) {
 	f.spec.Process.Terminal = false
 	f.detached("run", "-d", f.id)
 	// A terminal of the caller's: raw while it lasts, as before afterwards.
-	cmd := exec.Command("script", "-qec", strings.Join(f.command("exec", "-t", f.id, "sh", "-c", "'tty; test -t 0 && echo a terminal'").Args, " ")+"; stty -a | grep -o ' icanon'", "/dev/null")
+	ctx, cancel := context.WithTimeout(t.Context(), commandTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "script", "-qec", strings.Join(f.command("exec", "-t", f.id, "sh", "-c", "'tty; test -t 0 && echo a terminal'").Args, " ")+"; stty -a | grep -o ' icanon'", "/dev/null")
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "/dev/pts/") || !strings.Contains(string(out), "a terminal\r\n") || !strings.Contains(string(out), "icanon") {
 		t.Errorf("%q, %v", out, err)
