@@ -119,6 +119,11 @@ func (s *Store) Prune(ctx context.Context, f Filters, inUse func(id string) []st
 	} else if !*sel.dangling {
 		sel.dangling = nil // all
 	}
+	end, err := s.begin() // nothing is collected before it has been counted
+	if err != nil {
+		return nil, 0, err
+	}
+	defer end()
 	s.mu.RLock()
 	recs := make([]*record, 0, len(s.recs))
 	for _, r := range s.recs {
