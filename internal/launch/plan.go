@@ -53,6 +53,8 @@ type Plan struct {
 	// NetDevices are moved into the child's network namespace by the parent
 	// when the namespaces stand: host name to name inside.
 	NetDevices map[string]string
+	// Mems is the number of Mems that the code points to.
+	Mems int
 }
 
 // IDMapFD is a user namespace for idmapped mounts.
@@ -134,11 +136,13 @@ type Branch struct {
 type Arg struct {
 	Kind ArgKind
 	N    uint64
-	M    *Mem // for ArgMem; may be shared by arguments and is by all starts
+	M    *Mem // for ArgMem; may be shared by arguments; each start has a copy
 }
 
-// Mem is memory that an argument points to.
+// Mem is memory that an argument points to. Arguments that are to point to the
+// same memory have the same Mem.
 type Mem struct {
+	ID     int // from 1 to Plan.Mems
 	B      []byte
 	Ptrs   []Ptr    // pointers inside B
 	Vector [][]byte // instead of B: an array of pointers to these, NULL at the end
@@ -318,6 +322,12 @@ func (b *builder) finish() *Plan {
 	}
 	for i := range b.p.Code {
 		c := &b.p.Code[i]
+		for _, a := range c.Args {
+			if a.Kind == ArgMem && a.M.ID == 0 {
+				b.p.Mems++
+				a.M.ID = b.p.Mems
+			}
+		}
 		c.Ok = resolve(i, c.Ok)
 		for j := range c.On {
 			c.On[j].To = resolve(i, c.On[j].To)

@@ -128,8 +128,9 @@ func (b *builder) workdir(cwd string, create bool) error {
 		b.call(unix.SYS_CHDIR, b.str(cwd))
 	}
 	buf := make([]byte, 4096)
-	b.call(unix.SYS_GETCWD, mem(buf), num(len(buf)))
-	b.call(OpTestMem, mem(buf), num(0), num(1), num(0xff), num('/')).to(done)
+	path := mem(buf)
+	b.call(unix.SYS_GETCWD, path, num(len(buf)))
+	b.call(OpTestMem, path, num(0), num(1), num(0xff), num('/')).to(done)
 	b.call(OpFail, num(unix.EXDEV))
 	b.mark(done)
 	return nil

@@ -156,13 +156,13 @@ func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	}
 	ns := c.builder.slot()
 	c.p.IDMaps = append(c.p.IDMaps, IDMapFD{Slot: int(ns), IDMaps: IDMaps{UID: mapText(uids), GID: mapText(gids)}})
-	attr := words(unix.MOUNT_ATTR_IDMAP, 0, 0, 0)
-	c.call(OpPoke, mem(attr), num(24), num(8), ns.arg())
+	attr := mem(words(unix.MOUNT_ATTR_IDMAP, 0, 0, 0))
+	c.call(OpPoke, attr, num(24), num(8), ns.arg())
 	var rec uint64
 	if o.ridmap {
 		rec = unix.AT_RECURSIVE
 	}
-	c.call(unix.SYS_MOUNT_SETATTR, tree.arg(), c.str(""), num(unix.AT_EMPTY_PATH|rec), mem(attr), num(32))
+	c.call(unix.SYS_MOUNT_SETATTR, tree.arg(), c.str(""), num(unix.AT_EMPTY_PATH|rec), attr, num(32))
 	c.call(unix.SYS_CLOSE, ns.arg())
 	return nil
 }

@@ -38,6 +38,7 @@ import (
 
 	"tenon.dev/tenon/internal/cgroup"
 	"tenon.dev/tenon/internal/channel"
+	"tenon.dev/tenon/internal/launch/fork"
 	"tenon.dev/tenon/internal/logs"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
@@ -162,6 +163,7 @@ func (s *Shim) touch() {
 			s.mu.Lock()
 			s.tidied = time.Now()
 			s.mu.Unlock()
+			fork.FreeMemory()
 			debug.FreeOSMemory()
 		})
 		return

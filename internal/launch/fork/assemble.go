@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,14 +17,26 @@ import (
 
 // assembly is a plan made ready for one start: pointers and descriptors filled in.
 type assembly struct {
-	m     *machine
+	*block
 	mine  int // our end of the socket
 	child []int
-	code  []instr
+	code  []instr // in the block
 	slots []uintptr
+	mems  []uintptr // addresses by Mem.ID
 
 	maskCaps bool
 	warnings []string
+}
+
+// fdMessage is a message that carries a descriptor.
+type fdMessage struct {
+	hdr unix.Msghdr
+	iov unix.Iovec
+	ctl struct {
+		hdr unix.Cmsghdr
+		fd  int32
+		_   int32
+	}
 }
 
 func (a *assembly) takeSock() int {
@@ -48,25 +59,10 @@ func (a *assembly) close() {
 		unix.Close(a.mine)
 		a.mine = -1
 	}
-}
-
-// keep pins a Go object for the life of the machine and gives its address.
-func (a *assembly) bytes(b []byte) uintptr {
-	if len(b) == 0 {
-		b = make([]byte, 8)
+	if a.block != nil {
+		a.release(true)
+		a.block = nil
 	}
-	p := unsafe.SliceData(b)
-	a.m.keep = append(a.m.keep, p)
-	return uintptr(unsafe.Pointer(p))
-}
-
-func (a *assembly) vector(v [][]byte) uintptr {
-	ptrs := make([]*byte, len(v)+1)
-	for i, b := range v {
-		ptrs[i] = unsafe.SliceData(b)
-	}
-	a.m.keep = append(a.m.keep, ptrs)
-	return uintptr(unsafe.Pointer(unsafe.SliceData(ptrs)))
 }
 
 // file is f's descriptor; the caller keeps f alive and open over the start.
@@ -82,8 +78,16 @@ func (a *assembly) above(fd, low int) (int, error) {
 	return n, nil
 }
 
+// prologue is the number of instructions before the plan's that does not depend
+// on it, and the one behind the plan's.
+const prologue = 8
+
 func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
-	a := &assembly{mine: -1, m: &machine{}}
+	blk, err := newBlock()
+	if err != nil {
+		return nil, err
+	}
+	a := &assembly{block: blk, mine: -1, mems: make([]uintptr, plan.Mems+1)}
 	defer func() {
 		if err != nil {
 			a.close()
@@ -98,7 +102,8 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 
 	low := 3 + plan.Preserve
 	a.maskCaps = plan.OwnCaps
-	a.slots = make([]uintptr, plan.Slots)
+	a.slots = allocate[uintptr](blk, plan.Slots)
+	a.code = allocate[instr](blk, len(plan.Code)+prologue+3+plan.Preserve)[:0]
 	sock := sp[1]
 	if sock < low {
 		if sock, err = a.above(sock, low); err != nil {
@@ -118,7 +123,7 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 			return nil, err
 		}
 		needed = append(needed, g, s)
-		a.m.gate, a.m.status, a.m.gated = uintptr(g), uintptr(s), true
+		a.m.gate, a.m.status = uintptr(g), uintptr(s)
 		a.slots[launch.SlotGate], a.slots[launch.SlotGateStatus] = uintptr(g), uintptr(s)
 	}
 	if plan.Target > 0 {
@@ -160,7 +165,7 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 
 	// The prologue: signals, dumpable, descriptors.
 	last := uint32(len(plan.Steps))
-	pro := func(nr uintptr, args ...uintptr) {
+	pro := func(nr uint32, args ...uintptr) {
 		in := instr{nr: nr, out: -1, step: last, ok: int32(len(a.code) + 1)}
 		copy(in.a[:], args)
 		a.code = append(a.code, in)
@@ -216,8 +221,9 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 		from = fd + 1
 	}
 	gaps = append(gaps, uintptr(from), uintptr(^uint32(0)))
-	a.m.gaps, a.m.gapsLen = unsafe.Pointer(unsafe.SliceData(gaps)), uintptr(len(gaps))
-	a.m.keep = append(a.m.keep, gaps)
+	kept := allocate[uintptr](blk, len(gaps))
+	copy(kept, gaps)
+	a.m.gaps, a.m.gapsLen = unsafe.Pointer(unsafe.SliceData(kept)), uintptr(len(kept))
 	pro(opCloseRest)
 
 	base := len(a.code)
@@ -232,13 +238,17 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 	a.code = append(a.code, instr{nr: opFail, a: [6]uintptr{uintptr(syscall.ENOSYS)}, out: -1, step: last})
 	a.m.code = unsafe.Pointer(unsafe.SliceData(a.code))
 	a.m.slots = unsafe.Pointer(unsafe.SliceData(a.slots))
-	a.m.keep = append(a.m.keep, a.code, a.slots, plan)
-	runtime.KeepAlive(stdio)
+	if blk.err != nil {
+		return nil, blk.err
+	}
+	second := blk.second
+	*second = *a.m
+	a.m.second = unsafe.Pointer(second)
 	return a, nil
 }
 
 func (a *assembly) instr(c *launch.Instr, base int) (_ instr, err error) {
-	in := instr{nr: uintptr(c.Nr), out: int32(c.Out), step: uint32(c.Step), ok: int32(c.Ok + base)}
+	in := instr{nr: c.Nr, out: int32(c.Out), step: uint32(c.Step), ok: int32(c.Ok + base)}
 	if len(c.On) > maxBranches {
 		return in, fmt.Errorf("fork: %d branches", len(c.On))
 	}
@@ -250,26 +260,8 @@ func (a *assembly) instr(c *launch.Instr, base int) (_ instr, err error) {
 			in.a[i] = uintptr(arg.N)
 			in.slots |= 1 << i
 		case launch.ArgMem:
-			if arg.M.Vector != nil {
-				in.a[i] = a.vector(arg.M.Vector)
-				continue
-			}
-			b := arg.M.B
-			if c.Nr == unix.SYS_CAPSET && i == 1 && a.maskCaps {
-				if b, err = a.ownCaps(b); err != nil {
-					return in, err
-				}
-			}
-			if len(arg.M.Ptrs) > 0 {
-				b = slices.Clone(b)
-				for _, p := range arg.M.Ptrs {
-					*(*uintptr)(unsafe.Pointer(&b[p.Off])) = a.bytes(p.B)
-				}
-			}
-			if len(b) > 0 && &b[0] == unsafe.SliceData(arg.M.B) {
-				in.a[i] = uintptr(unsafe.Pointer(&b[0])) // the plan's, which is kept
-			} else {
-				in.a[i] = a.bytes(b)
+			if in.a[i], err = a.mem(c, i, arg.M); err != nil {
+				return in, err
 			}
 		}
 	}
@@ -277,38 +269,62 @@ func (a *assembly) instr(c *launch.Instr, base int) (_ instr, err error) {
 		a.sendFD(&in)
 	}
 	for i, b := range c.On {
-		in.on[i] = branch{errno: uint32(b.Errno), to: int32(b.To + base)}
+		in.on[i] = branch{errno: uint16(b.Errno), to: int32(b.To + base)}
 		if b.Warn {
 			in.on[i].warn = 1
 		}
 	}
-	in.n = uint32(len(c.On))
+	in.n = uint16(len(c.On))
 	return in, nil
 }
 
+// mem is where the argument's memory lies in the block.
+func (a *assembly) mem(c *launch.Instr, i int, m *launch.Mem) (addr uintptr, err error) {
+	if addr := a.mems[m.ID]; addr != 0 && m.ID != 0 {
+		return addr, nil
+	}
+	b := m.B
+	if c.Nr == unix.SYS_CAPSET && i == 1 && a.maskCaps {
+		if b, err = a.ownCaps(b); err != nil {
+			return 0, err
+		}
+	}
+	switch {
+	case m.Vector != nil:
+		ptrs := allocate[uintptr](a.block, len(m.Vector)+1)
+		for i, s := range m.Vector {
+			ptrs[i] = a.bytes(s)
+		}
+		ptrs[len(m.Vector)] = 0
+		addr = uintptr(unsafe.Pointer(unsafe.SliceData(ptrs)))
+	case c.Nr == launch.OpClone:
+		args := allocate[cloneArgs](a.block, 1)
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&args[0])), unsafe.Sizeof(args[0])), b)
+		a.secondStack(&args[0])
+		addr = uintptr(unsafe.Pointer(&args[0]))
+	default:
+		kept := a.copied(b)
+		for _, p := range m.Ptrs {
+			binary.NativeEndian.PutUint64(kept[p.Off:], uint64(a.bytes(p.B)))
+		}
+		addr = uintptr(unsafe.Pointer(unsafe.SliceData(kept)))
+	}
+	a.mems[m.ID] = addr
+	return addr, nil
+}
+
 // sendFD fills in a message that carries a descriptor: Args are (_, fd, _, kind).
+// Its iovec is the child's to fill in.
 func (a *assembly) sendFD(in *instr) {
-	type rights struct {
-		hdr unix.Cmsghdr
-		fd  int32
-		_   int32
-	}
-	type msg struct {
-		hdr unix.Msghdr
-		iov unix.Iovec
-		ctl rights
-	}
-	m := &msg{}
-	m.iov.Base = (*byte)(unsafe.Pointer(&a.m.msg))
-	m.iov.SetLen(int(unsafe.Sizeof(a.m.msg)))
-	m.hdr.Iov = &m.iov
+	m := &allocate[fdMessage](a.block, 1)[0]
+	*(*uintptr)(unsafe.Pointer(&m.hdr.Iov)) = uintptr(unsafe.Pointer(&m.iov))
+	m.iov.SetLen(int(unsafe.Sizeof(message{})))
 	m.hdr.SetIovlen(1)
-	m.hdr.Control = (*byte)(unsafe.Pointer(&m.ctl))
+	*(*uintptr)(unsafe.Pointer(&m.hdr.Control)) = uintptr(unsafe.Pointer(&m.ctl))
 	m.hdr.SetControllen(int(unsafe.Sizeof(m.ctl)))
 	m.ctl.hdr.Level = unix.SOL_SOCKET
 	m.ctl.hdr.Type = unix.SCM_RIGHTS
 	m.ctl.hdr.SetLen(unix.CmsgLen(4))
-	a.m.keep = append(a.m.keep, m)
 	in.a[0] = uintptr(unsafe.Pointer(&m.hdr))
 	in.a[2] = uintptr(unsafe.Pointer(&m.ctl.fd))
 }

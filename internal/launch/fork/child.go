@@ -7,21 +7,20 @@ import (
 
 // branch is an errno's way on.
 type branch struct {
-	errno uint32 // 0: any
-	warn  uint32
+	errno uint16 // 0: any
+	warn  uint16
 	to    int32
 }
 
-// instr is an instruction as the child reads it: no Go pointers to follow but
-// the slice data, which stay alive in machine.keep.
+// instr is an instruction as the child reads it.
 type instr struct {
-	nr    uintptr
 	a     [6]uintptr
-	slots uint32 // bit i: a[i] is a slot's number
-	out   int32
+	nr    uint32
 	step  uint32
+	out   int32
 	ok    int32
-	n     uint32 // used branches
+	slots uint16 // bit i: a[i] is a slot's number
+	n     uint16 // used branches
 	on    [maxBranches]branch
 }
 
@@ -43,23 +42,22 @@ const (
 	msgReport
 )
 
-// machine is all that the child needs, allocated before the clone.
+// machine is all that the child needs. It and all that it points to lie in a
+// block: there are no pointers into Go's heap, which the child does not have.
 type machine struct {
 	code    unsafe.Pointer // *instr
 	slots   unsafe.Pointer // *uintptr
+	pc      int32          // the first instruction
+	passed  bool           // the barrier
 	sock    uintptr
 	gate    uintptr // where the barrier waits
 	status  uintptr // where errors go after the barrier
-	gated   bool
 	msg     message
-	go1     [1]byte
+	go1     [8]byte
 	sa      [4]uint64      // sigaction SIG_DFL
-	passed  bool           // the barrier
 	gaps    unsafe.Pointer // *uintptr: pairs of descriptors to close from and to
 	gapsLen uintptr
-	args    cloneArgs // here, since the stack may move while they are filled in
-	pidfd   int32
-	keep    []any
+	second  unsafe.Pointer // *machine of a child that the child clones
 }
 
 //go:linkname beforeFork syscall.runtime_BeforeFork
@@ -73,8 +71,7 @@ type cloneArgs struct {
 	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
 }
 
-// fork clones and, in the child, walks the machine. In the child it does not
-// return. The caller has locked the thread.
+// fork clones; the child walks the machine. The caller has locked the thread.
 //
 //go:norace
 //go:nosplit
@@ -84,23 +81,24 @@ func fork(m *machine, args *cloneArgs) (pid uintptr, errno syscall.Errno) {
 	// preempted until afterFork. The child is cloned with CLONE_CLEAR_SIGHAND
 	// and never comes back into Go's runtime.
 	beforeFork()
-	pid, _, errno = syscall.RawSyscall(sysClone3, uintptr(unsafe.Pointer(args)), unsafe.Sizeof(*args), 0)
-	if errno != 0 || pid != 0 {
-		afterFork()
-		return pid, errno
-	}
-	walk(m)
-	return 0, 0
+	pid, e := cloneWalk(args, unsafe.Sizeof(*args), m)
+	afterFork()
+	return pid, syscall.Errno(e)
 }
 
 // walk is the child: it does the instructions one after the other. It must not
-// allocate, grow its stack, or touch anything of the runtime.
+// allocate, grow its stack, store a pointer, or touch anything of the runtime:
+// of this program's memory it has the block alone.
 //
 //go:norace
 //go:nosplit
 //go:noinline
 func walk(m *machine) {
-	pc := int32(0)
+	if m.second == nil {
+		// The parent must know whom it hears before the next message.
+		hear(m, m.sock)
+	}
+	pc := m.pc
 	var a [6]uintptr
 	for {
 		in := (*instr)(unsafe.Add(m.code, uintptr(pc)*unsafe.Sizeof(instr{})))
@@ -115,7 +113,7 @@ func walk(m *machine) {
 		var e syscall.Errno
 		if in.nr < opBase {
 			for {
-				r, _, e = syscall.RawSyscall6(in.nr, a[0], a[1], a[2], a[3], a[4], a[5])
+				r, _, e = syscall.RawSyscall6(uintptr(in.nr), a[0], a[1], a[2], a[3], a[4], a[5])
 				if e != syscall.EINTR {
 					break
 				}
@@ -136,9 +134,9 @@ func walk(m *machine) {
 			continue
 		}
 		found := false
-		for i := uint32(0); i < in.n; i++ {
+		for i := uint16(0); i < in.n; i++ {
 			b := (*branch)(unsafe.Add(unsafe.Pointer(&in.on), uintptr(i)*unsafe.Sizeof(branch{})))
-			if b.errno == 0 || b.errno == uint32(e) {
+			if b.errno == 0 || uintptr(b.errno) == uintptr(e) {
 				if b.warn != 0 {
 					say(m, m.sock, msgWarn, in.step, uint64(e))
 				}
@@ -247,26 +245,27 @@ func pseudo(m *machine, in *instr, a *[6]uintptr) (r uintptr, e syscall.Errno, t
 		hear(m, m.gate)
 		return 0, 0, true
 	case opSendFD:
-		// a[0] is a msghdr whose iovec is m.msg's and whose control message
-		// has room for one descriptor at a[2].
+		// a[0] is a fdMessage, whose control message has room for one descriptor
+		// at a[2].
 		m.msg.kind = msgFD
 		m.msg.step = in.step
 		m.msg.value = uint64(a[3])
+		iov := unsafe.Add(*(*unsafe.Pointer)(unsafe.Pointer(&a[0])), unsafe.Offsetof(fdMessage{}.iov))
+		*(*uintptr)(iov) = uintptr(unsafe.Pointer(&m.msg))
 		*(*int32)(*(*unsafe.Pointer)(unsafe.Pointer(&a[2]))) = int32(a[1])
 		_, _, e = syscall.RawSyscall(syscall.SYS_SENDMSG, m.sock, a[0], 0)
 		return 0, e, true
 	case opClone:
-		pid, _, e := syscall.RawSyscall(sysClone3, a[0], unsafe.Sizeof(cloneArgs{}), 0)
+		// The clone has a stack and a machine of its own, in the same block.
+		next := (*machine)(m.second)
+		next.pc = in.ok
+		next.passed = m.passed
+		pid, e := cloneWalk(*(**cloneArgs)(unsafe.Pointer(&a[0])), unsafe.Sizeof(cloneArgs{}), next)
 		if e != 0 {
-			return 0, e, false
+			return 0, syscall.Errno(e), false
 		}
-		if pid != 0 {
-			say(m, m.sock, msgPid, in.step, uint64(pid))
-			exit(0)
-		}
-		// The parent must know whom it hears before the next message.
-		hear(m, m.sock)
-		return 0, 0, true
+		say(m, m.sock, msgPid, in.step, uint64(pid))
+		exit(0)
 	case opReport:
 		say(m, m.sock, msgReport, in.step, uint64(a[0])<<32|uint64(uint32(a[1])))
 		return 0, 0, true

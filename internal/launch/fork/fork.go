@@ -1,9 +1,18 @@
 // Package fork walks a launch.Plan in a forked child of this process.
 //
-// Start clones the calling process, without executing anything: the child has a
-// copy of the memory, runs on the copied stack of one locked thread, and does
+// Start clones the calling process, without executing anything: the child runs
+// in a block of memory that was prepared for it, on a stack of its own, and does
 // nothing but raw system calls from the plan until it executes the user's
 // program. See launch for what the steps are.
+//
+// The child does not share this program's memory (CLONE_VM) but the block: the
+// kernel kills all processes with one memory at once, so that a container's own
+// memory limit would end this program; it would spread the child's
+// oom_score_adj; and a child may wait at the barrier for days. But it does not
+// copy the memory either: heap and data are kept out of it. So a program that uses
+// this package must not fork by other means and use the heap in the child; the
+// standard library's exec shares the memory and may be used, without Cloneflags
+// of a user namespace.
 //
 // Life of a Process: Start returns at the barrier (all set up but the exec) or
 // with the step that failed; Exec lifts the barrier; Wait returns the exit

@@ -45,7 +45,9 @@ const (
 type process struct {
 	plan *launch.Plan
 	sock int // our end, -1 when closed
-	mu   sync.Mutex
+	// block is what the child lives in until it executes the program.
+	block *block
+	mu    sync.Mutex
 	// below mu
 	lifted   bool
 	copy     [3]*os.File // what a copy-up is from and to, and the root
@@ -67,11 +69,16 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		return nil, err
 	}
 	defer a.close()
-	args := &a.m.args
+	// On the heap, since the stack may move while they are filled in.
+	c := &struct {
+		args  cloneArgs
+		pidfd int32
+	}{pidfd: -1}
+	args := &c.args
 	args.flags = plan.Clone | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND
 	args.exitSignal = uint64(unix.SIGCHLD)
-	a.m.pidfd = -1
-	args.pidfd = uint64(uintptr(unsafe.Pointer(&a.m.pidfd)))
+	args.pidfd = uint64(uintptr(unsafe.Pointer(&c.pidfd)))
+	a.firstStack(args)
 	if plan.CgroupDir != "" {
 		fd, err := openCgroup(plan.CgroupDir)
 		if err != nil {
@@ -81,6 +88,7 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		args.flags |= unix.CLONE_INTO_CGROUP
 		args.cgroup = uint64(fd)
 	}
+	keepHeap()
 	pid, errno := cloneIn(plan, a.m, args)
 	if (errno == unix.EBUSY || errno == unix.EOPNOTSUPP) && plan.CgroupDir != "" && plan.Target > 0 {
 		// The container has made groups of its own below and moved into one:
@@ -97,14 +105,15 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		args.cgroup = uint64(fd)
 		pid, errno = cloneIn(plan, a.m, args)
 	}
-	runtime.KeepAlive(a)
+	runtime.KeepAlive(c)
 	if errno != 0 {
 		return nil, &StepError{Step: "clone", Errno: errno}
 	}
-	p := &Process{Pid: pid, PidFD: newPidfd(int(a.m.pidfd), pid)}
+	p := &Process{Pid: pid, PidFD: newPidfd(int(c.pidfd), pid)}
 	p.plan = plan
 	p.Warnings = a.warnings
 	p.sock = a.takeSock()
+	p.block, a.block = a.block, nil
 	p.done = make(chan struct{})
 	a.closeChild()
 	if err := p.follow(stdio); err != nil {
@@ -438,6 +447,7 @@ func (p *Process) abort() {
 		}
 	}
 	p.Console, p.SeccompListener = nil, nil
+	p.freeBlock(true) // it is dead
 	p.Close()
 }
 
@@ -466,13 +476,15 @@ func (p *Process) exec() error {
 		}
 		if !ok {
 			p.closeSock()
-			p.plan = nil // of no use to a program that runs for days
+			p.freeBlock(true) // it executes the program, or has ended
+			p.plan = nil      // of no use to a program that runs for days
 			return nil
 		}
 		if m.kind == msgError {
 			err := p.stepError(m)
 			_, _ = p.Wait() // the step says more
 			p.closeSock()
+			p.freeBlock(true)
 			return err
 		}
 		if m.kind == msgWarn {
@@ -488,7 +500,20 @@ func (p *Process) closeSock() {
 	}
 }
 
+// freeBlock frees the child's memory; if it has no use of it any more, for the
+// next one.
+func (p *Process) freeBlock(done bool) {
+	p.mu.Lock()
+	b := p.block
+	p.block = nil
+	p.mu.Unlock()
+	if b != nil {
+		b.release(done)
+	}
+}
+
 func (p *Process) close() error {
 	p.closeSock()
+	p.freeBlock(false)
 	return p.PidFD.Close()
 }
