@@ -3,6 +3,8 @@ BIN     := bin
 PROGS   := tenon tenond tenon-shim tenon-dns tenon-oci
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X tenon.dev/tenon/internal/version.Version=$(VERSION)
+# tenon-oci protects its file before Go's runtime starts (internal/shim/oci/entry_amd64.s).
+ENTRY   := $(if $(filter amd64,$(shell go env GOARCH)),-ldflags './cmd/tenon-oci=$(LDFLAGS) -E tenon_oci_entry')
 export CGO_ENABLED := 0
 
 .PHONY: all build run stop clean-state test test-v2 vet fuzz bench install help
@@ -13,7 +15,7 @@ help: ## this list
 
 build: ## the programs, into bin/
 	@mkdir -p $(BIN)
-	go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGS))
+	go build -trimpath -ldflags '$(LDFLAGS)' $(ENTRY) -o $(BIN)/ $(addprefix ./cmd/,$(PROGS))
 
 run: ## install what is missing, build, start the daemon, run real containers
 	@scripts/run
