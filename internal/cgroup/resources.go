@@ -367,6 +367,10 @@ func cpuV1(d string, c *specs.LinuxCPU) error {
 	}
 	if c.RealtimeRuntime != nil && *c.RealtimeRuntime != 0 {
 		setNumber(&s, "cpu.rt_runtime_us", c.RealtimeRuntime)
+		if errors.Is(s.err, unix.EINVAL) {
+			parent := filepath.Join(filepath.Dir(d), "cpu.rt_runtime_us")
+			return fmt.Errorf("real-time budget of %d µs: the group above has less left to give away (see %s): %w", *c.RealtimeRuntime, parent, errdefs.ErrInvalidArgument)
+		}
 	}
 	setNumber(&s, "cpu.idle", c.Idle)
 	return s.err

@@ -72,6 +72,9 @@ func (c *ctr) execIDs() []string {
 	return ids
 }
 
+// facts are annotations that inspect alone writes; they are taken from nobody.
+var facts = []string{"tenon.isolation", "tenon.boot-id", "tenon.kernel"}
+
 func (e *Engine) shownHostConfig(r *container.Record) *mobycontainer.HostConfig {
 	h := *r.HostConfig
 	h.Annotations = map[string]string{}

@@ -188,6 +188,12 @@ func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig,
 	if h.NetworkMode.IsHost() && (len(h.PortBindings) > 0 || h.PublishAllPorts) {
 		warnings = append(warnings, "Published ports are discarded when using host network mode")
 	}
+	for _, k := range facts { // of another container, of which this request is a copy
+		if _, ok := h.Annotations[k]; ok {
+			h.Annotations = maps.Clone(h.Annotations)
+			delete(h.Annotations, k)
+		}
+	}
 	if h.Links == nil {
 		h.Links = []string{}
 	}

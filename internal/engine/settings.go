@@ -191,16 +191,23 @@ func (e *Engine) checkCPUs(r *mobycontainer.Resources) error {
 	if r.NanoCPUs > int64(n)*1e9 || r.NanoCPUs > 0 && r.NanoCPUs < 1e7 {
 		return invalid("range of CPUs is from 0.01 to %d.00, as there are only %d CPUs available", n, n)
 	}
-	for _, set := range []struct{ what, text string }{{"CPUs", r.CpusetCpus}} {
-		for _, part := range strings.Split(set.text, ",") {
-			_, last, ok := strings.Cut(part, "-")
-			if !ok {
-				last = part
-			}
-			if i, err := strconv.Atoi(last); err == nil && i >= n {
-				return invalid("Requested %s are not available - requested %s, available: 0-%d", set.what, set.text, n-1)
+	for _, set := range []struct{ what, text, there string }{{"CPUs", r.CpusetCpus, e.cfg.Kernel.Facts().CPUSet}, {"memory nodes", r.CpusetMems, e.cfg.Kernel.Facts().MemorySet}} {
+		asked, err := spec.ParseSet(set.text)
+		if err != nil {
+			return err
+		}
+		there, err := spec.ParseSet(set.there)
+		if err != nil || len(there) == 0 {
+			continue // not known: the kernel decides
+		}
+		for n := range asked {
+			if !there[n] {
+				return invalid("Requested %s are not available - requested %s, available: %s", set.what, set.text, set.there)
 			}
 		}
+	}
+	if (r.CPURealtimePeriod != 0 || r.CPURealtimeRuntime != 0) && !e.cfg.Kernel.Facts().RealTime {
+		return invalid("kernel does not support CPU real-time scheduler")
 	}
 	return nil
 }

@@ -26,8 +26,13 @@ type Facts struct {
 	// Capabilities are those that the shim can give to containers.
 	Capabilities []string
 	CPUs         int
-	Memory       int64 // bytes
-	Swap         int64 // bytes
+	// CPUSet and MemorySet list the processors and memory nodes that containers
+	// can be bound to, as in "0-3,6"; empty if that is not known.
+	CPUSet, MemorySet string
+	// RealTime says that control groups have a budget of real-time scheduling.
+	RealTime bool
+	Memory   int64 // bytes
+	Swap     int64 // bytes
 }
 
 // minMemory is the least that containers get together, in bytes.

@@ -8,6 +8,7 @@ import (
 	"hash/maphash"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -163,7 +164,7 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 	if err := s.recordCgroup(r.id, path); err != nil {
 		return nil, err
 	}
-	if c.group, err = cgroup.Create(path, res); err != nil {
+	if c.group, err = cgroup.Create(path, res, writableGroups(r.spec)...); err != nil {
 		s.forgetCgroup(r.id, path)
 		return nil, fmt.Errorf("cgroup: %w", err)
 	}
@@ -347,6 +348,21 @@ func (c *container) unsettle() {
 	if stop != nil {
 		stop()
 	}
+}
+
+// writableGroups are the controllers of all v1 hierarchies, for a container that
+// may write to control groups (a privileged one): it is shown every hierarchy, of
+// which it must have a group of its own, so as not to be shown the host's.
+func writableGroups(s *specs.Spec) (list []string) {
+	if !slices.ContainsFunc(s.Mounts, func(m specs.Mount) bool { return m.Type == "cgroup" && !slices.Contains(m.Options, "ro") }) {
+		return nil
+	}
+	for _, h := range cgroup.Hierarchies() {
+		if !h.V2 {
+			list = append(list, strings.Split(h.Controllers, ",")...)
+		}
+	}
+	return list
 }
 
 // oomKills reads the counter of kills.

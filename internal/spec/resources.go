@@ -37,7 +37,7 @@ func Resources(h *container.Resources, d Defaults) *specs.LinuxResources {
 func cpu(h *container.Resources) *specs.LinuxCPU {
 	c := specs.LinuxCPU{Cpus: h.CpusetCpus, Mems: h.CpusetMems}
 	if h.CPUShares > 0 {
-		c.Shares = ptr(uint64(h.CPUShares))
+		c.Shares = ptr(uint64(min(max(h.CPUShares, 2), 262144))) // what kernels know; clients may say more
 	}
 	if h.NanoCPUs > 0 {
 		const period = 100_000 // microseconds

@@ -2,7 +2,7 @@ package spec
 
 import (
 	"path"
-	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -203,15 +203,43 @@ func ValidateResources(r *container.Resources) error {
 		d := r.DeviceRequests[0]
 		return invalid("could not select device driver %q with capabilities: %v", d.Driver, d.Capabilities)
 	}
-	for _, s := range []string{r.CpusetCpus, r.CpusetMems} {
-		if !cpuSet.MatchString(s) {
-			return invalid("Invalid value %s for cpuset cpus", s)
-		}
+	if r.CPURealtimePeriod != 0 && r.CPURealtimeRuntime > r.CPURealtimePeriod {
+		return invalid("cpu real-time runtime cannot be higher than cpu real-time period")
+	}
+	if _, err := ParseSet(r.CpusetCpus); err != nil {
+		return invalid("Invalid value %s for cpuset cpus", r.CpusetCpus)
+	}
+	if _, err := ParseSet(r.CpusetMems); err != nil {
+		return invalid("Invalid value %s for cpuset mems", r.CpusetMems)
 	}
 	return nil
 }
 
-var cpuSet = regexp.MustCompile(`^([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?$`)
+// maxSet is the kernel's greatest number of processors, as Docker has it.
+const maxSet = 8192
+
+// ParseSet reads a list of numbers and ranges, such as 0-3,6. Empty is none.
+func ParseSet(text string) (map[int]bool, error) {
+	set := map[int]bool{}
+	if text == "" {
+		return set, nil
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		from, to, isRange := strings.Cut(part, "-")
+		if !isRange {
+			to = from
+		}
+		a, err1 := strconv.ParseUint(from, 10, 16)
+		b, err2 := strconv.ParseUint(to, 10, 16)
+		if err1 != nil || err2 != nil || a > b || b >= maxSet {
+			return nil, invalid("invalid list of numbers %q", text)
+		}
+		for n := a; n <= b; n++ {
+			set[int(n)] = true
+		}
+	}
+	return set, nil
+}
 
 func validateLists(_ *container.Config, h *container.HostConfig) error {
 	for _, r := range h.DeviceCgroupRules {

@@ -88,6 +88,13 @@ func (h *Host) readFacts() error {
 	h.facts.Memory = int64(si.Totalram) * int64(si.Unit)
 	h.facts.Swap = int64(si.Totalswap) * int64(si.Unit)
 	h.facts.CPUs = runtime.NumCPU()
+	h.facts.CPUSet = firstLine("/sys/fs/cgroup/cpuset/cpuset.effective_cpus", "/sys/fs/cgroup/cpuset.cpus.effective", "/sys/devices/system/cpu/online")
+	h.facts.MemorySet = firstLine("/sys/fs/cgroup/cpuset/cpuset.effective_mems", "/sys/fs/cgroup/cpuset.mems.effective", "/sys/devices/system/node/online")
+	for _, dir := range []string{"cpu", "cpu,cpuacct"} {
+		if _, err := os.Stat("/sys/fs/cgroup/" + dir + "/cpu.rt_runtime_us"); err == nil && !h.facts.CgroupV2 {
+			h.facts.RealTime = true
+		}
+	}
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var caps [2]unix.CapUserData
 	if err := unix.Capget(&hdr, &caps[0]); err != nil {
@@ -95,6 +102,16 @@ func (h *Host) readFacts() error {
 	}
 	h.facts.Capabilities = spec.CapabilityNames(uint64(caps[0].Permitted) | uint64(caps[1].Permitted)<<32)
 	return nil
+}
+
+// firstLine is the content of the first file that there is.
+func firstLine(paths ...string) string {
+	for _, p := range paths {
+		if b, err := os.ReadFile(p); err == nil && len(b) > 1 {
+			return strings.TrimSpace(string(b))
+		}
+	}
+	return ""
 }
 
 // Socket is where the shim listens.
