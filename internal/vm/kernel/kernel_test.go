@@ -22,7 +22,7 @@ func cacheDir() string {
 	if base == "" {
 		base = "/var/cache/tenon-test"
 	}
-	return filepath.Join(base, "vm", "kernel")
+	return filepath.Join(base, "kernel")
 }
 
 func limited(t *testing.T) context.Context {

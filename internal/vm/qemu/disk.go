@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
+
+	"tenon.dev/tenon/internal/vm/qmp"
 )
 
 // Disk is a file that a guest gets as a block device.
@@ -52,9 +55,20 @@ func (p *Process) node(ctx context.Context, name string, d Disk) (err error) {
 	return err
 }
 
+// letGo is how long QEMU itself may take to let go of a disk whose device is
+// gone.
+const letGo = 10 * time.Second
+
 func (p *Process) dropNode(ctx context.Context, name string) error {
-	if _, err := p.run(ctx, "blockdev-del", map[string]any{"node-name": name}); err != nil {
-		return err
+	var qe *qmp.Error
+	for end := time.Now().Add(letGo); ; time.Sleep(time.Millisecond) {
+		_, err := p.run(ctx, "blockdev-del", map[string]any{"node-name": name})
+		if err == nil {
+			break
+		}
+		if !errors.As(err, &qe) || !strings.Contains(qe.Desc, "in use") || time.Now().After(end) {
+			return err
+		}
 	}
 	p.mu.Lock()
 	set := p.sets[name]

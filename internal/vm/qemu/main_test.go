@@ -56,7 +56,7 @@ func prepare() (err error) {
 	if cache == "" {
 		cache = "/var/cache/tenon-test"
 	}
-	k, err := kernel.Find(ctx, kernel.Config{Kernel: kernel.Debian, Dir: filepath.Join(cache, "vm", "kernel")})
+	k, err := kernel.Find(ctx, kernel.Config{Kernel: kernel.Debian, Dir: filepath.Join(cache, "kernel")})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,379 @@
+// Package hostfs serves a directory, or a single file, of the host to a guest,
+// by FUSE messages over a byte stream.
+//
+// The guest's kernel is hostile. So a server runs in a process of its own that
+// sees nothing but the tree it serves (package vm's jail), and inside of that:
+// each name is one component that is looked up below a directory's descriptor
+// without following links; nodes and handles are numbers in tables here; device
+// nodes are not made; what is asked at once is bounded.
+//
+//	hostfs.go  the stream and the table of nodes
+//	names.go   looking up, making, renaming, removing, reading directories
+//	files.go   opening, reading, writing
+//	attrs.go   attributes, extended attributes
+//	locks.go   locks, which hold between guests and the host's processes
+//
+// Permissions are checked in the guest (default_permissions); what it makes
+// belongs to the user who made it there.
+package hostfs
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxWrite is the most data of one message, in bytes; the guest's side takes
+	// up to a MiB.
+	maxWrite   = 256 << 10
+	maxMessage = maxWrite + 4096
+	// inFlight is how many requests are worked on at once.
+	inFlight = 32
+	// maxWaiting is how many may wait for locks.
+	maxWaiting = 1024
+)
+
+// Options say how a tree is served.
+type Options struct {
+	// Root is a descriptor of the tree's root (O_PATH will do). The server owns
+	// it.
+	Root     int
+	ReadOnly bool
+	// Cache is how long the guest may keep names and attributes. With 0 it sees
+	// at once what others change.
+	Cache time.Duration
+}
+
+// node is a file that the guest knows.
+type node struct {
+	id   uint64
+	fd   int // O_PATH
+	key  key
+	refs uint64 // lookups that the guest has not forgotten
+	mode uint32 // type bits
+}
+
+// key identifies a file on the host.
+type key struct {
+	dev, ino uint64
+}
+
+// handle is an open file or directory.
+type handle struct {
+	f    *os.File
+	fd   int
+	node uint64
+
+	mu   sync.Mutex // of a directory's position, and of flocks
+	pos  int64
+	rest []byte // entries that were read and not given
+}
+
+// server is the file system. It implements fuse.RawFileSystem.
+type server struct {
+	fuse.RawFileSystem // answers ENOSYS to what is not here
+	opts               Options
+
+	mu      sync.Mutex
+	nodes   map[uint64]*node
+	byKey   map[key]*node
+	next    uint64
+	handles map[uint64]*handle
+	nextFH  uint64
+	locks   map[lockKey]*lockFile
+
+	done chan struct{} // closed when the stream has ended
+}
+
+// Serve answers the guest's messages on conn until it ends, and frees
+// everything. A guest that breaks the protocol is an error. The process needs
+// /proc, and a umask of 0: the guest's kernel has applied its callers'.
+func Serve(conn io.ReadWriter, o Options) error {
+	s := newServer(o)
+	defer s.close()
+	if err := s.enterRoot(); err != nil {
+		return err
+	}
+	return s.loop(conn, s.protocol())
+}
+
+func newServer(o Options) *server {
+	return &server{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(), opts: o,
+		nodes: map[uint64]*node{}, byKey: map[key]*node{}, next: fuse.FUSE_ROOT_ID + 1,
+		handles: map[uint64]*handle{}, locks: map[lockKey]*lockFile{}, done: make(chan struct{}),
+	}
+}
+
+// enterRoot makes the tree's root the first node.
+func (s *server) enterRoot() error {
+	var st unix.Stat_t
+	if err := unix.Fstat(s.opts.Root, &st); err != nil {
+		unix.Close(s.opts.Root)
+		return os.NewSyscallError("fstat", err)
+	}
+	root := &node{id: fuse.FUSE_ROOT_ID, fd: s.opts.Root, key: key{uint64(st.Dev), st.Ino}, refs: 1, mode: st.Mode & unix.S_IFMT}
+	s.nodes[root.id], s.byKey[root.key] = root, root
+	return nil
+}
+
+// protocol takes messages apart.
+func (s *server) protocol() *fuse.ProtocolServer {
+	return fuse.NewProtocolServer(s, &fuse.MountOptions{
+		MaxWrite: maxWrite, MaxReadAhead: maxWrite, EnableLocks: true, MaxBackground: inFlight, Logger: log.New(io.Discard, "", 0),
+		ExtraCapabilities: fuse.CAP_ATOMIC_O_TRUNC,
+	})
+}
+
+// buffers hold whole messages.
+var buffers = sync.Pool{New: func() any {
+	b := make([]byte, maxMessage)
+	return &b
+}}
+
+// loop reads requests and answers each in a goroutine of its own.
+func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error) {
+	var (
+		wg   sync.WaitGroup
+		wmu  sync.Mutex
+		slot = make(chan struct{}, inFlight)
+		wait = make(chan struct{}, maxWaiting)
+	)
+	defer wg.Wait()
+	defer close(s.done) // wakes who waits for a lock
+	for {
+		var head [4]byte
+		if _, err := io.ReadFull(conn, head[:]); err != nil {
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return fmt.Errorf("hostfs: %w", err)
+		}
+		n := binary.NativeEndian.Uint32(head[:])
+		if n < inHeaderSize || n > maxMessage {
+			return fmt.Errorf("hostfs: request of %d bytes", n)
+		}
+		in := buffers.Get().(*[]byte)
+		copy(*in, head[:])
+		if _, err := io.ReadFull(conn, (*in)[4:n]); err != nil {
+			return fmt.Errorf("hostfs: %w", err)
+		}
+		serve := func() {
+			defer buffers.Put(in)
+			out := buffers.Get().(*[]byte)
+			defer buffers.Put(out)
+			size := answer(proto, (*in)[:n], *out)
+			if size == 0 {
+				return
+			}
+			wmu.Lock()
+			defer wmu.Unlock()
+			_, _ = conn.Write((*out)[:size]) // its failure is the next read's
+		}
+		opcode := binary.NativeEndian.Uint32((*in)[4:])
+		switch opcode {
+		case opInit, opForget, opBatchForget, opInterrupt:
+			serve() // in their order
+			continue
+		}
+		slot := slot
+		if opcode == opSetLkw {
+			slot = wait // an unlock must not wait behind it
+		}
+		slot <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slot }()
+			serve()
+		})
+	}
+}
+
+// Of struct fuse_in_header and enum fuse_opcode (include/uapi/linux/fuse.h).
+const (
+	inHeaderSize  = 40
+	outHeaderSize = 16
+
+	opForget      = 2
+	opInit        = 26
+	opSetLkw      = 33
+	opInterrupt   = 36
+	opBatchForget = 42
+)
+
+// answer returns the reply's size, 0 if there is none. A request that the
+// library can't parse is answered EIO.
+func answer(proto *fuse.ProtocolServer, in, out []byte) (size int) {
+	opcode, unique := binary.NativeEndian.Uint32(in[4:]), binary.NativeEndian.Uint64(in[8:])
+	failed := func() int {
+		if opcode == opForget || opcode == opBatchForget || opcode == opInterrupt {
+			return 0
+		}
+		binary.NativeEndian.PutUint32(out, outHeaderSize)
+		binary.NativeEndian.PutUint32(out[4:], ^uint32(unix.EIO)+1) // negative
+		binary.NativeEndian.PutUint64(out[8:], unique)
+		return outHeaderSize
+	}
+	defer func() {
+		if recover() != nil { // the library trusts kernels
+			size = failed()
+		}
+	}()
+	n, status := proto.HandleRequest([][]byte{in}, [][]byte{out})
+	if !status.Ok() {
+		return failed()
+	}
+	return n
+}
+
+// close frees what a guest has left.
+func (s *server) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.handles {
+		h.f.Close()
+	}
+	for _, l := range s.locks {
+		l.f.Close()
+	}
+	for _, n := range s.nodes {
+		unix.Close(n.fd)
+	}
+	s.nodes, s.byKey, s.handles, s.locks = nil, nil, nil, nil
+}
+
+func (s *server) String() string { return "hostfs" }
+
+// errno is the error as FUSE has it.
+func errno(err error) fuse.Status {
+	if err == nil {
+		return fuse.OK
+	}
+	var e syscall.Errno
+	if errors.As(err, &e) {
+		return fuse.Status(e)
+	}
+	return fuse.EIO
+}
+
+// node finds what a number means. The descriptor lives as long as the guest
+// does not forget it; one that forgets what it uses harms itself.
+func (s *server) node(id uint64) (*node, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes[id]
+	if n == nil {
+		return nil, unix.ESTALE
+	}
+	return n, nil
+}
+
+// enter puts a file that was looked up into the table; it owns fd.
+func (s *server) enter(fd int, out *fuse.EntryOut) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		unix.Close(fd)
+		return err
+	}
+	k := key{uint64(st.Dev), st.Ino}
+	s.mu.Lock()
+	n := s.byKey[k]
+	if n != nil {
+		n.refs++
+		s.mu.Unlock()
+		unix.Close(fd)
+	} else {
+		n = &node{id: s.next, fd: fd, key: k, refs: 1, mode: st.Mode & unix.S_IFMT}
+		s.next++
+		s.nodes[n.id], s.byKey[k] = n, n
+		s.mu.Unlock()
+	}
+	out.NodeId = n.id
+	out.Generation = 1
+	out.SetEntryTimeout(s.opts.Cache)
+	out.SetAttrTimeout(s.opts.Cache)
+	fillAttr(&out.Attr, &st)
+	return nil
+}
+
+// Forget drops lookups of a node.
+func (s *server) Forget(id, lookups uint64) {
+	if id == fuse.FUSE_ROOT_ID {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.nodes[id]
+	if n == nil {
+		return
+	}
+	if n.refs -= min(lookups, n.refs); n.refs == 0 {
+		delete(s.nodes, id)
+		delete(s.byKey, n.key)
+		unix.Close(n.fd)
+	}
+}
+
+func (s *server) addHandle(h *handle) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.nextFH++
+	s.handles[s.nextFH] = h
+	return s.nextFH
+}
+
+func (s *server) handle(fh uint64) (*handle, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.handles[fh]
+	if h == nil {
+		return nil, unix.EBADF
+	}
+	return h, nil
+}
+
+func (s *server) dropHandle(fh uint64) {
+	s.mu.Lock()
+	h := s.handles[fh]
+	delete(s.handles, fh)
+	s.mu.Unlock()
+	if h != nil {
+		h.f.Close()
+	}
+}
+
+// reopen opens a node's file itself.
+func (s *server) reopen(n *node, flags int) (int, error) {
+	switch n.mode {
+	case unix.S_IFREG, unix.S_IFDIR:
+	case unix.S_IFLNK:
+		return -1, unix.ELOOP
+	default:
+		return -1, unix.ENXIO // guests open devices and pipes of their own kernel
+	}
+	return unix.Open(s.link(n), flags&^unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+}
+
+// link is a path that leads to a node: for the calls that take no O_PATH
+// descriptor.
+func (s *server) link(n *node) string {
+	return "/proc/self/fd/" + strconv.Itoa(n.fd)
+}
+
+// writable says whether changes may be made.
+func (s *server) writable() error {
+	if s.opts.ReadOnly {
+		return unix.EROFS
+	}
+	return nil
+}
