@@ -47,12 +47,15 @@ type Launcher struct {
 	jobs chan func()
 	done chan struct{}
 	once sync.Once
+
+	mu   sync.Mutex
+	live map[*Process]struct{}
 }
 
 // NewLauncher makes a Launcher. self is the program that calls Jailed when its
 // first argument is JailArg.
 func NewLauncher(self string) *Launcher {
-	l := &Launcher{self: self, jobs: make(chan func()), done: make(chan struct{})}
+	l := &Launcher{self: self, jobs: make(chan func()), done: make(chan struct{}), live: map[*Process]struct{}{}}
 	go func() {
 		runtime.LockOSThread() // never unlocked
 		for {
@@ -67,8 +70,17 @@ func NewLauncher(self string) *Launcher {
 	return l
 }
 
-// Close kills what was started and still runs.
-func (l *Launcher) Close() { l.once.Do(func() { close(l.done) }) }
+// Close kills what was started and still runs. It does not wait.
+func (l *Launcher) Close() {
+	l.once.Do(func() { close(l.done) })
+	// The thread's end kills them too, unless it is the program's first, which
+	// the runtime keeps.
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for p := range l.live {
+		p.Kill()
+	}
+}
 
 func (l *Launcher) do(f func() error) error {
 	res := make(chan error, 1)
@@ -177,7 +189,15 @@ func (l *Launcher) Start(ctx context.Context, c Config) (_ *Process, err error) 
 	if err := l.do(p.cmd.Start); err != nil {
 		return nil, fmt.Errorf("qemu: start: %w", err)
 	}
-	go p.wait()
+	l.mu.Lock()
+	l.live[p] = struct{}{}
+	l.mu.Unlock()
+	go func() {
+		p.wait()
+		l.mu.Lock()
+		delete(l.live, p)
+		l.mu.Unlock()
+	}()
 	for _, f := range own {
 		f.Close() // so that an end is seen
 	}
