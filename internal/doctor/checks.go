@@ -12,6 +12,8 @@ import (
 
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/vm/accel"
 )
 
 func kernel(context.Context, Options) Check {
@@ -257,7 +259,7 @@ func kvm(ctx context.Context, _ Options) Check {
 	err := probeKVM(ctx)
 	path, lookErr := exec.LookPath(qemuName())
 	if err == nil && lookErr == nil {
-		err = probeGuest(ctx, path, "kvm")
+		err = accel.Probe(ctx, path, "kvm")
 	}
 	switch {
 	case err == nil && lookErr == nil:

@@ -3,6 +3,8 @@ package doctor
 import (
 	"os/exec"
 	"testing"
+
+	"tenon.dev/tenon/internal/vm/accel"
 )
 
 // Every check answers, and each that isn't ok says what to do.
@@ -31,7 +33,7 @@ func TestTinyGuestRunsEmulated(t *testing.T) {
 	if err != nil {
 		t.Fatal("the test set-up installs qemu-system-x86: ", err)
 	}
-	if err := probeGuest(t.Context(), path, "tcg"); err != nil {
+	if err := accel.Probe(t.Context(), path, "tcg"); err != nil {
 		t.Error(err)
 	}
 }

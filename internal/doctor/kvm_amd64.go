@@ -40,7 +40,7 @@ func ioctl(fd, req, arg uintptr, what string) (int, error) {
 
 // probeKVM makes a virtual machine with one CPU that runs one instruction (hlt)
 // in real mode. Hypervisors that only imitate KVM may pass it, so it proves a
-// lack, never a presence: see probeGuest.
+// lack, never a presence: see accel.Probe.
 func probeKVM(ctx context.Context) error {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
