@@ -115,7 +115,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		return nil, err
 	}
 	d.closers = append(d.closers, d.networks.Close)
-	kernel, err := host.New(host.Config{Shim: shim, RunRoot: cfg.RunRoot, Name: cfg.Name, MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve), Log: log})
+	kernel, err := host.New(host.Config{Shim: shim, RunRoot: cfg.RunRoot, Name: cfg.Name, MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve), CDIDirs: cfg.CDISpecDirs, Log: log})
 	if err != nil {
 		return nil, err
 	}

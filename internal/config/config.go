@@ -45,6 +45,8 @@ type Config struct {
 	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
 	ImageBudget string `toml:"image-budget" comment:"disk space that images may take before unused ones are removed, oldest first; 0 unbounded"`
 
+	CDISpecDirs []string `toml:"cdi-spec-dirs" comment:"where specifications of the Container Device Interface lie (--device VENDOR/CLASS=NAME, --gpus); later ones win"`
+
 	TLS TLS `toml:"tls" comment:"of tcp:// hosts"`
 }
 
@@ -115,6 +117,7 @@ func Default() *Config {
 		DefaultIsolation: "process",
 		DefaultRuntime:   "tenon",
 		ImageBudget:      "0",
+		CDISpecDirs:      []string{"/etc/cdi", "/var/run/cdi"},
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
 		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g"},
 		Network: Network{

@@ -98,6 +98,7 @@ func (c *Config) flags(fs *pflag.FlagSet) (pools *[]string) {
 	fs.IntVar(&c.Network.Ready, "ready-networks", c.Network.Ready, "network namespaces kept ready")
 	fs.StringArrayVar(&c.Network.DNS, "dns", c.Network.DNS, "upstream DNS server, may be given several times")
 	fs.StringArrayVar(&c.Registries.Insecure, "insecure-registry", c.Registries.Insecure, "registry host or network that may speak plain HTTP")
+	fs.StringArrayVar(&c.CDISpecDirs, "cdi-spec-dir", c.CDISpecDirs, "directory of CDI specifications, may be given several times")
 	fs.StringVar(&c.TLS.CA, "tlscacert", c.TLS.CA, "CA of clients' certificates, for tcp:// hosts")
 	fs.StringVar(&c.TLS.Cert, "tlscert", c.TLS.Cert, "certificate of tcp:// hosts")
 	fs.StringVar(&c.TLS.Key, "tlskey", c.TLS.Key, "key of it")

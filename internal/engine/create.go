@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/events"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/image"
@@ -141,6 +142,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 		return nil, nil, err
 	}
 	if _, err := e.planDevices(h); err != nil {
+		return nil, nil, err
+	}
+	if err := e.injectDevices(&specs.Spec{}, h.DeviceRequests); err != nil { // they are there
 		return nil, nil, err
 	}
 	if r.Mounts, err = e.planMounts(r); err != nil {

@@ -67,6 +67,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		info.Runtimes[name] = system.RuntimeWithStatus{Runtime: system.Runtime{Path: r.Path, Args: r.Args}}
 	}
 	e.count(ctx, info)
+	e.describeDevices(info)
 	if e.cfg.Describe != nil {
 		e.cfg.Describe(info)
 	}

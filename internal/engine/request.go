@@ -48,6 +48,9 @@ func (e *Engine) taskRequest(c *ctr, rn *run, p *prepared) (task.CreateRequest, 
 	if err != nil {
 		return req, err
 	}
+	if err := e.injectDevices(s, r.HostConfig.DeviceRequests); err != nil {
+		return req, err
+	}
 	req.Spec, err = spec.Encode(s)
 	return req, err
 }

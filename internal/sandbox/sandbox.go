@@ -100,3 +100,13 @@ type Sandbox interface {
 	// Init is the path of the program that --init puts first.
 	Init() (string, error)
 }
+
+// NamedDevices is a Sandbox whose kernel's devices have names of the Container
+// Device Interface (VENDOR/CLASS=NAME).
+type NamedDevices interface {
+	// CDI lists where specifications lie, and the names that they give.
+	CDI() (dirs, devices []string)
+	// InjectCDI adds devices to a container's specification. InvalidArgument if
+	// one is not known, or can't be added.
+	InjectCDI(s *specs.Spec, devices []string) error
+}

@@ -266,9 +266,6 @@ func TestValidateRefuses(t *testing.T) {
 		"health interval": func(c *container.Config, _ *container.HostConfig) {
 			c.Healthcheck = &container.HealthConfig{Interval: 1}
 		},
-		"gpu": func(_ *container.Config, h *container.HostConfig) {
-			h.DeviceRequests = []container.DeviceRequest{{Count: -1}}
-		},
 		"hyper-v":          func(_ *container.Config, h *container.HostConfig) { h.Isolation = "hyperv" },
 		"hostname and net": func(c *container.Config, h *container.HostConfig) { c.Hostname, h.NetworkMode = "x", "container:y" },
 	} {

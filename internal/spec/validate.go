@@ -199,10 +199,6 @@ func ValidateResources(r *container.Resources) error {
 	case r.BlkioWeight > 0 && (r.BlkioWeight < 10 || r.BlkioWeight > 1000):
 		return invalid("Range of blkio weight is from 10 to 1000")
 	}
-	if len(r.DeviceRequests) > 0 {
-		d := r.DeviceRequests[0]
-		return invalid("could not select device driver %q with capabilities: %v", d.Driver, d.Capabilities)
-	}
 	if r.CPURealtimePeriod != 0 && r.CPURealtimeRuntime > r.CPURealtimePeriod {
 		return invalid("cpu real-time runtime cannot be higher than cpu real-time period")
 	}

@@ -168,3 +168,60 @@ func TestMemoryReserve(t *testing.T) {
 	}
 	d.Must(t, "rm", "-f", "small", "hog1", "hog2", "hog3")
 }
+
+// TestNamedDevices: devices by the Container Device Interface, and --gpus, from
+// specifications as vendors' tools write them.
+func TestNamedDevices(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"acme.yaml": `cdiVersion: "0.6.0"
+kind: acme.com/thing
+containerEdits:
+  env: ["ACME=yes"]
+devices:
+- name: one
+  containerEdits:
+    env: ["THING=one"]
+    deviceNodes: [{path: /dev/acme0, hostPath: /dev/null}]
+    mounts: [{hostPath: ` + dir + `, containerPath: /acme, options: [ro, rbind]}]
+`,
+		"gpu.json": `{"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": [
+ {"name": "0", "containerEdits": {"env": ["GPU0=yes"]}},
+ {"name": "1", "containerEdits": {"env": ["GPU1=yes"]}},
+ {"name": "all", "containerEdits": {"env": ["GPU0=yes", "GPU1=yes"]}}]}`,
+		"broken.json": `{"cdiVersion": `,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d := NewDaemon(t, "--cdi-spec-dir", dir)
+	d.Busybox(t)
+	for _, c := range []struct{ flags, cmd, want string }{
+		{"--device acme.com/thing=one", "echo $ACME $THING; echo x >/dev/acme0 && stat -c %F /dev/acme0; ls /acme; touch /acme/x 2>/dev/null || echo refused", "yes one\ncharacter special file\nacme.yaml\nbroken.json\ngpu.json\nrefused"},
+		{"--gpus all", "echo $GPU0 $GPU1", "yes yes"},
+		{"--gpus 1", "echo $GPU0 $GPU1", "yes"},
+		{"--gpus device=1", "echo $GPU0 . $GPU1", ". yes"},
+	} {
+		args := append([]string{"run", "--rm"}, strings.Fields(c.flags)...)
+		if s := strings.TrimSpace(d.Must(t, append(args, "busybox", "sh", "-c", c.cmd)...)); s != c.want {
+			t.Errorf("%s: %q, want %q", c.flags, s, c.want)
+		}
+	}
+	for flags, want := range map[string]string{
+		"--device acme.com/thing=two": "unresolvable CDI devices acme.com/thing=two",
+		"--gpus 3":                    "3 devices of nvidia.com/gpu were asked for, and there are 2",
+		"--gpus driver=amd":           "could not select device driver",
+	} {
+		args := append([]string{"create"}, strings.Fields(flags)...)
+		if r := d.Docker(t, append(args, "busybox", "true")...); r.Code == 0 || !strings.Contains(r.Err, want) {
+			t.Errorf("%s: exit %d: %s", flags, r.Code, r.Err)
+		}
+	}
+	if code, b := d.api(t, "GET", "/v1.50/info", nil); code != 200 || !strings.Contains(string(b), `{"Source":"cdi","ID":"acme.com/thing=one"}`) || !strings.Contains(string(b), dir) {
+		t.Errorf("info: %d %s", code, b)
+	}
+	if s := d.Must(t, "ps", "-aq"); s != "" {
+		t.Errorf("containers are left: %s", s)
+	}
+}

@@ -37,7 +37,9 @@ type Config struct {
 	// MemoryReserve is what all containers together leave to the host; bytes, 0:
 	// nothing.
 	MemoryReserve int64
-	Log           *slog.Logger
+	// CDIDirs are where specifications of devices lie, the last first in rank.
+	CDIDirs []string
+	Log     *slog.Logger
 }
 
 // Host is the host's kernel.
