@@ -78,7 +78,11 @@ func Compile(spec *specs.Spec, opts Options) (_ *Plan, err error) {
 	if err := c.memoryPolicy(c.spec.Linux.MemoryPolicy); err != nil {
 		return nil, fmt.Errorf("spec: %w", err)
 	}
-	if err := c.process(c.spec.Process, c.spec.Linux.Seccomp, c.spec.Linux.Personality, true); err != nil {
+	filter, err := compileFilter(nil, c.spec.Linux.Seccomp)
+	if err != nil {
+		return nil, fmt.Errorf("spec: %w", err)
+	}
+	if err := c.process(c.spec.Process, filter, c.spec.Linux.Personality, true); err != nil {
 		return nil, fmt.Errorf("spec: %w", err)
 	}
 	return c.finish(), nil

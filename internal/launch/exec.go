@@ -73,7 +73,11 @@ func CompileExec(process *specs.Process, opts ExecOptions) (*Plan, error) {
 		c.call(unix.SYS_CLOSE, c.root.arg())
 	}
 	c.affinity("final", final)
-	if err := c.process(process, opts.Seccomp, opts.Personality, false); err != nil {
+	filter, err := compileFilter(opts.Filter, opts.Seccomp)
+	if err != nil {
+		return nil, fmt.Errorf("exec: %w", err)
+	}
+	if err := c.process(process, filter, opts.Personality, false); err != nil {
 		return nil, fmt.Errorf("exec: %w", err)
 	}
 	return c.finish(), nil

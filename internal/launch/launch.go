@@ -16,6 +16,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"tenon.dev/tenon/internal/cgroup"
+	"tenon.dev/tenon/internal/launch/seccomp"
 )
 
 // Mount is one mount of the container's root file system, as containerd's
@@ -82,8 +83,10 @@ type ExecOptions struct {
 	Namespaces []specs.LinuxNamespaceType
 	// Cgroup is the container's; nil leaves the process in the caller's.
 	Cgroup *cgroup.Group
-	// Seccomp is the container's filter, nil for none.
+	// Seccomp is the container's filter, nil for none. Filter, if not nil, is
+	// used in its place: the same, compiled before.
 	Seccomp *specs.LinuxSeccomp
+	Filter  *seccomp.Filter
 	// Personality of the container, nil for none.
 	Personality *specs.LinuxPersonality
 	// Preserve as in Options.

@@ -25,7 +25,7 @@ var rlimits = map[string]int{
 // process compiles what is the same for a container's first and further
 // processes: limits, identity, filter, program.
 // A missing working directory is made for a first process only.
-func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs.LinuxPersonality, first bool) error {
+func (b *builder) process(p *specs.Process, filter *seccomp.Filter, pers *specs.LinuxPersonality, first bool) error {
 	if err := b.rlimits(p); err != nil {
 		return err
 	}
@@ -45,12 +45,6 @@ func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs
 	b.call(OpCloseRest)
 	if err := b.workdir(p.Cwd, first); err != nil {
 		return err
-	}
-	var filter *seccomp.Filter
-	if sec != nil {
-		if filter, err = seccomp.Compile(sec); err != nil {
-			return fmt.Errorf("linux.seccomp: %w", err)
-		}
 	}
 	if p.ApparmorProfile != "" || p.SelinuxLabel != "" {
 		if err := b.securityLabels(p); err != nil {
@@ -86,6 +80,18 @@ func (b *builder) process(p *specs.Process, sec *specs.LinuxSeccomp, pers *specs
 	load()
 	b.exec(candidates, p)
 	return nil
+}
+
+// compileFilter is filter, or else what sec is compiled to, or nil.
+func compileFilter(filter *seccomp.Filter, sec *specs.LinuxSeccomp) (*seccomp.Filter, error) {
+	if filter != nil || sec == nil {
+		return filter, nil
+	}
+	filter, err := seccomp.Compile(sec)
+	if err != nil {
+		return nil, fmt.Errorf("linux.seccomp: %w", err)
+	}
+	return filter, nil
 }
 
 func (b *builder) rlimits(p *specs.Process) error {

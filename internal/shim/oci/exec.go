@@ -82,11 +82,11 @@ func (a *app) exec(id string, args []string, setPrivs bool) (int, error) {
 		return 0, fmt.Errorf("cannot exec in a stopped container: %w", err)
 	}
 	defer unix.Close(pidfd)
-	spec, err := c.spec()
+	b, err := c.base()
 	if err != nil {
 		return 0, err
 	}
-	process, err := o.processOf(spec, args, setPrivs)
+	process, err := o.processOf(b.Process, args, setPrivs)
 	if err != nil {
 		return 0, err
 	}
@@ -106,7 +106,7 @@ func (a *app) exec(id string, args []string, setPrivs bool) (int, error) {
 	}
 	plan, err := launch.CompileExec(process, launch.ExecOptions{
 		Pidfd: pidfd, Cgroup: group, Preserve: len(extra),
-		Seccomp: spec.Linux.Seccomp, Personality: spec.Linux.Personality,
+		Filter: b.filter, Personality: b.Personality,
 	})
 	if err != nil {
 		return 0, err
@@ -119,14 +119,15 @@ func (a *app) exec(id string, args []string, setPrivs bool) (int, error) {
 	if err != nil {
 		return 0, explain(err, process)
 	}
-	if err := c.sendListener(proc, spec.Linux, statusRunning); err != nil {
+	if err := c.sendListener(proc, b.linux, statusRunning); err != nil {
 		_ = proc.Signal(unix.SIGKILL) // the error says why
 		return 0, err
 	}
-	return a.execStarted(o, proc, process, signals)
+	return a.execStarted(o, proc, process, signals, func() { b.keep(c) })
 }
 
-func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Process, signals *relay) (_ int, err error) {
+// execStarted lets the process run, and then calls ran.
+func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Process, signals *relay, ran func()) (_ int, err error) {
 	defer func() {
 		if err != nil {
 			_ = proc.Signal(unix.SIGKILL) // the error says why
@@ -147,6 +148,7 @@ func (a *app) execStarted(o *execOptions, proc *fork.Process, process *specs.Pro
 	if err := writePid(o.pidFile, proc.Pid); err != nil {
 		return 0, err
 	}
+	ran()
 	if o.detach {
 		return 0, proc.Close()
 	}
@@ -177,7 +179,7 @@ func (c *container) execGroup(o *execOptions) (*cgroup.Group, error) {
 
 // processOf is the process to run: of a file, or the container's own with the
 // flags applied.
-func (o *execOptions) processOf(spec *specs.Spec, args []string, setPrivs bool) (*specs.Process, error) {
+func (o *execOptions) processOf(own *specs.Process, args []string, setPrivs bool) (*specs.Process, error) {
 	var p specs.Process
 	if o.process != "" {
 		raw, err := os.ReadFile(o.process)
@@ -191,7 +193,7 @@ func (o *execOptions) processOf(spec *specs.Spec, args []string, setPrivs bool) 
 		if len(args) == 0 {
 			return nil, errors.New("exec: no command")
 		}
-		p = *spec.Process
+		p = *own
 		p.Args, p.Terminal, p.ConsoleSize = args, false, nil
 	}
 	if o.cwd != "" {
