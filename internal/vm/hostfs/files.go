@@ -7,10 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openFlags are those that matter on this side.
+// openFlags are those that matter on this side. What is appended goes to the end
+// as it is here: the guest's may be older.
 func openFlags(flags uint32) int {
-	f := int(flags) & (unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC | unix.O_NOATIME)
-	return f &^ unix.O_APPEND // the guest's kernel knows the end; pwrite would go there whatever the offset
+	return int(flags) & (unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC | unix.O_NOATIME)
 }
 
 func (s *server) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {

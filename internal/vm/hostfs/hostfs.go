@@ -98,7 +98,8 @@ type server struct {
 
 // Serve answers the guest's messages on conn until it ends, and frees
 // everything. A guest that breaks the protocol is an error. The process needs
-// /proc, and a umask of 0: the guest's kernel has applied its callers'.
+// /proc and a umask of 0, as the guest's kernel has applied its callers', and
+// should discard the log package's output, to which the library writes.
 func Serve(conn io.ReadWriter, o Options) error {
 	s := newServer(o)
 	defer s.close()

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,40 +22,42 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// serveEnv makes the test program a server: a process that waits for its own
+// file system can't be the one that serves it.
+const serveEnv = "TENON_HOSTFS_TEST"
+
 func TestMain(m *testing.M) {
 	unix.Umask(0)
+	log.SetOutput(io.Discard) // the library's, of what hostile kernels send
+	if mode := os.Getenv(serveEnv); mode != "" {
+		served(mode == "ro")
+	}
 	os.Exit(m.Run())
 }
 
-// mount serves dir and mounts it, as a guest does.
-func mount(t *testing.T, dir string, o Options) string {
-	t.Helper()
-	var err error
-	if o.Root, err = unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0); err != nil {
-		t.Fatal(err)
+// served passes messages between the mount, which is descriptor 4, and a server
+// of the tree, which is descriptor 3, as a guest does.
+func served(readOnly bool) {
+	fail := func(err error) {
+		fmt.Fprintln(os.Stderr, "server:", err)
+		os.Exit(1)
 	}
-	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		t.Fatal(err)
+	if err := unix.SetNonblock(4, true); err != nil {
+		fail(err)
 	}
-	at := t.TempDir()
-	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", dev)
-	if err := unix.Mount("test", at, "fuse.tenon", unix.MS_NOSUID|unix.MS_NODEV, data); err != nil {
-		t.Fatal(err)
-	}
-	f := os.NewFile(uintptr(dev), "/dev/fuse")
-	kernel, served := net.Pipe()
+	dev := os.NewFile(4, "/dev/fuse")
+	kernel, server := net.Pipe()
 	done := make(chan error, 1)
-	go func() { done <- Serve(served, o) }()
+	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly}) }()
 	go func() { // requests
 		buf := make([]byte, 1<<20)
 		for {
-			n, err := f.Read(buf)
+			n, err := dev.Read(buf)
 			if errors.Is(err, unix.EINTR) || errors.Is(err, unix.ENOENT) {
 				continue
 			}
 			if err != nil {
-				break
+				break // unmounted
 			}
 			if _, err := kernel.Write(buf[:n]); err != nil {
 				break
@@ -65,28 +69,61 @@ func mount(t *testing.T, dir string, o Options) string {
 		buf := make([]byte, 1<<20)
 		for {
 			if _, err := io.ReadFull(kernel, buf[:4]); err != nil {
-				break
+				return
 			}
 			n := binary.NativeEndian.Uint32(buf)
 			if _, err := io.ReadFull(kernel, buf[4:n]); err != nil {
-				break
+				return
 			}
-			_, _ = f.Write(buf[:n]) // the caller may be gone
+			_, _ = dev.Write(buf[:n]) // the caller may be gone
 		}
-		f.Close()
 	}()
+	if err := <-done; err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		fail(err)
+	}
+	os.Exit(0)
+}
+
+// mount serves dir in a process of its own and mounts it.
+func mount(t *testing.T, dir string, readOnly bool) string {
+	t.Helper()
+	root, err := os.OpenFile(dir, unix.O_PATH, 0)
+	must(t, err)
+	defer root.Close()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	must(t, err)
+	at := t.TempDir()
+	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", fd)
+	if err := unix.Mount("test", at, "fuse.tenon", unix.MS_NOSUID|unix.MS_NODEV, data); err != nil {
+		unix.Close(fd)
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	cmd := exec.Command(os.Args[0])
+	mode := "rw"
+	if readOnly {
+		mode = "ro"
+	}
+	cmd.Env = append(os.Environ(), serveEnv+"="+mode)
+	cmd.ExtraFiles = []*os.File{root, os.NewFile(uintptr(fd), "/dev/fuse")}
+	cmd.Stderr = &stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	err = cmd.Start()
+	cmd.ExtraFiles[1].Close() // with the server, the mount ends
+	if err != nil {
+		_ = unix.Unmount(at, unix.MNT_DETACH)
+		t.Fatal(err)
+	}
+	// A server that hangs would hang whoever uses the mount.
+	watchdog := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
 	t.Cleanup(func() {
 		if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Error(err)
-			}
-		case <-time.After(time.Minute):
-			t.Error("the server does not end")
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("server: %v %s", err, stderr.String())
 		}
+		watchdog.Stop()
 	})
 	return at
 }
@@ -108,7 +145,7 @@ func content(t *testing.T, path, want string) {
 
 func TestFiles(t *testing.T) {
 	dir := t.TempDir()
-	at := mount(t, dir, Options{})
+	at := mount(t, dir, false)
 	must(t, os.WriteFile(filepath.Join(at, "a"), []byte("hello"), 0o640))
 	content(t, filepath.Join(dir, "a"), "hello")
 	must(t, os.WriteFile(filepath.Join(dir, "a"), []byte("changed on the host"), 0o640))
@@ -125,9 +162,9 @@ func TestFiles(t *testing.T) {
 	if n := st.Sys().(*syscall.Stat_t).Nlink; n != 2 {
 		t.Errorf("%d links", n)
 	}
-	must(t, os.Chmod(filepath.Join(at, "hard"), 0o4711))
+	must(t, unix.Chmod(filepath.Join(at, "hard"), 0o4711))
 	must(t, os.Lchown(filepath.Join(at, "hard"), 1234, 5678))
-	must(t, os.Chmod(filepath.Join(at, "hard"), 0o4711)) // chown takes the bit
+	must(t, unix.Chmod(filepath.Join(at, "hard"), 0o4711)) // chown takes the bit
 	when := time.Unix(1234567890, 987654321)
 	must(t, os.Chtimes(filepath.Join(at, "hard"), when, when))
 	st, err = os.Stat(filepath.Join(dir, "moved/e/b"))
@@ -170,7 +207,7 @@ func TestFiles(t *testing.T) {
 
 func TestBigFileAndMapping(t *testing.T) {
 	dir := t.TempDir()
-	at := mount(t, dir, Options{})
+	at := mount(t, dir, false)
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<18) // 4 MiB
 	must(t, os.WriteFile(filepath.Join(at, "big"), data, 0o600))
 	got, err := os.ReadFile(filepath.Join(dir, "big"))
@@ -206,7 +243,7 @@ func TestDirectories(t *testing.T) {
 		must(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
 		want = append(want, name)
 	}
-	at := mount(t, dir, Options{})
+	at := mount(t, dir, false)
 	list, err := os.ReadDir(at)
 	must(t, err)
 	var got []string
@@ -216,7 +253,9 @@ func TestDirectories(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("%d entries", len(got))
 	}
-	must(t, os.RemoveAll(at+"/.")) // may not remove the mount point itself
+	for _, name := range got {
+		must(t, os.Remove(filepath.Join(at, name)))
+	}
 	if list, err := os.ReadDir(dir); err != nil || len(list) != 0 {
 		t.Errorf("%d left, %v", len(list), err)
 	}
@@ -224,7 +263,7 @@ func TestDirectories(t *testing.T) {
 
 func TestAttributes(t *testing.T) {
 	dir := t.TempDir()
-	at := mount(t, dir, Options{})
+	at := mount(t, dir, false)
 	p := filepath.Join(at, "f")
 	must(t, os.WriteFile(p, nil, 0o600))
 	must(t, unix.Setxattr(p, "user.note", []byte("value"), 0))
@@ -253,7 +292,7 @@ func TestAttributes(t *testing.T) {
 // TestLocks: they hold between the guest's processes and the host's.
 func TestLocks(t *testing.T) {
 	dir := t.TempDir()
-	at := mount(t, dir, Options{})
+	at := mount(t, dir, false)
 	must(t, os.WriteFile(filepath.Join(dir, "f"), []byte("0123456789"), 0o600))
 	guest, err := os.OpenFile(filepath.Join(at, "f"), os.O_RDWR, 0)
 	must(t, err)
@@ -295,7 +334,7 @@ func TestLocks(t *testing.T) {
 func TestReadOnly(t *testing.T) {
 	dir := t.TempDir()
 	must(t, os.WriteFile(filepath.Join(dir, "f"), []byte("x"), 0o600))
-	at := mount(t, dir, Options{ReadOnly: true})
+	at := mount(t, dir, true)
 	content(t, filepath.Join(at, "f"), "x")
 	for name, err := range map[string]error{
 		"write": os.WriteFile(filepath.Join(at, "f"), nil, 0), "new": os.WriteFile(filepath.Join(at, "g"), nil, 0), "mkdir": os.Mkdir(filepath.Join(at, "d"), 0),
