@@ -28,7 +28,7 @@ func group(t *testing.T, res *specs.LinuxResources) *Group {
 		if err := g.Kill(syscall.SIGKILL); err != nil {
 			t.Error(err)
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := g.Delete(ctx); err != nil {
 			t.Error(err)
@@ -87,7 +87,7 @@ func TestLife(t *testing.T) {
 	if st.Memory.Limit != 64<<20 || st.Pids.Current != 1 || st.Pids.Limit != 17 {
 		t.Errorf("stats %+v", st)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := g.Freeze(ctx); err != nil {
 		t.Fatal(err)
@@ -146,7 +146,7 @@ func TestKillTree(t *testing.T) {
 	g := group(t, nil)
 	// Forks as fast as it can.
 	cmd := in(t, g, "sh", "-c", "while :; do (sleep 1000 & sleep 1000 &) ; sleep 0.001; done")
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		pids, err := g.Pids()
 		if err != nil {
@@ -201,7 +201,7 @@ func TestV1(t *testing.T) {
 	g.dirs = append(dirs, g.dirs...) // all are removed in the end
 	v1 := &Group{path: g.path, dirs: dirs}
 	cmd := in(t, v1, "sh", "-c", "while :; do (sleep 1000 & sleep 1000 &) ; sleep 0.001; done")
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	for {
 		pids, err := v1.Pids()
@@ -245,7 +245,7 @@ func TestV1(t *testing.T) {
 
 func TestOOM(t *testing.T) {
 	g := group(t, &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(16 << 20)), Swap: ptr(int64(16 << 20))}})
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	c, err := g.OOM(ctx)
 	if err != nil {

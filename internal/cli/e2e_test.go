@@ -81,8 +81,8 @@ func launch() (_ *engine, err error) {
 	if err := e.cmd.Start(); err != nil {
 		return nil, err
 	}
-	for until := time.Now().Add(30 * time.Second); ; {
-		if err := exec.Command(e.tenon, "-H", e.host, "version").Run(); err == nil {
+	for until := time.Now().Add(time.Minute); ; {
+		if _, err := e.quick("version"); err == nil {
 			break
 		}
 		if time.Now().After(until) {
@@ -91,7 +91,7 @@ func launch() (_ *engine, err error) {
 		}
 		time.Sleep(5 * time.Millisecond) // polls for readiness, decides nothing
 	}
-	if out, err := exec.Command(e.tenon, "-H", e.host, "image", "bootstrap", "busybox").CombinedOutput(); err != nil {
+	if out, err := e.quick("image", "bootstrap", "busybox"); err != nil {
 		return nil, errors.Join(fmt.Errorf("bootstrap: %w: %s", err, out), e.end())
 	}
 	return e, nil
@@ -100,21 +100,37 @@ func launch() (_ *engine, err error) {
 // end shuts the daemon down by the command's own verb, and by force if it does
 // not answer.
 func (e *engine) end() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, e.tenon, "-H", e.host, "system", "shutdown", "--force").CombinedOutput()
 	if err != nil {
 		_ = e.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines into the log
-		_ = e.cmd.Wait()
+		_ = e.ended()
 		log, _ := os.ReadFile(e.dir + "/log")
 		err = fmt.Errorf("shutdown: %w: %s\n%s", err, out, log[max(0, len(log)-20000):])
-		down, derr := exec.Command(e.cmd.Path, append(e.cmd.Args[1:], "--shutdown")...).CombinedOutput()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		down, derr := exec.CommandContext(ctx, e.cmd.Path, append(e.cmd.Args[1:], "--shutdown")...).CombinedOutput()
 		if derr != nil {
 			derr = fmt.Errorf("tenond --shutdown: %w: %s", derr, down)
 		}
 		return errors.Join(err, derr, os.RemoveAll(e.dir))
 	}
-	return errors.Join(e.cmd.Wait(), e.leftovers(), os.RemoveAll(e.dir))
+	return errors.Join(e.ended(), e.leftovers(), os.RemoveAll(e.dir))
+}
+
+// quick runs a command outside of a test.
+func (e *engine) quick(args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	return exec.CommandContext(ctx, e.tenon, append([]string{"-H", e.host}, args...)...).CombinedOutput()
+}
+
+// ended waits for the daemon's end, and kills it if it does not come.
+func (e *engine) ended() error {
+	late := time.AfterFunc(time.Minute, func() { _ = e.cmd.Process.Kill() })
+	defer late.Stop()
+	return e.cmd.Wait()
 }
 
 // leftovers looks for what a shut down daemon must have taken with it.
@@ -170,7 +186,7 @@ func (e *engine) ok(t *testing.T, args ...string) string {
 // until repeats a command until its output is as wanted.
 func (e *engine) until(t *testing.T, wanted func(out string) bool, args ...string) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		out := e.ok(t, args...)
 		if wanted(out) {
 			return
@@ -185,7 +201,7 @@ func (e *engine) until(t *testing.T, wanted func(out string) bool, args ...strin
 // name at the test's end.
 func (e *engine) unique(t *testing.T, suffix string) string {
 	name := "e2e-" + strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name())) + suffix
-	t.Cleanup(func() { _ = exec.Command(e.tenon, "-H", e.host, "rm", "-f", "-v", name).Run() })
+	t.Cleanup(func() { _, _ = e.quick("rm", "-f", "-v", name) })
 	return name
 }
 
@@ -395,7 +411,7 @@ func (e *engine) onTerminal(t *testing.T, args ...string) *terminalSession {
 // expect waits for text in the output and forgets what came before it.
 func (s *terminalSession) expect(text string) {
 	s.t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(time.Minute)
 	for {
 		s.mu.Lock()
 		i := strings.Index(s.seen.String(), text)

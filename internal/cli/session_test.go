@@ -274,6 +274,8 @@ func TestRunTerminal(t *testing.T) {
 	go func() {
 		done <- Main(Env{In: tty, Out: tty, Err: tty, Version: "test"}, []string{"-H", host, "run", "-it", "busybox"})
 	}()
+	stuck := time.AfterFunc(time.Minute, func() { ptmx.Close() }) // ends the read
+	defer stuck.Stop()
 	buf := make([]byte, 100)
 	seen := ""
 	for !strings.Contains(seen, "prompt> ") {
@@ -290,7 +292,7 @@ func TestRunTerminal(t *testing.T) {
 			if s != want {
 				t.Errorf("got frame %s, want %s", s, want)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("no frame, want %s", want)
 		}
 	}
@@ -304,7 +306,7 @@ func TestRunTerminal(t *testing.T) {
 		if code != 0 {
 			t.Errorf("got exit code %d", code)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the command did not end")
 	}
 }

@@ -73,7 +73,10 @@ func (b *bench) during(failpoint, op string) (killed bool) {
 func (b *bench) duringAction(failpoint, action, op string) (killed bool) {
 	b.t.Helper()
 	b.close()
-	cmd := exec.Command(os.Args[0])
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.WaitDelay = time.Second // its children may hold the pipe
 	cmd.Env = append(os.Environ(), "TENON_ENGINE_HELPER="+strings.Join([]string{b.root, b.run, b.name, programs, op}, "|"))
 	if failpoint != "" {
 		cmd.Env = append(cmd.Env, "TENON_FAILPOINT="+failpoint+":"+action)
@@ -198,7 +201,7 @@ func TestRootExitsWhileTheDaemonIsAway(t *testing.T) {
 	if s := b.inspect("live").State; s.Status != "running" || s.Pid != pid {
 		t.Errorf("live: %+v, want pid %d", s, pid)
 	}
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for b.inspect("again").RestartCount == 0 {
 		if time.Now().After(deadline) {
 			t.Fatalf("again: %+v", b.inspect("again").State)
@@ -225,10 +228,10 @@ func TestRootShimKilled(t *testing.T) {
 		if r.ExitCode != 137 {
 			t.Errorf("victim: %+v", r)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("nobody told that the container is lost")
 	}
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		if i := b.inspect("phoenix"); i.State.Running && !i.State.Restarting && i.RestartCount > 0 {
 			break

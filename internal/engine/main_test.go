@@ -235,11 +235,17 @@ func (b *bench) wait(ref string, cond container.WaitCondition) engine.WaitResult
 	if err != nil {
 		b.t.Fatal(err)
 	}
+	return result(b.t, ch)
+}
+
+// result is what a wait comes to.
+func result(t testing.TB, ch <-chan engine.WaitResult) engine.WaitResult {
+	t.Helper()
 	select {
 	case w := <-ch:
 		return w
 	case <-time.After(time.Minute):
-		b.t.Fatalf("%s: condition %s never held", ref, cond)
+		t.Fatal("the condition that is waited for never holds")
 		return engine.WaitResult{}
 	}
 }
@@ -247,7 +253,7 @@ func (b *bench) wait(ref string, cond container.WaitCondition) engine.WaitResult
 // logText waits until the log holds want.
 func (b *bench) logText(ref, want string) string {
 	b.t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		var out bytes.Buffer
 		if _, err := b.Logs(context.Background(), ref, engine.LogsOptions{Stdout: true, Stderr: true, Tail: -1}, &out, &out); err != nil {
@@ -314,7 +320,7 @@ func (b *bench) exec(ref string, cmd ...string) string {
 
 func (b *bench) execCode(ref string, o engine.ExecOptions) (string, int) {
 	b.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	o.AttachStdout, o.AttachStderr = true, true
 	id, err := b.ExecCreate(ctx, ref, o)

@@ -33,7 +33,9 @@ func (b *bench) reboot() {
 			awaitEnd(b.t, pid)
 		}
 	}
-	out, err := exec.Command(filepath.Join(programs, "tenon-shim"), "reap", "--run-dir", filepath.Join(b.run, "shim"), "--cgroup-parent", b.name).CombinedOutput()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, filepath.Join(programs, "tenon-shim"), "reap", "--run-dir", filepath.Join(b.run, "shim"), "--cgroup-parent", b.name).CombinedOutput()
 	if err != nil {
 		b.t.Fatalf("reap: %v\n%s", err, out)
 	}
@@ -102,7 +104,7 @@ func TestRootReboot(t *testing.T) {
 	for name, want := range map[string]container.ContainerState{
 		"always": "running", "unless": "running", "always-halted": "running", "unless-halted": "exited", "plain": "exited", "never": "created",
 	} {
-		deadline := time.Now().Add(30 * time.Second)
+		deadline := time.Now().Add(time.Minute)
 		for {
 			got := b.inspect(name).State
 			if got.Status == want {

@@ -104,7 +104,7 @@ func TestRootLifeCycle(t *testing.T) {
 	if err := b.Stop(ctx, "site", engine.StopOptions{Timeout: &ten}); err != nil {
 		t.Fatal(err)
 	}
-	if r := <-w; r.ExitCode != 4 {
+	if r := result(t, w); r.ExitCode != 4 {
 		t.Errorf("wait: %+v", r)
 	}
 	if err := b.Stop(ctx, "site", engine.StopOptions{}); !errors.Is(err, engine.ErrNotModified) {
@@ -136,7 +136,7 @@ func TestRootLifeCycle(t *testing.T) {
 	if err := b.Remove(ctx, "site", engine.RemoveOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if r := <-gone; r.ExitCode != 137 {
+	if r := result(t, gone); r.ExitCode != 137 {
 		t.Errorf("wait removed: %+v", r)
 	}
 	if err := b.Remove(ctx, "site", engine.RemoveOptions{}); !errdefs.IsNotFound(err) {
@@ -393,7 +393,7 @@ func TestRootHealthAndRestart(t *testing.T) {
 				if string(m.Action) == action {
 					return
 				}
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatalf("no event %q", action)
 			}
 		}
@@ -422,7 +422,7 @@ func TestRootHealthAndRestart(t *testing.T) {
 	b.detached("fails", func(_ *container.Config, h *container.HostConfig) {
 		h.RestartPolicy = container.RestartPolicy{Name: "on-failure", MaximumRetryCount: 2}
 	}, "sh", "-c", "exit 3")
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		i := b.inspect("fails")
 		if i.State.Status == "exited" && i.RestartCount == 2 && i.State.ExitCode == 3 {

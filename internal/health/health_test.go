@@ -73,13 +73,23 @@ func TestMonitor(t *testing.T) {
 		<-ctx.Done()
 		return 0, nil, ctx.Err()
 	}, func(h *container.Health) { states <- h })
-	if h := <-states; h.Status != container.Healthy || h.Log[0].Output != "fine" {
+	next := func() *container.Health {
+		t.Helper()
+		select {
+		case h := <-states:
+			return h
+		case <-time.After(time.Minute):
+			t.Fatal("no state")
+			return nil
+		}
+	}
+	if h := next(); h.Status != container.Healthy || h.Log[0].Output != "fine" {
 		t.Errorf("got %+v", h)
 	}
-	if h := <-states; h.Status != container.Unhealthy || h.Log[1].ExitCode != -1 {
+	if h := next(); h.Status != container.Unhealthy || h.Log[1].ExitCode != -1 {
 		t.Errorf("got %+v", h)
 	}
-	if h := <-states; h.Log[2].Output != "Health check exceeded timeout (20ms)" {
+	if h := next(); h.Log[2].Output != "Health check exceeded timeout (20ms)" {
 		t.Errorf("got %q", h.Log[2].Output)
 	}
 	m.Stop()

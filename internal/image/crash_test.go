@@ -68,7 +68,9 @@ func TestKilled(t *testing.T) {
 	f.tags["1"] = f.image("amd64", mkTar(t, dirEntry("p"), fileEntry("p/a", strings.Repeat("a", 300_000))), mkTar(t, fileEntry("p/b", "b"))).Digest
 	root := t.TempDir()
 	for range 15 {
-		cmd := exec.Command(os.Args[0], "-test.run=^TestCrashChild$")
+		limited, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		cmd := exec.CommandContext(limited, os.Args[0], "-test.run=^TestCrashChild$")
 		cmd.Env = append(os.Environ(), crashRoot+"="+root, crashRef+"="+f.addr+"/c:1")
 		out, err := cmd.StdoutPipe()
 		if err != nil {

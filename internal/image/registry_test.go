@@ -81,7 +81,7 @@ func startRegistry(t testing.TB, extra ...string) string {
 			t.Logf("registry: %s", log.String())
 		}
 	})
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		c, err := net.Dial("tcp", addr)
 		if err == nil {
 			c.Close()

@@ -221,7 +221,7 @@ func TestFollow(t *testing.T) {
 
 func TestFollowEnds(t *testing.T) {
 	c := config(t, Local)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	errs := make(chan error, 1)
 	got := make(chan string, 1)
 	go func() {

@@ -77,7 +77,9 @@ func TestRootKill(t *testing.T) {
 		_ = exec.Command("sh", "-c", "umount -l "+dir+"/run/netns/* "+dir+"/run/netns 2>/dev/null").Run()
 	})
 	for i := range kills {
-		cmd := exec.Command("/proc/self/exe")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, "/proc/self/exe")
 		cmd.Env = append(os.Environ(), victimDir+"="+dir)
 		out, err := cmd.StdoutPipe()
 		if err != nil {

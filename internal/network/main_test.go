@@ -244,7 +244,7 @@ func ask(t *testing.T, path, network, addr string, wait time.Duration) (line str
 }
 
 const (
-	soon  = 3 * time.Second
+	soon  = 30 * time.Second
 	never = 300 * time.Millisecond
 )
 

@@ -136,7 +136,7 @@ func TestPrepareMountRemove(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		ents, err := os.ReadDir(s.trash())
 		if err == nil && len(ents) == 0 {
 			break

@@ -23,7 +23,7 @@ import (
 func TestWaitHeader(t *testing.T) {
 	d := daemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sh","-c","exit 6"]}`)
-	req, err := http.NewRequestWithContext(t.Context(), "POST", "http://d/containers/"+id+"/wait?condition=next-exit", nil)
+	req, err := http.NewRequestWithContext(limited(t), "POST", "http://d/containers/"+id+"/wait?condition=next-exit", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func TestLogsStream(t *testing.T) {
 	id := d.create(t, `{"Image":"busybox","Cmd":["sh","-c","echo one; echo two >&2; sleep 1000"]}`)
 	follow := func() *http.Response {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), "GET", "http://d/v1.50/containers/"+id+"/logs?stdout=1&stderr=1&follow=1", nil)
+		req, err := http.NewRequestWithContext(limited(t), "GET", "http://d/v1.50/containers/"+id+"/logs?stdout=1&stderr=1&follow=1", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -105,7 +105,7 @@ func TestEvents(t *testing.T) {
 	d.wait(t, id)
 	read := func(version, accept string, n int) []string {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), "GET", "http://d"+version+"/events?since="+
+		req, err := http.NewRequestWithContext(limited(t), "GET", "http://d"+version+"/events?since="+
 			time.Unix(since, 0).Format(time.RFC3339)+`&filters={"container":{"`+id+`":true}}`, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -169,7 +169,7 @@ func TestArchive(t *testing.T) {
 		if s, b := d.call(t, "PUT", "/containers/"+id+"/archive?path=/tmp", body.String(), nil); s != 200 {
 			t.Fatalf("%s: put: %d %s", name, s, b)
 		}
-		req, err := http.NewRequestWithContext(t.Context(), "HEAD", "http://d/containers/"+id+"/archive?path=/tmp/f", nil)
+		req, err := http.NewRequestWithContext(limited(t), "HEAD", "http://d/containers/"+id+"/archive?path=/tmp/f", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -243,7 +243,7 @@ func TestSDK(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = cli.Close() }()
-	ctx := t.Context()
+	ctx := limited(t)
 	check := func(what string, err error) {
 		t.Helper()
 		if err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/moby/moby/api/pkg/stdcopy"
 	"golang.org/x/net/websocket"
@@ -168,6 +169,7 @@ func TestWebsocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	_ = raw.SetDeadline(time.Now().Add(time.Minute)) // a unix socket has deadlines
 	cfg, err := websocket.NewConfig("ws://d/containers/"+id+"/attach/ws?stream=1&stdin=1&stdout=1", "http://d")
 	if err != nil {
 		t.Fatal(err)

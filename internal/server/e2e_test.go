@@ -95,9 +95,13 @@ func launch(nth int) (_ *tenond, err error) {
 		var werr error
 		if cmd.ProcessState == nil {
 			_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+			late := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
 			werr = cmd.Wait()
+			late.Stop()
 		}
-		out, err := exec.Command(filepath.Join(bin, "tenond"), append(args, "--shutdown")...).CombinedOutput()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		out, err := exec.CommandContext(ctx, filepath.Join(bin, "tenond"), append(args, "--shutdown")...).CombinedOutput()
 		if err != nil {
 			err = fmt.Errorf("tenond --shutdown: %w: %s", err, out)
 		}
@@ -110,7 +114,7 @@ func launch(nth int) (_ *tenond, err error) {
 		}
 		return errors.Join(werr, err, os.RemoveAll(dir))
 	}
-	for until := time.Now().Add(30 * time.Second); ; {
+	for until := time.Now().Add(time.Minute); ; {
 		resp, err := d.http.Get("http://d/_ping")
 		if err == nil {
 			_ = resp.Body.Close()
@@ -135,11 +139,18 @@ func launch(nth int) (_ *tenond, err error) {
 	return d, nil
 }
 
+// limited bounds a request, and what is read of its answer.
+func limited(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
 // call sends a request and decodes the JSON answer into out, if it is not nil;
 // it returns the status and the body.
 func (d *tenond) call(t *testing.T, method, path, body string, out any) (int, string) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), method, "http://d"+path, strings.NewReader(body))
+	req, err := http.NewRequestWithContext(limited(t), method, "http://d"+path, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +187,7 @@ func (d *tenond) create(t *testing.T, body string) string {
 
 // remove removes a container whatever it does; the test's context has ended.
 func (d *tenond) remove(t *testing.T, id string) {
-	req, err := http.NewRequestWithContext(context.Background(), "DELETE", "http://d/containers/"+id+"?force=1&v=1", nil)
+	req, err := http.NewRequestWithContext(limited(t), "DELETE", "http://d/containers/"+id+"?force=1&v=1", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +240,7 @@ func (d *tenond) upgrade(t *testing.T, path, body string, headers ...string) (*n
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	var b strings.Builder
 	fmt.Fprintf(&b, "POST %s HTTP/1.1\r\nHost: d\r\nConnection: Upgrade\r\n", path)
 	if len(headers) == 0 {
@@ -260,7 +271,7 @@ func (d *tenond) upgrade(t *testing.T, path, body string, headers ...string) (*n
 // eventually waits for a condition that no event announces.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for until := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for until := time.Now().Add(time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(until) {
 			t.Fatal("never: " + what)
 		}

@@ -164,7 +164,7 @@ func TestClients(t *testing.T) {
 	if err != nil {
 		t.Fatal("the docker CLI is not installed (scripts/test installs it)")
 	}
-	cmd := exec.CommandContext(t.Context(), docker, "-H", "unix://"+sock, "version", "--format", "{{.Server.Version}} {{.Server.APIVersion}}")
+	cmd := exec.CommandContext(limited(t), docker, "-H", "unix://"+sock, "version", "--format", "{{.Server.Version}} {{.Server.APIVersion}}")
 	cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+t.TempDir())
 	out, err := cmd.CombinedOutput()
 	if err != nil || strings.TrimSpace(string(out)) != "dev 1.56" {
@@ -233,7 +233,7 @@ func TestActivated(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" -test.run '^TestActivated$'`, os.Args[0])
+	cmd := exec.CommandContext(limited(t), "sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" -test.run '^TestActivated$'`, os.Args[0])
 	cmd.Env = append(os.Environ(), "SERVER_TEST_ACTIVATED=1")
 	cmd.ExtraFiles = []*os.File{f}
 	in, err := cmd.StdinPipe()
@@ -382,7 +382,7 @@ func TestTLSUpgrade(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Close() }()
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	_, _ = io.WriteString(c, "POST /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nhello")
 	if err := c.CloseWrite(); err != nil {
 		t.Fatal(err)

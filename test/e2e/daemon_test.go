@@ -152,9 +152,9 @@ func (d *Daemon) start() error {
 	end := make(chan error, 1)
 	go func() { end <- cmd.Wait() }()
 	d.cmd, d.end = cmd, end
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		out, err := exec.CommandContext(ctx, "curl", "-sf", "--unix-socket", d.Socket, "http://tenon/_ping").Output()
 		cancel()
 		if err == nil && string(out) == "OK" {
@@ -191,7 +191,11 @@ func (d *Daemon) Kill(t testing.TB) {
 		return
 	}
 	_ = d.cmd.Process.Kill() // it may have ended by itself
-	<-d.end
+	select {
+	case <-d.end:
+	case <-time.After(time.Minute):
+		t.Fatal("tenond does not end after SIGKILL")
+	}
 	d.cmd = nil
 }
 
@@ -212,7 +216,9 @@ func (d *Daemon) Wait(t testing.TB, limit time.Duration) {
 func (d *Daemon) teardown(t testing.TB) {
 	t.Helper()
 	d.Kill(t)
-	cmd := exec.Command(filepath.Join(d.bin, "tenond"), append(d.Args, "--shutdown")...)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(d.bin, "tenond"), append(d.Args, "--shutdown")...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("tenond --shutdown: %v\n%s", err, out)
 	}

@@ -131,6 +131,29 @@ func TestPlatforms(t *testing.T) {
 	if r := d.Docker(t, "run", "--rm", "--pull", "never", "--platform", "linux/s390x", "multi:1", "/bin/cat", "/arch"); r.Code == 0 {
 		t.Errorf("ran for another platform: %s", r.Out)
 	}
+	part := filepath.Join(t.TempDir(), "part.tar")
+	d.Must(t, "save", "--platform", "linux/arm64", "-o", part, "multi:1")
+	d.Must(t, "tag", "multi:1", "multi:2")
+	d.Sh(t, "docker ps -aq | xargs -r docker rm -f")
+	if r := d.Docker(t, "rmi", "--platform", "linux/s390x", "multi:1"); r.Code == 0 {
+		t.Errorf("removed what is not there: %s", r.Out)
+	}
+	if r := d.Docker(t, "rmi", "--platform", "linux/arm64", "multi:1"); r.Code != 0 || !strings.Contains(r.Out, "Deleted: sha256:") {
+		t.Errorf("rmi --platform: exit %d, %s%s", r.Code, r.Out, r.Err)
+	}
+	if r := d.Docker(t, "run", "--rm", "--pull", "never", "--platform", "linux/arm64", "multi:2", "/bin/cat", "/arch"); r.Code == 0 {
+		t.Errorf("ran for a removed platform: %s", r.Out)
+	}
+	if got := d.Must(t, "run", "--rm", "multi:2", "/bin/cat", "/arch"); got != "amd64" {
+		t.Errorf("the other platform: %q", got)
+	}
+	if r := d.Docker(t, "rmi", "--platform", "linux/amd64", "multi:1"); r.Code == 0 || !strings.Contains(r.Err, "nothing would be left") {
+		t.Errorf("removing the last: exit %d, %s", r.Code, r.Err)
+	}
+	d.Must(t, "load", "--platform", "linux/arm64", "-i", part)
+	if got := d.Must(t, "run", "--rm", "--platform", "linux/arm64", "multi:1", "/bin/cat", "/arch"); got != "arm64" {
+		t.Errorf("loaded again: %q", got)
+	}
 	r := d.Docker(t, "image", "inspect", "--platform", "linux/s390x", "multi:1")
 	if r.Code == 0 || !strings.Contains(r.Err, "linux/amd64") || !strings.Contains(r.Err, "linux/arm64") {
 		t.Errorf("another platform: exit %d, %s", r.Code, r.Err)
@@ -201,6 +224,12 @@ func TestImportExportHistory(t *testing.T) {
 	}
 	d.Must(t, "rmi", "-f", "imp:1")
 	d.Must(t, "start", "-a", "user")
+	d.Must(t, "run", "-d", "--name", "running", "busybox", "sleep", "1000")
+	id := d.Must(t, "inspect", "-f", "{{.Image}}", "running")
+	if r := d.Docker(t, "rmi", "-f", id); r.Code == 0 || !strings.Contains(r.Err, "cannot be forced") {
+		t.Errorf("rmi -f of a running container's image by its ID: exit %d, %s%s", r.Code, r.Out, r.Err)
+	}
+	d.Must(t, "rm", "-f", "running")
 	d.Must(t, "rm", "user")
 	if out := d.Must(t, "image", "prune", "-f"); !strings.Contains(out, "deleted: sha256:") {
 		t.Errorf("%s", out)

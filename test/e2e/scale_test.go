@@ -2,11 +2,13 @@ package e2e
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // A million lines of a detached container arrive complete and in order.
@@ -23,7 +25,9 @@ func TestMillionLogLines(t *testing.T) {
 			if code := d.Must(t, "wait", driver); code != "0" {
 				t.Fatalf("exit %s", code)
 			}
-			cmd := exec.Command("docker", "logs", driver)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, "docker", "logs", driver)
 			cmd.Env = d.Environ()
 			out, err := cmd.StdoutPipe()
 			if err != nil {

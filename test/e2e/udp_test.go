@@ -55,7 +55,7 @@ func udpAsk(addr string) error {
 	if _, err := conn.Write([]byte("datagram")); err != nil {
 		return err
 	}
-	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 		return err
 	}
 	buf := make([]byte, 1500)

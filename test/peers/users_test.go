@@ -4,6 +4,7 @@ package peers
 
 import (
 	"archive/tar"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -49,7 +50,7 @@ var checks = []check{
 	{`inspect --format '{{.State.OOMKilled}} {{.State.ExitCode}}' grows`, `^true 137\n`, 0, "docker"},
 	{`logs grows`, ``, 0, ""},
 	{`run --rm --network none --read-only --tmpfs /t --cap-drop all --security-opt no-new-privileges box ` +
-		`sh -c 'touch /x; touch /t/x && grep -E "CapEff|NoNew|Seccomp:" /proc/self/status'`,
+		`sh -c 'touch /x 2>&1; touch /t/x && grep -E "CapEff|NoNew|Seccomp:" /proc/self/status'`,
 		`Read-only file system\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\nSeccomp:\t2\n`, 0, ""},
 	{`run --rm --network none --privileged box sh -c 'grep Seccomp: /proc/self/status; mount -t tmpfs t /tmp && echo mounted'`, `Seccomp:\t0\nmounted\n`, 0, ""},
 	{`run --rm --network none --pids-limit 8 box sh -c 'for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1 & done; wait'`, `Resource temporarily unavailable`, 2, ""},
@@ -77,7 +78,10 @@ func inside(t *testing.T, name, prepare, engine string) {
 	}
 	n := len(checks)
 	fmt.Fprintf(&script, "echo '=== begin %d'; timeout 60 script -qec '%s %s' /dev/null </dev/null 2>&1; echo \"=== end %d $?\"\n", n, engine, terminal, n)
-	cmd := exec.Command("unshare", "-m", "-n", "-p", "-i", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script.String())
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute) // --kill-child takes all along
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "unshare", "-m", "-n", "-p", "-i", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script.String())
+	cmd.WaitDelay = 5 * time.Second
 	raw, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, raw)
@@ -186,7 +190,7 @@ func removeTree(t *testing.T, dir string) {
 			removeTree(t, filepath.Join(dir, e.Name()))
 		}
 	}
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for err := os.Remove(dir); err != nil; err = os.Remove(dir) {
 		if time.Now().After(deadline) {
 			t.Error(err)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -144,7 +145,10 @@ func look(t *testing.T, sc scene, runtime, probe string) view {
 	root := filepath.Join(bundle, "state")
 	run := func(args ...string) *exec.Cmd {
 		argv := runtimeCommand(runtime, root, args...)
-		cmd := exec.Command(argv[0], argv[1:]...)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		t.Cleanup(cancel)
+		cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+		cmd.WaitDelay = 30 * time.Second
 		cmd.Dir = bundle
 		return cmd
 	}
@@ -159,7 +163,9 @@ func look(t *testing.T, sc scene, runtime, probe string) view {
 		cmd = run(append([]string{"exec", id}, args...)...)
 	case s.Process.Terminal:
 		inner := run("run", "--bundle", bundle, id)
-		cmd = exec.Command("script", "-qec", strings.Join(quoted(inner.Args), " "), "/dev/null")
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		cmd = exec.CommandContext(ctx, "script", "-qec", strings.Join(quoted(inner.Args), " "), "/dev/null")
 		cmd.Dir = bundle
 	default:
 		cmd = run("run", "--bundle", bundle, id)
