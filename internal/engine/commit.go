@@ -93,10 +93,19 @@ func (e *Engine) ImageUsers(imageID string) []string {
 	if !e.loaded.Load() {
 		return []string{"a container that is not known yet"}
 	}
-	var out []string
+	return e.imageUsers(imageID, func(*container.Record) bool { return true })
+}
+
+// ImageRunning names the running containers that use an image ID.
+func (e *Engine) ImageRunning(imageID string) []string {
+	return e.imageUsers(imageID, (*container.Record).Running)
+}
+
+func (e *Engine) imageUsers(imageID string, which func(*container.Record) bool) (out []string) {
 	for _, c := range e.all() {
 		r := c.record()
-		if r.Image.ID == imageID || slices.ContainsFunc(r.Mounts, func(m container.Mount) bool { return m.Image != nil && m.Image.ID == imageID }) {
+		uses := r.Image.ID == imageID || slices.ContainsFunc(r.Mounts, func(m container.Mount) bool { return m.Image != nil && m.Image.ID == imageID })
+		if uses && which(r) {
 			out = append(out, c.id)
 		}
 	}

@@ -179,6 +179,8 @@ type API interface {
 	Info(ctx context.Context) (*system.Info, error)
 	// ImageUsers names the containers that use an image ID.
 	ImageUsers(imageID string) []string
+	// ImageRunning names those of them that run.
+	ImageRunning(imageID string) []string
 	// Shutdown stops all containers and takes down everything the engine made;
 	// the caller ends the daemon afterwards.
 	Shutdown(ctx context.Context) error

@@ -193,7 +193,9 @@ type CommitOptions struct {
 // RemoveOptions are the options of Remove.
 type RemoveOptions struct {
 	Force, NoPrune bool
-	Platforms      []ocispec.Platform
+	Platforms      []ocispec.Platform // these only; see images of several platforms
+	// Running names the running containers that use an image ID. May be nil.
+	Running func(id string) []string
 }
 
 // Filters select images, as the Docker API's filters do; the values of one key

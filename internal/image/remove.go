@@ -33,10 +33,13 @@ func (s *Store) users(id digest.Digest, inUse func(string) []string) []string {
 
 // Remove removes a name; with its last name, or asked for by ID, the image. An
 // image that containers use is not removed (errdefs.ErrConflict); with Force it
-// loses its names and goes with the next prune. inUse nil means Config.InUse.
+// loses its names and goes with the next prune, unless it was asked for by ID and
+// one of them runs (Docker's rules; where Docker also forgets the image of a
+// stopped container, here it stays, without a name, for as long as it is needed:
+// the container can be started). inUse nil means Config.InUse.
 func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUse func(id string) []string) ([]image.DeleteResponse, error) {
 	if len(opts.Platforms) > 0 {
-		return nil, fmt.Errorf("removing single platforms of an image: %w", errdefs.ErrNotImplemented)
+		return s.removePlatforms(ctx, ref, opts.Platforms, inUse)
 	}
 	id, name, err := s.lookup(ref)
 	if err != nil {
@@ -56,6 +59,12 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 			return fmt.Errorf("conflict: unable to delete %s (must be forced) - image is referenced in multiple repositories: %w", shortDigest(id), errdefs.ErrConflict)
 		}
 		last := len(gone) == len(r.Names)
+		if name == "" && opts.Running != nil {
+			if running := opts.Running(id.String()); len(running) > 0 {
+				return fmt.Errorf("conflict: unable to delete %s (cannot be forced) - image is being used by running container %s: %w",
+					shortDigest(id), hexPrefix(running[0]), errdefs.ErrConflict)
+			}
+		}
 		if last && len(used) > 0 {
 			if name != "" && !opts.Force {
 				return fmt.Errorf("conflict: unable to remove repository reference %q (must force) - container %s is using its referenced image %s: %w",

@@ -103,6 +103,19 @@ func TestPushAndPull(t *testing.T) {
 	if r := b.Docker(t, "pull", reg.addr+"/team/app:nosuch"); r.Code == 0 || !strings.Contains(r.Err, "nosuch") {
 		t.Errorf("a missing tag: exit %d, %s", r.Code, r.Err)
 	}
+	other := reg.addr + "/team/app:2"
+	a.Must(t, "run", "--name", "c2", ref, "sh", "-c", "echo v2 >/version")
+	a.Must(t, "commit", "c2", other)
+	a.Must(t, "push", "-a", reg.addr+"/team/app")
+	b.Must(t, "pull", "-a", reg.addr+"/team/app")
+	for r, want := range map[string]string{ref: "v1", other: "v2"} {
+		if got := b.Must(t, "run", "--rm", "--pull", "never", r, "cat", "/version"); got != want {
+			t.Errorf("pull -a, %s: %q", r, got)
+		}
+	}
+	if r := b.Docker(t, "pull", "-a", reg.addr+"/team/nosuch"); r.Code == 0 {
+		t.Error("pulled all tags of a repository that is not there")
+	}
 	// Children share their parent's layers: pushing one again moves nothing.
 	if out := a.Must(t, "push", ref); !strings.Contains(out, "already exists") {
 		t.Errorf("second push: %s", out)

@@ -225,7 +225,7 @@ func (a *API) imageRemove(c *call) error {
 		return err
 	}
 	list, err := a.images.Remove(c.ctx, c.name(),
-		image.RemoveOptions{Force: c.flag("force"), NoPrune: c.flag("noprune"), Platforms: ps}, a.eng.ImageUsers)
+		image.RemoveOptions{Force: c.flag("force"), NoPrune: c.flag("noprune"), Platforms: ps, Running: a.eng.ImageRunning}, a.eng.ImageUsers)
 	if err != nil {
 		return err
 	}

@@ -87,9 +87,48 @@ func (a *API) imageCreate(c *call) error {
 	if err != nil {
 		return err
 	}
+	refs := []string{ref}
+	if allTags(c.str("fromImage"), c.str("tag")) {
+		if refs, err = a.everyTag(c, ref); err != nil {
+			return err
+		}
+	}
 	m := c.messages()
-	_, err = a.images.Pull(c.ctx, ref, image.PullOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress})
+	for _, ref := range refs {
+		if _, err = a.images.Pull(c.ctx, ref, image.PullOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}); err != nil {
+			break
+		}
+	}
 	return m.end(err)
+}
+
+// allTags tells whether a pull means all tags of a repository: one that names
+// neither a tag nor a digest.
+func allTags(name, tag string) bool {
+	ref, err := reference.ParseNormalizedNamed(name)
+	return err == nil && tag == "" && reference.IsNameOnly(ref)
+}
+
+func (a *API) everyTag(c *call, ref string) ([]string, error) {
+	named, err := reference.ParseNormalizedNamed(ref)
+	if err != nil {
+		return nil, err
+	}
+	repo := reference.TrimNamed(named)
+	tags, err := a.images.Tags(c.ctx, repo.Name(), Auth(c.r))
+	if err != nil {
+		return nil, err
+	}
+	var refs []string
+	for _, tag := range tags {
+		if t, err := reference.WithTag(repo, tag); err == nil { // what no name can have can't be pulled
+			refs = append(refs, t.String())
+		}
+	}
+	if len(refs) == 0 {
+		return nil, errdefs.ErrNotFound.WithMessage("the repository " + reference.FamiliarName(repo) + " has no tags")
+	}
+	return refs, nil
 }
 
 // PullReference makes a full name of fromImage and tag, which may be a digest;
