@@ -22,7 +22,7 @@ import (
 //	  map any4     { type inet_proto . inet_service : ipv4_addr . inet_service }
 //
 //	  chain guard { type filter hook prerouting priority raw
-//	    iifname @bridges ip daddr 127.0.0.0/8 drop    # route_localnet is on there
+//	    ip daddr 127.0.0.0/8 iifname @bridges drop    # route_localnet is on there
 //	    iifname @segments notrack                     # seen only with br_netfilter: all is
 //	                                                  # decided on the network's own bridge
 //	  }
@@ -56,11 +56,12 @@ import (
 //	    oifname @bridges drop                         # nobody else gets in
 //	  }
 //	  chain in { type filter hook input priority filter; policy accept
-//	    iifname @internal ct state established,related accept
-//	    iifname @internal th dport 53 ip daddr @dns4 accept
-//	    iifname @internal ct status dnat accept       # to dnsto4
-//	    iifname @internal meta l4proto icmpv6 accept  # neighbour discovery
-//	    iifname @internal drop
+//	    iifname != @internal accept                   # nearly all packets end here
+//	    ct state established,related accept
+//	    th dport 53 ip daddr @dns4 accept
+//	    ct status dnat accept                         # to dnsto4
+//	    meta l4proto icmpv6 accept                    # neighbour discovery
+//	    drop
 //	  }
 //	}
 //
@@ -70,6 +71,9 @@ import (
 //	    ct mark & 1<<30 != 0 drop
 //	  }
 //	}
+//
+// What is compared with a constant comes before what is looked up: a look-up of
+// a name costs each packet about 50 ns, a comparison a tenth of that.
 //
 // An accept here ends only our own chain: a drop in any other table's chain
 // at the same hook still wins.
@@ -147,7 +151,7 @@ func (t *Table) rules() {
 
 	ask := t.conn.AddChain(&nftables.Chain{Name: "ask", Table: t.t})
 	for _, f := range []fam{v4, v6} {
-		t.rule(guard, t.iif(setBridges), f.is(), f.loop(f.dst), verdict(expr.VerdictDrop))
+		t.rule(guard, f.is(), f.loop(f.dst), t.iif(setBridges), verdict(expr.VerdictDrop))
 		t.rule(pre, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
 		t.rule(pre, t.iif(setBridges), f.is(), t.lookup(f, mapDNS), []expr.Any{f.dnat()})
 		t.rule(pre, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictReturn))
@@ -177,13 +181,14 @@ func (t *Table) rules() {
 	t.rule(fwd, t.oif(setBridges), dnatted(), verdict(expr.VerdictAccept))
 	t.rule(fwd, t.oif(setBridges), verdict(expr.VerdictDrop))
 
-	t.rule(in, t.iif(setInternal), established(), verdict(expr.VerdictAccept))
+	t.rule(in, t.notIif(setInternal), verdict(expr.VerdictAccept))
+	t.rule(in, established(), verdict(expr.VerdictAccept))
 	for _, f := range []fam{v4, v6} {
-		t.rule(in, t.iif(setInternal), f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictAccept))
+		t.rule(in, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictAccept))
 	}
-	t.rule(in, t.iif(setInternal), dnatted(), verdict(expr.VerdictAccept)) // only names are turned to the host
-	t.rule(in, t.iif(setInternal), l4proto(unix.IPPROTO_ICMPV6), verdict(expr.VerdictAccept))
-	t.rule(in, t.iif(setInternal), verdict(expr.VerdictDrop))
+	t.rule(in, dnatted(), verdict(expr.VerdictAccept)) // only names are turned to the host
+	t.rule(in, l4proto(unix.IPPROTO_ICMPV6), verdict(expr.VerdictAccept))
+	t.rule(in, verdict(expr.VerdictDrop))
 	if t.loop.In != "" {
 		t.lateRules()
 	}
