@@ -26,6 +26,7 @@ import (
 	"tenon.dev/tenon/internal/sandbox/host"
 	"tenon.dev/tenon/internal/server"
 	"tenon.dev/tenon/internal/store"
+	"tenon.dev/tenon/internal/userns"
 	"tenon.dev/tenon/internal/version"
 	"tenon.dev/tenon/internal/volume"
 )
@@ -127,6 +128,10 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	if defaultRuntime == "tenon" {
 		defaultRuntime = ""
 	}
+	ids, err := userns.Pool(cfg.UserNS.Pool)
+	if err != nil {
+		return nil, err
+	}
 	d.engine, err = engine.New(engine.Config{
 		Name: cfg.Name, Root: cfg.Root, RunRoot: cfg.RunRoot, Version: version.Version,
 		DB: db, Volatile: volatile, Images: d.images, Roots: roots, Networks: d.networks, Volumes: volumes,
@@ -135,6 +140,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		StopTimeout: cfg.Limits.StopTimeout, DiskLimit: config.Bytes(cfg.Limits.Disk),
 		Log:      engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
 		Runtimes: runtimes, DefaultRuntime: defaultRuntime,
+		UserNS:   engine.UserNS{Auto: cfg.UserNS.Default == "auto", Pool: ids},
 		Describe: d.describe, Logger: log,
 	})
 	if err != nil {

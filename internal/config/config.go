@@ -20,6 +20,8 @@ import (
 	"github.com/BurntSushi/toml"
 	"github.com/containerd/errdefs"
 	"github.com/docker/go-units"
+
+	"tenon.dev/tenon/internal/userns"
 )
 
 // DefaultFile is read if it exists and no --config names another.
@@ -37,6 +39,7 @@ type Config struct {
 	DefaultIsolation string `toml:"default-isolation" comment:"process; vm and machine=NAME need a release that has them"`
 	DefaultRuntime   string `toml:"default-runtime" comment:"tenon, or a name of [runtimes]"`
 
+	UserNS     UserNS             `toml:"userns"`
 	Log        Log                `toml:"log"`
 	Limits     Limits             `toml:"limits"`
 	Network    Network            `toml:"network"`
@@ -48,6 +51,12 @@ type Config struct {
 	CDISpecDirs []string `toml:"cdi-spec-dirs" comment:"where specifications of the Container Device Interface lie (--device VENDOR/CLASS=NAME, --gpus); later ones win"`
 
 	TLS TLS `toml:"tls" comment:"of tcp:// hosts"`
+}
+
+// UserNS gives containers user namespaces.
+type UserNS struct {
+	Default string `toml:"default" comment:"of containers that ask for nothing: host, or auto (each its own)"`
+	Pool    string `toml:"pool" comment:"START:COUNT of host ids that are theirs, several separated by commas, different for each daemon on a machine; empty: those of tenon or containers in /etc/subuid and /etc/subgid, or else 1879048192:268435456"`
 }
 
 // Log is the default log driver and its bounds.
@@ -118,6 +127,7 @@ func Default() *Config {
 		DefaultRuntime:   "tenon",
 		ImageBudget:      "0",
 		CDISpecDirs:      []string{"/etc/cdi", "/var/run/cdi"},
+		UserNS:           UserNS{Default: "host"},
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
 		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g"},
 		Network: Network{
@@ -192,6 +202,16 @@ func (c *Config) Validate() error {
 		bad("default-isolation %q is not in this release; use process", c.DefaultIsolation)
 	default:
 		bad("default-isolation %q: use process, vm or machine=NAME", c.DefaultIsolation)
+	}
+	switch c.UserNS.Default {
+	case "host", "auto":
+	default:
+		bad("userns.default %q: use host or auto", c.UserNS.Default)
+	}
+	if c.UserNS.Pool != "" {
+		if _, err := userns.ParsePool(c.UserNS.Pool); err != nil {
+			bad("userns.pool %w", err)
+		}
 	}
 	switch c.Log.Driver {
 	case "local", "json-file", "none":

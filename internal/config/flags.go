@@ -90,6 +90,8 @@ func (c *Config) flags(fs *pflag.FlagSet) (pools *[]string) {
 	fs.BoolVarP(&c.Debug, "debug", "D", c.Debug, "log more")
 	fs.StringVar(&c.DefaultIsolation, "default-isolation", c.DefaultIsolation, "kernel of containers that ask for none: process, vm, machine=NAME")
 	fs.StringVar(&c.DefaultRuntime, "default-runtime", c.DefaultRuntime, "OCI runtime of containers that ask for none")
+	fs.StringVar(&c.UserNS.Default, "userns", c.UserNS.Default, "user namespace of containers that ask for none: host, or auto (each its own)")
+	fs.StringVar(&c.UserNS.Pool, "userns-pool", c.UserNS.Pool, "START:COUNT of the host ids of user namespaces")
 	fs.StringVar(&c.Log.Driver, "log-driver", c.Log.Driver, "default log driver: local, json-file, none")
 	fs.Int64Var(&c.Limits.PIDs, "default-pids-limit", c.Limits.PIDs, "processes per container that asks for no limit; -1 unlimited")
 	fs.StringVar(&c.Limits.MemoryReserve, "memory-reserve", c.Limits.MemoryReserve, "memory that containers, all together, can't take from the host")

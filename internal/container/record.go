@@ -15,6 +15,8 @@ import (
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/network"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/userns"
 )
 
 // Version is the layout of Record; a record of another one is refused.
@@ -37,6 +39,11 @@ type Record struct {
 	HostConfig *container.HostConfig `json:"hostConfig"`
 	Image      Image                 `json:"image"`
 	Mounts     []Mount               `json:"mounts,omitempty"`
+	// UserNS are the host ids of the container's user namespace, taken while the
+	// record exists; nil: the host's user namespace. With UserNSOf it is that
+	// container's, whose ids these are.
+	UserNS   *userns.Range `json:"userns,omitempty"`
+	UserNSOf string        `json:"usernsOf,omitempty"`
 	// Networks are the endpoints asked for, by network name.
 	Networks map[string]*network.EndpointSettings `json:"networks,omitempty"`
 	// Isolation is the kernel that it runs on: "process".

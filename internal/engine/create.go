@@ -150,6 +150,12 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if r.Mounts, err = e.planMounts(r); err != nil {
 		return nil, nil, err
 	}
+	if err := e.planUserNS(r); err != nil {
+		return nil, nil, err
+	}
+	if err := e.checkUserNSMounts(r); err != nil {
+		return nil, nil, err
+	}
 	return r, warnings, nil
 }
 
@@ -176,6 +182,9 @@ func (e *Engine) register(c *ctr) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	r := c.record()
+	if err := e.takeIDsLocked(r); err != nil {
+		return err
+	}
 	if r.Name == "" {
 		named := r.Clone()
 		named.Name = container.RandomName(e.registry.Taken)

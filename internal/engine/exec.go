@@ -382,6 +382,9 @@ func (e *Engine) execProcess(x *execution) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := inUserNS(r, append(user.Additional[:len(user.Additional):len(user.Additional)], user.UID, user.GID)...); err != nil {
+		return nil, err
+	}
 	h := r.HostConfig
 	caps, err := spec.Capabilities(h.CapAdd, h.CapDrop, h.Privileged || x.o.Privileged, e.cfg.Kernel.Facts().Capabilities)
 	if err != nil {

@@ -59,6 +59,9 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 	if e.cfg.Kernel.Isolation() == "process" {
 		info.SecurityOptions = append(info.SecurityOptions, "name=cgroupns")
 	}
+	if e.cfg.UserNS.Auto {
+		info.SecurityOptions = append(info.SecurityOptions, "name=userns")
+	}
 	if fds, err := os.ReadDir("/proc/self/fd"); err == nil {
 		info.NFd = len(fds)
 	}

@@ -223,7 +223,7 @@ func (e *Engine) canonicalModes(h *container.HostConfig) error {
 		}
 		return "container:" + c.id, nil
 	}
-	for _, m := range []*string{(*string)(&h.NetworkMode), (*string)(&h.PidMode), (*string)(&h.IpcMode)} {
+	for _, m := range []*string{(*string)(&h.NetworkMode), (*string)(&h.PidMode), (*string)(&h.IpcMode), (*string)(&h.UsernsMode)} {
 		fixed, err := fix(*m)
 		if err != nil {
 			return err

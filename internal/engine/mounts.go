@@ -182,6 +182,8 @@ func bindMode(m *container.Mount, text string) error {
 		case "nocopy":
 			err = once("copy")
 			m.NoCopy = true
+		case "idmap", "noidmap": // in a user namespace; idmapped is the default
+			err = once("idmap")
 		case "consistent", "cached", "delegated":
 			err = once("consistency")
 		case "private", "rprivate", "shared", "rshared", "slave", "rslave":

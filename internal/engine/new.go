@@ -51,6 +51,7 @@ type Config struct {
 	// or empty for Tenon's own.
 	Runtimes       map[string]Runtime
 	DefaultRuntime string
+	UserNS         UserNS
 	// Describe adds to Info what the engine does not know (registries, warnings
 	// of the host). May be nil.
 	Describe func(*system.Info)
@@ -95,7 +96,8 @@ type Engine struct {
 
 	loaded atomic.Bool // the records have been read
 
-	saver saver
+	saver  saver
+	idmaps usernsProbe
 }
 
 var _ API = (*Engine)(nil)
@@ -136,6 +138,7 @@ func (e *Engine) Close() error {
 	case <-time.After(closeTime):
 		e.log.Warn("operations are still under way while the engine closes")
 	}
+	e.idmaps.close()
 	e.shim.close() // after those who still free what an ended container held
 	return e.saver.flush()
 }

@@ -82,6 +82,9 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	if in.User, err = e.resolveUser(p.root, r.Config.User, h.GroupAdd); err != nil {
 		return in, err
 	}
+	if err := usernsInput(&in, r, p); err != nil {
+		return in, err
+	}
 	if in.Devices, err = e.planDevices(r.HostConfig); err != nil {
 		return in, err
 	}

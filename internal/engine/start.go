@@ -20,6 +20,7 @@ import (
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	"tenon.dev/tenon/internal/userns"
 )
 
 type throttle = blkiodev.ThrottleDevice
@@ -181,6 +182,7 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	if err != nil {
 		return err
 	}
+	defer p.userns.Close() // the task has its own by then
 	req, err := e.taskRequest(c, rn, p)
 	if err != nil {
 		return err
@@ -278,14 +280,25 @@ type prepared struct {
 	mounts []spec.Mount
 	files  []spec.Mount
 	shm    string
+
+	userns     *userns.Namespace
+	usernsPath string
 }
 
 // prepare makes root, network and files, at the same time where it can.
-func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (*prepared, error) {
+func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (_ *prepared, err error) {
 	r := c.record()
 	p := &prepared{}
+	defer func() {
+		if err != nil {
+			p.userns.Close()
+		}
+	}()
 	q, err := e.networkRequest(r)
 	if err != nil {
+		return nil, err
+	}
+	if err := e.prepareUserNS(ctx, r, p, &q); err != nil {
 		return nil, err
 	}
 	if q.Mode == network.ModeContainer {
@@ -322,6 +335,9 @@ func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (*prepared, error
 		return nil, err
 	}
 	if err := e.prepareShm(ctx, r, p); err != nil {
+		return nil, err
+	}
+	if err := e.mapMounts(r, p); err != nil {
 		return nil, err
 	}
 	p.kernel, err = e.cfg.Kernel.Prepare(ctx, sandbox.Handover{ID: c.id, Root: taskMounts(p.root), NetNS: p.ns.Path})

@@ -52,6 +52,13 @@ type compiler struct {
 	late []func()
 	// sources are the clones of what is bound.
 	sources map[*specs.Mount]slot
+	// idmaps are the user namespaces of idmapped mounts, by their maps; "" is
+	// the container's own.
+	idmaps map[string]slot
+	// covered are the directories that idmapped clones of themselves cover.
+	covered map[string]bool
+	// nodes are the device nodes that a user namespace binds, by their paths.
+	nodes map[string]slot
 
 	userns bool
 	shared bool // the root's propagation is shared: nothing may leak to the host

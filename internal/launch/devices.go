@@ -38,8 +38,8 @@ func (c *compiler) ownDev() bool {
 	return true
 }
 
-// devices makes /dev's nodes and links.
-func (c *compiler) devices() error {
+// deviceList is what is to be in /dev.
+func (c *compiler) deviceList() []specs.LinuxDevice {
 	list := c.spec.Linux.Devices
 	if c.ownDev() {
 		for _, d := range defaultDevices {
@@ -48,6 +48,71 @@ func (c *compiler) devices() error {
 			}
 		}
 	}
+	return list
+}
+
+// makeNodes makes the device nodes of a container in a user namespace, which
+// may not make any itself, on a file system that is mounted nowhere when it is
+// done: each node is bound to its place later. Where the runtime may not make
+// any either, the host's are bound.
+func (c *compiler) makeNodes() error {
+	list := c.deviceList()
+	if len(list) == 0 {
+		return nil
+	}
+	c.step("make device nodes")
+	// For the while, on a place that is there on every machine.
+	c.call(unix.SYS_MOUNT, c.str("devices"), c.str("/proc"), c.str("tmpfs"), num(unix.MS_NOSUID|unix.MS_NOEXEC), c.str("mode=755"))
+	dir := c.builder.slot()
+	c.call(unix.SYS_OPENAT, fdcwd, c.str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(dir)
+	c.call(unix.SYS_UMASK, num(0))
+	c.nodes = map[string]slot{}
+	for i, d := range list {
+		typ, mode, err := nodeMode(&d)
+		if err != nil {
+			return fmt.Errorf("linux.devices: %w", err)
+		}
+		if d.Type == "p" {
+			continue
+		}
+		tree, denied, done := c.builder.slot(), c.label(), c.label()
+		name := fmt.Sprint(i)
+		c.call(unix.SYS_MKNODAT, dir.arg(), c.str(name), num(typ|mode), num(unix.Mkdev(uint32(d.Major), uint32(d.Minor)))).on(unix.EPERM, denied)
+		uid, gid := uint32(0), uint32(0)
+		if d.UID != nil {
+			uid = *d.UID
+		}
+		if d.GID != nil {
+			gid = *d.GID
+		}
+		c.call(unix.SYS_FCHOWNAT, dir.arg(), c.str(name), num(mapped(c.spec.Linux.UIDMappings, uid)), num(mapped(c.spec.Linux.GIDMappings, gid)), num(unix.AT_SYMLINK_NOFOLLOW))
+		c.call(unix.SYS_OPEN_TREE, dir.arg(), c.str(name), num(treeFlags)).out(tree).to(done)
+		c.mark(denied)
+		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(path.Clean(d.Path)), num(treeFlags)).out(tree)
+		c.mark(done)
+		c.nodes[path.Clean(d.Path)] = tree
+	}
+	c.call(unix.SYS_UMASK, num(0o022))
+	c.call(unix.SYS_CLOSE, dir.arg())
+	c.call(unix.SYS_UMOUNT2, c.str("/proc"), num(unix.MNT_DETACH))
+	return nil
+}
+
+// mapped is the host's id of one of the container's; the container's root's, if
+// it has no place there.
+func mapped(maps []specs.LinuxIDMapping, id uint32) uint32 {
+	for _, m := range maps {
+		if id >= m.ContainerID && id-m.ContainerID < m.Size {
+			return m.HostID + id - m.ContainerID
+		}
+	}
+	root, _ := mapsRoot(maps)
+	return uint32(root)
+}
+
+// devices makes /dev's nodes and links.
+func (c *compiler) devices() error {
+	list := c.deviceList()
 	if len(list) == 0 {
 		return nil
 	}
@@ -93,20 +158,11 @@ func (c *compiler) device(d *specs.LinuxDevice) error {
 	if !path.IsAbs(p) || name == "" {
 		return fmt.Errorf("path %q", d.Path)
 	}
-	mode := uint32(0o666)
-	if d.FileMode != nil {
-		mode = uint32(*d.FileMode) & 0o7777
+	typ, mode, err := nodeMode(d)
+	if err != nil {
+		return err
 	}
-	switch d.Type {
-	case "c", "u":
-		mode |= unix.S_IFCHR
-	case "b":
-		mode |= unix.S_IFBLK
-	case "p":
-		mode |= unix.S_IFIFO
-	default:
-		return fmt.Errorf("%s: type %q", p, d.Type)
-	}
+	mode |= typ
 	c.step("device "+p, fmt.Sprintf("%s %d:%d %#o", d.Type, d.Major, d.Minor, mode&0o7777))
 	parent := c.builder.slot()
 	c.target(dir, parent, dirTarget, resolveRoot, noLabel)
@@ -142,11 +198,33 @@ func (c *compiler) device(d *specs.LinuxDevice) error {
 	return nil
 }
 
-// deviceBind binds the host's node, since a user namespace cannot make any.
+// nodeMode gives the type and the permissions of a node.
+func nodeMode(d *specs.LinuxDevice) (typ, mode uint32, err error) {
+	mode = 0o666
+	if d.FileMode != nil {
+		mode = uint32(*d.FileMode) & 0o7777
+	}
+	switch d.Type {
+	case "c", "u":
+		return unix.S_IFCHR, mode, nil
+	case "b":
+		return unix.S_IFBLK, mode, nil
+	case "p":
+		return unix.S_IFIFO, mode, nil
+	}
+	return 0, 0, fmt.Errorf("%s: type %q", path.Clean(d.Path), d.Type)
+}
+
+// deviceBind binds a node that makeNodes made.
 func (c *compiler) deviceBind(d *specs.LinuxDevice, parent slot, name string) error {
-	tree, t := c.builder.slot(), c.builder.slot()
-	c.open(c.old, "."+path.Clean(d.Path), pathFlags, resolveRoot).out(tree)
-	c.call(unix.SYS_OPEN_TREE, tree.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH)).out(tree)
+	p := path.Clean(d.Path)
+	tree, ok := c.nodes[p]
+	if !ok { // named twice: it is there
+		c.call(unix.SYS_CLOSE, parent.arg())
+		return nil
+	}
+	delete(c.nodes, p)
+	t := c.builder.slot()
 	c.call(unix.SYS_MKNODAT, parent.arg(), c.str(name), num(unix.S_IFREG|0o644), num(0)).ignore(unix.EEXIST)
 	c.call(unix.SYS_OPENAT, parent.arg(), c.str(name), num(pathFlags|unix.O_NOFOLLOW), num(0)).out(t)
 	c.moveMount(tree, t)

@@ -136,6 +136,9 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 	if d := path.Clean("/" + dest); strings.HasPrefix(d, "/proc/") && !procFiles[d] {
 		return fmt.Errorf("destination is inside /proc")
 	}
+	if _, opened := c.sources[m]; opened && typ == "overlay" {
+		return c.bind(source, dest, mountOptions{flags: o.flags, set: o.set, clr: o.clr, propagation: o.propagation}, m)
+	}
 	if o.bind || typ == "bind" {
 		return c.bind(source, dest, o, m)
 	}

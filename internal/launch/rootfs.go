@@ -55,6 +55,16 @@ func (c *compiler) hostSide() error {
 	if c.shared {
 		c.slave()
 	}
+	for i := range c.spec.Mounts {
+		if err := c.openOverlay(i); err != nil {
+			return fmt.Errorf("mounts[%d]: %w", i, err)
+		}
+	}
+	if c.userns {
+		if err := c.makeNodes(); err != nil {
+			return err
+		}
+	}
 	return c.mountRoot()
 }
 
@@ -116,6 +126,9 @@ func (c *compiler) rootMount(m Mount) error {
 		}
 		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(c.abs(m.Source)), num(flags)).out(c.root)
 		c.setAttr(c.root, unix.AT_RECURSIVE, 0, 0, unix.MS_SLAVE)
+		if o.idmap {
+			c.idmapTree(c.root, c.idmapNS(&specs.Mount{}), o.ridmap)
+		}
 		if o.set|o.clr != 0 {
 			c.setAttr(c.root, 0, o.set, o.clr, 0)
 		}
@@ -126,12 +139,24 @@ func (c *compiler) rootMount(m Mount) error {
 			o.set &^= unix.MOUNT_ATTR_RDONLY
 			c.spec.Root = &specs.Root{Path: c.spec.Root.Path, Readonly: true}
 		}
+		if o.idmap {
+			if m.Type != "overlay" {
+				return fmt.Errorf("option idmap: %s mounts cannot be mapped", m.Type)
+			}
+			if err := c.idmapLayers(o.data); err != nil {
+				return err
+			}
+		}
 		c.step("mount "+m.Type+" → /", o.describe())
+		as := func(call func()) { call() }
+		if o.idmap {
+			as = c.asMappedRoot
+		}
 		data := strings.Join(o.data, ",")
 		if m.Type == "overlay" && len(data) > maxMountData {
 			dir, rel, ok := relativeLayers(o.data)
 			if !ok || len(rel) > maxMountData {
-				c.overlayByParts(m.Source, o).out(c.root)
+				as(func() { c.overlayByParts(m.Source, o).out(c.root) })
 				c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
 				return nil
 			}
@@ -141,7 +166,9 @@ func (c *compiler) rootMount(m Mount) error {
 		if len(data) > 4095 {
 			return fmt.Errorf("mount %s: options are longer than a page", m.Type)
 		}
-		c.call(unix.SYS_MOUNT, c.str(m.Source), c.str("/proc"), c.str(m.Type), num(uint64(o.flags)), c.str(data))
+		as(func() {
+			c.call(unix.SYS_MOUNT, c.str(m.Source), c.str("/proc"), c.str(m.Type), num(uint64(o.flags)), c.str(data))
+		})
 		c.call(unix.SYS_OPENAT, fdcwd, c.str("/proc"), num(unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC), num(0)).out(c.root)
 	}
 	c.call(unix.SYS_MOVE_MOUNT, c.root.arg(), c.str(""), fdcwd, c.str("/"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))

@@ -2,6 +2,7 @@ package launch
 
 import (
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 
@@ -22,7 +23,12 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 			return err
 		}
 		c.step("detach the root")
+		c.call(unix.SYS_FCHDIR, c.root.arg())
 		c.call(unix.SYS_OPEN_TREE, c.root.arg(), c.str(""), num(treeFlags|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)).out(c.root)
+		// The clone alone: what covers / would be locked there, in the copy of this
+		// mount namespace, and could not be unmounted with the host's root.
+		c.call(unix.SYS_UMOUNT2, c.str("."), num(unix.MNT_DETACH))
+		c.call(unix.SYS_CHDIR, c.str("/"))
 		c.call(unix.SYS_CLOSE, c.old.arg())
 	}
 	if c.fresh&unix.CLONE_NEWTIME != 0 {
@@ -54,15 +60,15 @@ func (c *compiler) secondClone(fresh uint64, joinUser bool) error {
 		return nil
 	}
 	root := true
+	l := c.spec.Linux
+	uid, okUID := mapsRoot(l.UIDMappings)
+	gid, okGID := mapsRoot(l.GIDMappings)
+	c.p.MapRoot = [2]int{uid, gid}
 	if !joinUser {
-		l := c.spec.Linux
 		c.step("id maps", strings.ReplaceAll("uid "+mapText(l.UIDMappings)+"gid "+mapText(l.GIDMappings), "\n", "; "))
 		c.p.Maps = &IDMaps{UID: mapText(l.UIDMappings), GID: mapText(l.GIDMappings)}
 		c.call(OpPhase, num(PhaseMaps))
-		uid, okUID := mapsRoot(l.UIDMappings)
-		gid, okGID := mapsRoot(l.GIDMappings)
 		root = okUID && okGID
-		c.p.MapRoot = [2]int{uid, gid}
 	}
 	if root {
 		c.step("root of the user namespace")
@@ -131,6 +137,55 @@ func (c *compiler) openSource(i int) error {
 	return nil
 }
 
+// asMappedRoot has call made with the file ids of the container's root: an
+// overlay makes its own files as whoever mounted it, and the host's root has no
+// id in an idmapped upper directory.
+func (c *compiler) asMappedRoot(call func()) {
+	uid, okUID := mapsRoot(c.spec.Linux.UIDMappings)
+	gid, okGID := mapsRoot(c.spec.Linux.GIDMappings)
+	if !okUID || !okGID {
+		call()
+		return
+	}
+	// Else the capabilities that go with root's file id would go with it.
+	c.call(unix.SYS_PRCTL, num(unix.PR_SET_SECUREBITS), num(secbitNoSetuidFixup))
+	c.call(unix.SYS_SETFSGID, num(gid))
+	c.call(unix.SYS_SETFSUID, num(uid))
+	call()
+	c.call(unix.SYS_SETFSUID, num(0))
+	c.call(unix.SYS_SETFSGID, num(0))
+	c.call(unix.SYS_PRCTL, num(unix.PR_SET_SECUREBITS), num(0))
+}
+
+// secbitNoSetuidFixup is SECBIT_NO_SETUID_FIXUP of linux/securebits.h.
+const secbitNoSetuidFixup = 1 << 2
+
+// openOverlay mounts spec.Mounts[i], if it is an overlay of idmapped layers,
+// nowhere yet: a user namespace could not open the layers. They are given one
+// by one (Linux 6.8), for mount(2) would need a place. It comes after the
+// binds, whose sources must not be found covered.
+func (c *compiler) openOverlay(i int) error {
+	m := &c.spec.Mounts[i]
+	if m.Type != "overlay" {
+		return nil
+	}
+	o, err := parseOptions(m.Options)
+	if err != nil || !o.idmap {
+		return err
+	}
+	if err := c.idmapLayers(o.data); err != nil {
+		return err
+	}
+	tree := c.builder.slot()
+	c.step("mount overlay for "+m.Destination, o.describe())
+	c.asMappedRoot(func() { c.overlayByParts(m.Source, o).out(tree) })
+	if c.sources == nil {
+		c.sources = map[*specs.Mount]slot{}
+	}
+	c.sources[m] = tree
+	return nil
+}
+
 // sourceTree clones a bind's source into tree, with its ids mapped if it is so.
 func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	flags := uint64(treeFlags)
@@ -154,16 +209,100 @@ func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	if err := checkMaps(uids, gids); err != nil {
 		return err
 	}
-	ns := c.builder.slot()
-	c.p.IDMaps = append(c.p.IDMaps, IDMapFD{Slot: int(ns), IDMaps: IDMaps{UID: mapText(uids), GID: mapText(gids)}})
+	c.idmapTree(tree, c.idmapNS(m), o.ridmap)
+	return nil
+}
+
+// idmapTree maps the ids of a detached mount by the user namespace ns.
+func (c *compiler) idmapTree(tree, ns slot, recursive bool) {
 	attr := mem(words(unix.MOUNT_ATTR_IDMAP, 0, 0, 0))
 	c.call(OpPoke, attr, num(24), num(8), ns.arg())
 	var rec uint64
-	if o.ridmap {
+	if recursive {
 		rec = unix.AT_RECURSIVE
 	}
 	c.call(unix.SYS_MOUNT_SETATTR, tree.arg(), c.str(""), num(unix.AT_EMPTY_PATH|rec), attr, num(32))
-	c.call(unix.SYS_CLOSE, ns.arg())
+}
+
+// idmapNS opens the user namespace of an idmapped mount: one with the mount's
+// own maps, which the parent makes, or the container's. Mounts with the same
+// maps share it.
+func (c *compiler) idmapNS(m *specs.Mount) slot {
+	uids, gids := m.UIDMappings, m.GIDMappings
+	key := "uid " + mapText(uids) + "gid " + mapText(gids)
+	p, join := c.join[specs.UserNamespace]
+	if len(uids) == 0 && len(gids) == 0 {
+		uids, gids, key = c.spec.Linux.UIDMappings, c.spec.Linux.GIDMappings, ""
+	} else {
+		join = false
+	}
+	if ns, ok := c.idmaps[key]; ok {
+		return ns
+	}
+	ns := c.builder.slot()
+	if join {
+		c.call(unix.SYS_OPENAT, fdcwd, c.str(p), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(ns)
+	} else {
+		c.p.IDMaps = append(c.p.IDMaps, IDMapFD{Slot: int(ns), IDMaps: IDMaps{UID: mapText(uids), GID: mapText(gids)}})
+	}
+	if c.idmaps == nil {
+		c.idmaps = map[string]slot{}
+	}
+	c.idmaps[key] = ns
+	return ns
+}
+
+// idmapLayers covers the directories that an overlay's layers lie in with
+// idmapped clones of themselves, in this mount namespace only, so that the
+// overlay is made of idmapped layers and its upper directory keeps the ids that
+// the container sees. Upper and work directory must stay in one mount.
+func (c *compiler) idmapLayers(data []string) error {
+	if _, join := c.join[specs.UserNamespace]; !join && len(c.spec.Linux.UIDMappings) == 0 {
+		return fmt.Errorf("option idmap: the container has no user namespace")
+	}
+	if c.shared {
+		return fmt.Errorf("option idmap: not with a shared propagation of the root, which would show the host the maps")
+	}
+	ns := c.idmapNS(&specs.Mount{})
+	covered := func(dir string) bool {
+		for ; ; dir = path.Dir(dir) {
+			if c.covered[dir] {
+				return true
+			}
+			if dir == "/" {
+				return false
+			}
+		}
+	}
+	for _, o := range data {
+		k, v, _ := strings.Cut(o, "=")
+		var dirs []string
+		switch k {
+		case "lowerdir":
+			dirs = strings.Split(v, ":")
+		case "upperdir", "workdir":
+			dirs = []string{v}
+		}
+		for _, d := range dirs {
+			if !path.IsAbs(d) || path.Clean(d) == "/" || strings.Contains(d, "\\") {
+				return fmt.Errorf("option idmap: layer %q is not an absolute path", d)
+			}
+			d = path.Dir(path.Clean(d))
+			if covered(d) {
+				continue
+			}
+			if c.covered == nil {
+				c.covered = map[string]bool{}
+			}
+			c.covered[d] = true
+			c.step("map the ids of " + d)
+			tree := c.builder.slot()
+			c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(d), num(treeFlags)).out(tree)
+			c.idmapTree(tree, ns, false)
+			c.call(unix.SYS_MOVE_MOUNT, tree.arg(), c.str(""), fdcwd, c.str(d), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+			c.call(unix.SYS_CLOSE, tree.arg())
+		}
+	}
 	return nil
 }
 

@@ -70,7 +70,11 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 		return nil, err
 	}
 	if ready == nil && (r.Mode == ModeBridge || r.Mode == ModeNone) {
-		if err = c.setup(ctx, c.plumberFor(r), r.NSID, r.Endpoints); err != nil {
+		p := c.plumberFor(r)
+		if np, ok := p.(*netnsPlumber); ok {
+			np.from = req.Namespace
+		}
+		if err = c.setup(ctx, p, r.NSID, r.Endpoints); err != nil {
 			return nil, err
 		}
 	}
@@ -212,7 +216,7 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 
 // pooled says whether a namespace from the pool fits the request.
 func (c *Controller) pooled(req Request) bool {
-	if len(req.Endpoints) != 1 || req.Plumbing == PlumbTap {
+	if len(req.Endpoints) != 1 || req.Plumbing == PlumbTap || req.Namespace != nil {
 		return false
 	}
 	e := req.Endpoints[0]

@@ -286,7 +286,7 @@ func outside(t *testing.T) (path string, host, there netip.Addr) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	err = link.NewNetns(path, func(fd int, in *link.Socket) error {
+	err = link.NewNetns(path, nil, func(fd int, in *link.Socket) error {
 		var b link.Batch
 		b.AddVeth(link.Veth{Host: "out" + id, NetnsFD: fd, Peer: "eth0", MTU: 1500})
 		if err := s.Do(&b); err != nil {

@@ -28,6 +28,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"time"
 
 	mobynet "github.com/moby/moby/api/types/network"
@@ -170,6 +171,10 @@ type Request struct {
 	// PlumbNetns. Owner is the user that may open the taps.
 	Plumbing Plumbing
 	Owner    uint32
+	// Namespace is a new network namespace to use, for ModeBridge and ModeNone:
+	// one that belongs to the container's user namespace. Nil: one is made, or
+	// taken from those that are ready. It stays the caller's, to close after Connect.
+	Namespace *os.File
 	// Container is the id of the container whose namespace is shared (ModeContainer).
 	Container string
 	// Endpoints are the networks; empty with ModeBridge means the default bridge.

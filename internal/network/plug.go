@@ -59,6 +59,7 @@ type Plumber interface {
 type netnsPlumber struct {
 	rtnl *link.Socket // of the host's namespace
 	dir  string
+	from *os.File // the namespace that Setup takes instead of making one; nil: none
 }
 
 var _ Plumber = (*netnsPlumber)(nil)
@@ -67,7 +68,7 @@ func (p *netnsPlumber) path(ns string) string { return filepath.Join(p.dir, ns) 
 
 // Setup makes a network namespace with its interfaces.
 func (p *netnsPlumber) Setup(ctx context.Context, ns string, plugs []Plug) error {
-	return link.NewNetns(p.path(ns), func(fd int, s *link.Socket) error {
+	return link.NewNetns(p.path(ns), p.from, func(fd int, s *link.Socket) error {
 		v6 := false
 		for _, pl := range plugs {
 			v6 = v6 || pl.IPv6.IsValid()
@@ -406,6 +407,6 @@ func (c *Controller) guardsLocked(eps []Endpoint) []nft.Guarded {
 	return out
 }
 
-func (c *Controller) plumber() Plumber {
+func (c *Controller) plumber() *netnsPlumber {
 	return &netnsPlumber{rtnl: c.rtnl, dir: filepath.Join(c.cfg.RunDir, "netns")}
 }

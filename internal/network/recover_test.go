@@ -80,7 +80,7 @@ func TestRootRestart(t *testing.T) {
 		}
 	}
 	stray := filepath.Join(n.cfg.RunDir, "netns", "feedface")
-	if err := link.NewNetns(stray, func(int, *link.Socket) error { return nil }); err != nil {
+	if err := link.NewNetns(stray, nil, func(int, *link.Socket) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(n.cfg.RunDir, "containers", "broken.json"), []byte("{"), 0o600); err != nil {

@@ -61,8 +61,11 @@ type Input struct {
 	Devices      []Device // of --device
 	AllDevices   []Device // of the kernel, for --privileged
 	Init         string   // host path of the init program; empty: none
-	UIDMap       []specs.LinuxIDMapping
-	GIDMap       []specs.LinuxIDMapping
+	// UIDMap and GIDMap are those of the container's user namespace; UserNS is its
+	// path, empty for a new one. None: the host's.
+	UIDMap []specs.LinuxIDMapping
+	GIDMap []specs.LinuxIDMapping
+	UserNS string
 }
 
 // Build makes the specification. The result shares no memory with in but the
@@ -212,7 +215,7 @@ func namespaces(in Input) []specs.LinuxNamespace {
 		add(specs.CgroupNamespace, "")
 	}
 	if len(in.UIDMap) > 0 {
-		add(specs.UserNamespace, "")
+		add(specs.UserNamespace, in.UserNS)
 	}
 	return ns
 }

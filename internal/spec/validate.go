@@ -88,12 +88,8 @@ func validateNamespaces(cfg *container.Config, h *container.HostConfig) error {
 			return invalid("conflicting options: port publishing and the container type network mode")
 		}
 	}
-	switch {
-	case h.UsernsMode == "" || h.UsernsMode == "host":
-	case h.UsernsMode == "auto":
-		return errdefs.ErrNotImplemented.WithMessage("--userns=auto is not available in this release; nothing was started")
-	default:
-		return invalid("invalid user namespace mode: %v", h.UsernsMode)
+	if _, err := ParseUserNS(string(h.UsernsMode)); err != nil {
+		return err
 	}
 	if !h.Cgroup.Valid() || h.Cgroup != "" {
 		return errdefs.ErrNotImplemented.WithMessage("sharing a control group with another container is not available")

@@ -30,6 +30,8 @@ const prelude = `
 set -e
 run() { docker run --rm $m "$@"; }
 bg()  { docker run -d $m "$@" >/dev/null; }
+urun() { tenon run --rm $m --userns auto "$@"; }
+ubg()  { tenon run -d $m --userns auto "$@" >/dev/null; }
 # until COMMAND…: waits for an event that has no command of its own; bounded.
 until_ok() { for _ in $(seq 300); do if "$@" >/dev/null 2>&1; then return 0; fi; sleep 0.1; done; echo "never: $*"; return 1; }
 insp() { docker inspect -f "$2" "$1"; }
@@ -50,12 +52,15 @@ trap cleanup EXIT
 func TestBehaviours(t *testing.T) {
 	d := NewDaemon(t)
 	d.Busybox(t)
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
+	for _, mode := range modes {
+		t.Run(mode.Name, func(t *testing.T) { d.behave(t, mode.Name[:1], mode.Flags, allBehaviours(t)) })
 	}
+}
+
+// allBehaviours is the whole table.
+func allBehaviours(t *testing.T) []behaviour {
 	var all []behaviour
-	for _, part := range [][]behaviour{lifecycle, environment, limits, security, files, networks, observation, images} {
+	for _, part := range [][]behaviour{lifecycle, environment, limits, security, files, networks, observation, images, userNamespaces} {
 		all = append(all, part...)
 	}
 	seen := map[string]bool{}
@@ -65,19 +70,25 @@ func TestBehaviours(t *testing.T) {
 		}
 		seen[b.Name] = true
 	}
-	for _, mode := range modes {
-		t.Run(mode.Name, func(t *testing.T) {
-			for k, b := range all {
-				t.Run(b.Name, func(t *testing.T) {
-					t.Parallel()
-					id := fmt.Sprintf("%s%d", mode.Name[:1], k)
-					vars := fmt.Sprintf("m='%s' c=c%s n=n%s v=vol%s i=img%s self=%s\n", mode.Flags, id, id, id, id, self)
-					r := d.Sh(t, vars+prelude+b.Script)
-					want := regexp.MustCompile(`^(?s:` + strings.TrimSpace(b.Want) + `)$`)
-					if out := strings.TrimRight(r.Out, " \n"); !want.MatchString(out) || r.Code != b.Code {
-						t.Errorf("script:%s\ngot (exit %d):\n%s\nwant (exit %d):\n%s\nstderr:\n%s", b.Script, r.Code, out, b.Code, b.Want, r.Err)
-					}
-				})
+	return all
+}
+
+// behave runs rows of the table; letter keeps their names apart, flags are
+// those of every run.
+func (d *Daemon) behave(t *testing.T, letter, flags string, rows []behaviour) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, b := range rows {
+		t.Run(b.Name, func(t *testing.T) {
+			t.Parallel()
+			id := fmt.Sprintf("%s%d", letter, k)
+			vars := fmt.Sprintf("m='%s' c=c%s n=n%s v=vol%s i=img%s self=%s\n", flags, id, id, id, id, self)
+			r := d.Sh(t, vars+prelude+b.Script)
+			want := regexp.MustCompile(`^(?s:` + strings.TrimSpace(b.Want) + `)$`)
+			if out := strings.TrimRight(r.Out, " \n"); !want.MatchString(out) || r.Code != b.Code {
+				t.Errorf("script:%s\ngot (exit %d):\n%s\nwant (exit %d):\n%s\nstderr:\n%s", b.Script, r.Code, out, b.Code, b.Want, r.Err)
 			}
 		})
 	}

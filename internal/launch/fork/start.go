@@ -296,7 +296,8 @@ func (p *Process) copyUp() error {
 	}
 	defer from.Close()
 	defer to.Close()
-	if err := safepath.CopyTree(from, to); err != nil {
+	owner := p.plan.MapRoot
+	if err := safepath.AsOwner(owner[0], owner[1], func() error { return safepath.CopyTree(from, to) }); err != nil {
 		return fmt.Errorf("copy what was below a tmpfs: %w", err)
 	}
 	return nil
@@ -310,7 +311,8 @@ func (p *Process) makeTarget(name string, dir bool) error {
 		return errors.New("fork: no root to make a mount point in")
 	}
 	defer root.Close()
-	if err := safepath.MakeTarget(root, name, dir, p.plan.MapRoot[0], p.plan.MapRoot[1]); err != nil {
+	owner := p.plan.MapRoot
+	if err := safepath.AsOwner(owner[0], owner[1], func() error { return safepath.MakeTarget(root, name, dir, owner[0], owner[1]) }); err != nil {
 		return fmt.Errorf("make the mount point %s: %w", name, err)
 	}
 	return nil

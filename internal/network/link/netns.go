@@ -38,21 +38,26 @@ func RemoveDir(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// NewNetns makes a network namespace, binds it to path, and calls fn on a
-// thread that is in it, with the namespace's descriptor (closed afterwards)
-// and a socket in it. If fn fails, the namespace is let go.
-func NewNetns(path string, fn func(fd int, s *Socket) error) error {
+// NewNetns makes a network namespace, or takes the one that from is (nil: none),
+// binds it to path, and calls fn on a thread that is in it, with the namespace's
+// descriptor (closed afterwards) and a socket in it. If fn fails, the namespace
+// is let go.
+func NewNetns(path string, from *os.File, fn func(fd int, s *Socket) error) error {
 	done := make(chan error, 1)
 	go func() {
 		// The thread is not given back: it ends with this goroutine.
 		runtime.LockOSThread()
-		done <- newNetns(path, fn)
+		done <- newNetns(path, from, fn)
 	}()
 	return <-done
 }
 
-func newNetns(path string, fn func(fd int, s *Socket) error) (err error) {
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+func newNetns(path string, from *os.File, fn func(fd int, s *Socket) error) (err error) {
+	if from != nil {
+		if err := unix.Setns(int(from.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace: %w", os.NewSyscallError("setns", err))
+		}
+	} else if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("make network namespace: %w", os.NewSyscallError("unshare", err))
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o600)

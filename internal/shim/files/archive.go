@@ -83,6 +83,7 @@ func (s *session) export(w io.Writer) error {
 // enterExport makes the root alone, without volumes, this thread's.
 func (s *session) enterExport() error {
 	if r := s.f.Root; r != nil && len(r.Mounts) > 0 {
+		s.r.UIDMap, s.r.GIDMap = nil, nil // layers hold the ids that the container sees
 		if err := s.private(); err != nil {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/safepath"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
@@ -54,7 +55,20 @@ func (s *session) join() error {
 		}
 		return os.NewSyscallError("setns", err)
 	}
-	return nil
+	if len(s.r.UIDMap) == 0 || len(s.r.GIDMap) == 0 {
+		return nil
+	}
+	// What is made must belong to somebody in the container, before it gets its
+	// owner: the host's root is nobody on its file systems.
+	uid, err := hostID(s.r.UIDMap, 0)
+	if err != nil {
+		return nil // nor has the container a root
+	}
+	gid, err := hostID(s.r.GIDMap, 0)
+	if err != nil {
+		return nil
+	}
+	return safepath.BecomeOwner(uid, gid)
 }
 
 // private gives the thread a mount namespace whose mounts nobody sees.
