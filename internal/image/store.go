@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -58,6 +59,7 @@ type Store struct {
 	hot    map[hotKey]*Image              // the same by reference as written; dropped at each change
 	lowers map[digest.Digest][]string     // what Layers has answered, by chain ID
 	held   map[string]int                 // holds by image ID
+	tidy   *time.Timer                    // see tidyLater; guarded by mu
 }
 
 type imageKey struct {
@@ -156,6 +158,11 @@ func (s *Store) Close() error {
 	s.closed.Do(func() {
 		s.cancel()
 		s.wg.Wait()
+		s.mu.Lock()
+		if s.tidy != nil {
+			s.tidy.Stop()
+		}
+		s.mu.Unlock()
 		for _, c := range s.clients {
 			c.CloseIdleConnections()
 		}
@@ -203,6 +210,7 @@ func (s *Store) begin() (end func(), err error) {
 	s.gate.RLock()
 	return sync.OnceFunc(func() {
 		s.gate.RUnlock()
+		s.tidyLater()
 		if s.cfg.Budget > 0 {
 			s.gcWanted.Store(true)
 		}
@@ -210,6 +218,26 @@ func (s *Store) begin() (end func(), err error) {
 			s.kick()
 		}
 	}), nil
+}
+
+// tidyAfter is how long it must have been quiet.
+const tidyAfter = 5 * time.Second
+
+// tidyLater gives back to the kernel what pulls and loads took for their
+// buffers, once it is quiet: the Go runtime would keep it for the next one.
+func (s *Store) tidyLater() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.tidy == nil {
+		s.tidy = time.AfterFunc(tidyAfter, func() {
+			if s.ctx.Err() == nil {
+				runtime.GC() // what lies in pools goes with the second collection only
+				debug.FreeOSMemory()
+			}
+		})
+		return
+	}
+	s.tidy.Reset(tidyAfter)
 }
 
 // Hold keeps an image (by its ID) from being removed until release is called:
