@@ -4,7 +4,7 @@ PROGS   := tenon tenond tenon-shim tenon-dns tenon-oci
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X tenon.dev/tenon/internal/version.Version=$(VERSION)
 # tenon-oci protects its file before Go's runtime starts (internal/shim/oci/entry_amd64.s).
-ENTRY   := $(if $(filter amd64,$(shell go env GOARCH)),-ldflags './cmd/tenon-oci=$(LDFLAGS) -E tenon_oci_entry')
+ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-ldflags './cmd/tenon-oci=$(LDFLAGS) -E tenon_oci_entry')
 export CGO_ENABLED := 0
 
 .PHONY: all build run stop clean-state test test-v2 vet fuzz bench install help
