@@ -37,6 +37,8 @@ type head struct {
 	secondStack [stackSize]byte
 	tls         [64]byte // what the thread register points behind; never written
 	m, second   machine
+	args        cloneArgs
+	pidfd       int32 // the kernel writes it before there is a child
 }
 
 var spare struct {

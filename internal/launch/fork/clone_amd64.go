@@ -7,9 +7,7 @@ import (
 )
 
 // cloneWalk clones with args, which have a stack, and gives the child's number or
-// an errno. The child walks m on that stack.
-//
-//go:noescape
+// an errno. The child walks m on that stack. All lies in a block.
 func cloneWalk(args *cloneArgs, size uintptr, m *machine) (pid, errno uintptr)
 
 // firstStack has the child run on the block's stack, and the thread register

@@ -69,15 +69,13 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		return nil, err
 	}
 	defer a.close()
-	// On the heap, since the stack may move while they are filled in.
-	c := &struct {
-		args  cloneArgs
-		pidfd int32
-	}{pidfd: -1}
-	args := &c.args
+	// In the block, as the kernel is given addresses: Go's stack may move meanwhile.
+	h := a.head()
+	args, pidfd := &h.args, &h.pidfd
+	*args, *pidfd = cloneArgs{}, -1
 	args.flags = plan.Clone | unix.CLONE_PIDFD | unix.CLONE_CLEAR_SIGHAND
 	args.exitSignal = uint64(unix.SIGCHLD)
-	args.pidfd = uint64(uintptr(unsafe.Pointer(&c.pidfd)))
+	args.pidfd = uint64(uintptr(unsafe.Pointer(pidfd)))
 	a.firstStack(args)
 	if plan.CgroupDir != "" {
 		fd, err := openCgroup(plan.CgroupDir)
@@ -105,11 +103,10 @@ func start(plan *launch.Plan, stdio Stdio) (_ *Process, err error) {
 		args.cgroup = uint64(fd)
 		pid, errno = cloneIn(plan, a.m, args)
 	}
-	runtime.KeepAlive(c)
 	if errno != 0 {
 		return nil, &StepError{Step: "clone", Errno: errno}
 	}
-	p := &Process{Pid: pid, PidFD: newPidfd(int(c.pidfd), pid)}
+	p := &Process{Pid: pid, PidFD: newPidfd(int(*pidfd), pid)}
 	p.plan = plan
 	p.Warnings = a.warnings
 	p.sock = a.takeSock()
