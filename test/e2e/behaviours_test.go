@@ -83,7 +83,7 @@ func (d *Daemon) behave(t *testing.T, letter, flags string, rows []behaviour) {
 	for k, b := range rows {
 		t.Run(b.Name, func(t *testing.T) {
 			t.Parallel()
-			id := fmt.Sprintf("%s%d", letter, k)
+			id := fmt.Sprintf("%s%03d", letter, k) // none begins with another: cleanup takes what begins so
 			vars := fmt.Sprintf("m='%s' c=c%s n=n%s v=vol%s i=img%s self=%s\n", flags, id, id, id, id, self)
 			r := d.Sh(t, vars+prelude+b.Script)
 			want := regexp.MustCompile(`^(?s:` + strings.TrimSpace(b.Want) + `)$`)

@@ -69,7 +69,7 @@ func TestOtherRuntimes(t *testing.T) {
 			for k, b := range foreign {
 				t.Run(name+" "+b.Name, func(t *testing.T) {
 					t.Parallel()
-					id := fmt.Sprintf("%s%d", name, k)
+					id := fmt.Sprintf("%s%03d", name, k) // see behave
 					r := d.Sh(t, fmt.Sprintf("m='--runtime %s' c=c%s n=n%[2]s v=vol%[2]s i=img%[2]s\nexport m c\n", name, id)+prelude+b.Script)
 					if out := strings.TrimRight(r.Out, " \n"); !regexp.MustCompile(`^(?s:`+b.Want+`)$`).MatchString(out) || r.Code != b.Code {
 						t.Errorf("script: %s\ngot (exit %d):\n%s\nwant (exit %d):\n%s\nstderr:\n%s", b.Script, r.Code, out, b.Code, b.Want, r.Err)
