@@ -34,6 +34,8 @@ var allowed = []struct{ scene, field, reason string }{
 	{"privileged", `session keyring`, "each of the three gives a keyring of its own; only the rights on it differ"},
 	{"user namespace", `mount\./proc/(interrupts|keys|timer_list|kcore|latency_stats|timer_stats|sched_debug)`,
 		"the masking /dev/null is also nosuid, noexec and read-only"},
+	{"user namespace", `(mount\./)?dev/(full|null|random|tty|urandom|zero)`,
+		"nodes of its own, which belong to its root, rather than the host's nodes"},
 	{"host namespaces", `cgroup\..*|mount\./sys/fs/cgroup/.*`,
 		"hierarchies that limit and count nothing for the container are not joined: each costs time at the start"},
 	{"host namespaces", `interface\..*`, "the host's interfaces come and go"},
