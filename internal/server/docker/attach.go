@@ -57,9 +57,7 @@ type begun struct {
 }
 
 func (b begun) Write(p []byte) (int, error) {
-	if !b.s.Began() {
-		b.s.Begin()
-	}
+	b.s.Begin()
 	return b.w.Write(p)
 }
 

@@ -35,6 +35,7 @@ type Session struct {
 	begin sync.Once
 	began atomic.Bool
 	intro string
+	apart bool // nothing may follow the header before the client has read it
 	ended atomic.Bool
 	gone  atomic.Bool
 }
@@ -51,7 +52,7 @@ func Hijack(w http.ResponseWriter, r *http.Request, intro string) (*Session, con
 		return nil, nil, fmt.Errorf("take over the connection: %w", err)
 	}
 	ctx, cancel := context.WithCancelCause(r.Context())
-	s := &Session{conn: conn, intro: intro, cancel: cancel}
+	s := &Session{conn: conn, intro: intro, apart: readsAhead(r), cancel: cancel}
 	if rw.Reader.Buffered() > 0 {
 		s.head = rw.Reader
 	}
@@ -68,11 +69,15 @@ func Hijack(w http.ResponseWriter, r *http.Request, intro string) (*Session, con
 // Gone ends the session's context as if the client had closed.
 func (s *Session) Gone() { s.cancel(ErrClientGone) }
 
-// Begin sends the answer's header, once.
+// Begin sends the answer's header, once. What follows it may be sent when Begin
+// has returned, whoever called it first.
 func (s *Session) Begin() {
 	s.begin.Do(func() {
 		s.began.Store(true)
 		_, _ = io.WriteString(s.conn, s.intro) // the next write fails as well
+		if s.apart {
+			headerRead(s.conn)
+		}
 	})
 }
 
@@ -110,9 +115,7 @@ func (s *Session) Read(p []byte) (int, error) {
 
 // Write sends p, after the header.
 func (s *Session) Write(p []byte) (int, error) {
-	if !s.began.Load() {
-		s.Begin()
-	}
+	s.Begin()
 	return s.conn.Write(p)
 }
 

@@ -146,7 +146,7 @@ func serve(t *testing.T, handler http.HandlerFunc) func() *net.UnixConn {
 }
 
 const (
-	request   = "POST /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+	request   = "POST /x HTTP/1.1\r\nHost: t\r\nUser-Agent: tenon\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
 	testIntro = "HTTP/1.1 101 UPGRADED\r\n\r\n"
 )
 
@@ -177,6 +177,31 @@ func TestSession(t *testing.T) {
 	b, err := io.ReadAll(c)
 	if err != nil || string(b) != testIntro+"got hello world" {
 		t.Errorf("got %q, %v", b, err)
+	}
+}
+
+// TestSessionApart: a client that reads all that is there in one go gets the header
+// alone, whoever sends it, and what follows by the next read.
+func TestSessionApart(t *testing.T) {
+	dial := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		s, _, err := Hijack(w, r, testIntro)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer s.End()
+		go s.Begin()
+		_, _ = io.WriteString(s, "output")
+	})
+	c := dial()
+	_, _ = io.WriteString(c, strings.Replace(request, "tenon", "another", 1))
+	b := make([]byte, 8192)
+	n, err := c.Read(b)
+	if err != nil || string(b[:n]) != testIntro {
+		t.Fatalf("first read: %q, %v", b[:n], err)
+	}
+	if b, err := io.ReadAll(c); err != nil || string(b) != "output" {
+		t.Errorf("then %q, %v", b, err)
 	}
 }
 
