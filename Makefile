@@ -1,11 +1,6 @@
 # Tenon. Everything a newcomer needs is one word; see README.md.
 BIN     := bin
 PROGS   := tenon tenond tenon-shim tenon-dns tenon-oci
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS := -s -w -X tenon.dev/tenon/internal/version.Version=$(VERSION)
-# tenon-oci protects its file before Go's runtime starts (internal/shim/oci/entry_amd64.s).
-ENTRY    = $(if $(filter amd64,$(shell go env GOARCH)),-ldflags './cmd/tenon-oci=$(LDFLAGS) -E tenon_oci_entry')
-export CGO_ENABLED := 0
 
 .PHONY: all build run stop clean-state test test-v2 vet fuzz bench install help
 all: build
@@ -14,8 +9,7 @@ help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 build: ## the programs, into bin/
-	@mkdir -p $(BIN)
-	go build -trimpath -ldflags '$(LDFLAGS)' $(ENTRY) -o $(BIN)/ $(addprefix ./cmd/,$(PROGS))
+	@BIN=$(BIN) scripts/build
 
 run: ## install what is missing, build, start the daemon, run real containers
 	@scripts/run

@@ -28,16 +28,33 @@ need_packages() {
 	[ -n "$ok" ] || { tail -5 /tmp/tenon-apt.log >&2; die "apt-get could not install: ${missing[*]}"; }
 }
 
-# need_go makes sure that a Go toolchain is there which can build this module
-# (Go 1.21 and newer fetch the one that go.mod names by themselves).
+# need_go puts a Go toolchain into PATH that can build this module: the one that is
+# there, or else the version that go.mod names, which any other Go fetches from the
+# module proxy (itself from 1.21 on; as the module golang.org/toolchain before), checked
+# against the checksum database.
 need_go() {
+	local want have dir
+	want=$(awk '$1 == "go" {print $2}' go.mod)
 	[ -d /usr/local/go/bin ] && PATH=$PATH:/usr/local/go/bin
 	if ! command -v go >/dev/null; then
-		command -v apt-get >/dev/null || die "please install Go $(awk '$1=="go"{print $2}' go.mod) or newer"
-		say "installing Go from Debian's backports"
-		apt-get update -q >/dev/null 2>&1 || true
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -t bookworm-backports golang-go >/tmp/tenon-apt.log 2>&1 ||
-			die "please install Go $(awk '$1=="go"{print $2}' go.mod) or newer (no package of it was found by apt-get)"
+		command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] || die "please install Go $want or newer"
+		need_packages golang-go ca-certificates
 	fi
-	go version >/dev/null || die "the Go toolchain does not work"
+	have=$(cd / && GOTOOLCHAIN=local go env GOVERSION) || die "the Go toolchain does not work"
+	have=${have#go}
+	[ "$(printf '%s\n' "$want" "$have" | sort -V | head -n 1)" != "$want" ] || return 0
+	if [ "$(printf '%s\n' 1.21 "$have" | sort -V | head -n 1)" = 1.21 ]; then
+		export GOTOOLCHAIN=auto
+		go version >/dev/null || die "Go $have could not fetch Go $want, which this needs"
+		return 0
+	fi
+	dir=$(cd / && GO111MODULE=on go env GOMODCACHE)/golang.org/toolchain@v0.0.1-go$want.linux-$(go env GOARCH)
+	if ! [ -x "$dir/bin/go" ]; then
+		say "Go $want, from the module proxy"
+		(cd / && GO111MODULE=on GOFLAGS=-mod=mod go mod download "golang.org/${dir##*/golang.org/}") || die "Go $have could not fetch Go $want, which this needs"
+		chmod 755 "$dir"/pkg/tool/*/* "$dir"/bin/gofmt "$dir/bin/go" # a module's files are not executable; go last
+	fi
+	export GOTOOLCHAIN=local
+	PATH=$dir/bin:$PATH
+	go version >/dev/null || die "the Go toolchain in $dir does not work"
 }
