@@ -27,7 +27,7 @@ func (s *Store) keepBudget() {
 		last time.Time
 	}
 	var items []item
-	sizes := map[digest.Digest]int64{} // of blobs, and of layers by "chain "+ID
+	sizes := map[digest.Digest]int64{} // of blobs; of layers and file systems by "chain "+ID, "erofs "+ID
 	needs := map[digest.Digest][]digest.Digest{}
 	s.mu.RLock()
 	for _, r := range s.recs {
@@ -54,14 +54,12 @@ func (s *Store) keepBudget() {
 			sizes[d] = n
 			need = append(need, d)
 		}
-		s.mu.RLock()
-		for _, c := range chains {
-			if l := s.layers[c]; l != nil && !slices.Contains(need, "chain "+c) {
-				sizes["chain "+c] = l.Size
-				need = append(need, "chain "+c)
-			}
+		own := map[digest.Digest]int64{}
+		s.chainSizes(own, chains)
+		for d, n := range own {
+			sizes[d] = n
+			need = append(need, d)
 		}
-		s.mu.RUnlock()
 		for _, d := range need {
 			if users[d]++; users[d] == 1 {
 				total += sizes[d]

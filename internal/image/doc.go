@@ -9,6 +9,7 @@
 //	<root>/content/ingest-t/…   blobs being written
 //	<root>/layers/<id>/         an unpacked layer; the database knows its chain ID
 //	<root>/layers/tmp/…         layers being unpacked
+//	<root>/erofs/<chain ID>     an image's files as one file system, for virtual machines
 //
 // The registry client is containerd's, in process. containerd's metadata
 // database, content writer and overlay snapshotter are not used: they cost an

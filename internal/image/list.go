@@ -381,13 +381,7 @@ func (s *Store) DiskUsage(ctx context.Context, verbose bool) (*image.DiskUsage, 
 		for b, n := range blobs {
 			total[b] = n
 		}
-		s.mu.RLock()
-		for _, c := range chains {
-			if l := s.layers[c]; l != nil {
-				total["chain "+c] = l.Size
-			}
-		}
-		s.mu.RUnlock()
+		s.chainSizes(total, chains)
 	}
 	for _, n := range total {
 		u.TotalSize += n
@@ -423,7 +417,7 @@ func (s *Store) reclaimable(unused []*record, total map[digest.Digest]int64) (n 
 			need[d] = true
 		}
 		for _, c := range chains {
-			need["chain "+c] = true
+			need["chain "+c], need["erofs "+c] = true, true
 		}
 	}
 	for d, size := range total {

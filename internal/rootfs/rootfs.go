@@ -6,7 +6,9 @@
 //	<root>/containers/<id>/rootfs/merged  where the root may be mounted
 //	<root>/containers/<id>/rootfs/disk…   a file system with the pair in it, if
 //	                                      its size is limited
+//	<root>/containers/<id>/rootfs/vm.img  the writable disk, on a virtual machine
 //	<root>/pool/…                         pairs made ahead
+//	<root>/disks/…                        empty disks of each size
 //	<root>/trash/…                        removed pairs until they are deleted
 //	<root>/empty                          an empty directory, below views of single layers
 //
@@ -101,13 +103,16 @@ func Open(cfg Config) (*Store, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), done: make(chan string, 64), stop: make(chan struct{})}
-	for _, d := range []string{s.containers(), s.trash(), s.ahead(), s.empty()} {
+	for _, d := range []string{s.containers(), s.trash(), s.ahead(), s.empty(), s.templates()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("rootfs store: %w", err)
 		}
 	}
 	layer.SpreadChildren(s.containers())
 	layer.SpreadChildren(s.ahead())
+	if err := s.cleanTemplates(); err != nil {
+		return nil, fmt.Errorf("rootfs store: %w", err)
+	}
 	if err := s.reuse(); err != nil {
 		return nil, fmt.Errorf("rootfs store: %w", err)
 	}
@@ -128,6 +133,7 @@ func (s *Store) Close() error {
 func (s *Store) containers() string { return filepath.Join(s.cfg.Root, "containers") }
 func (s *Store) trash() string      { return filepath.Join(s.cfg.Root, "trash") }
 func (s *Store) ahead() string      { return filepath.Join(s.cfg.Root, "pool") }
+func (s *Store) templates() string  { return filepath.Join(s.cfg.Root, "disks") }
 func (s *Store) empty() string      { return filepath.Join(s.cfg.Root, "empty") }
 
 // reuse takes over the pairs that an earlier process made ahead.
@@ -387,12 +393,16 @@ func (s *Store) List() ([]string, error) {
 	return ids, nil
 }
 
-// Usage returns the bytes and inodes that the writable layer takes on the disk.
+// Usage returns the bytes and inodes that the writable layer takes on the disk;
+// of a virtual machine's the bytes only.
 // errdefs.ErrNotFound if there is none.
 func (s *Store) Usage(ctx context.Context, id string) (bytes, inodes int64, err error) {
 	dir, err := s.dir(id)
 	if err != nil {
 		return 0, 0, err
+	}
+	if n, err := vmUsage(dir); !errors.Is(err, fs.ErrNotExist) {
+		return n, 0, err
 	}
 	upper, err := s.upper(dir)
 	if err != nil {
