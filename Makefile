@@ -1,6 +1,6 @@
 # Tenon. Everything a newcomer needs is one word; see README.md.
 BIN     := bin
-PROGS   := tenon tenond tenon-shim tenon-dns tenon-oci
+PROGS   := tenon tenond tenon-shim tenon-dns tenon-vmm tenon-oci
 
 .PHONY: all build run stop clean-state test test-v2 vet fuzz bench install help
 all: build
@@ -36,6 +36,4 @@ bench: build ## compare with peers, installing them first
 	@bench/run
 
 install: build ## into PREFIX (default /usr/local), with the systemd unit
-	install -d $(DESTDIR)$(or $(PREFIX),/usr/local)/bin $(DESTDIR)/etc/tenon $(DESTDIR)/lib/systemd/system
-	install -m 755 $(addprefix $(BIN)/,$(PROGS)) $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/
-	sed 's#@PREFIX@#$(or $(PREFIX),/usr/local)#' packaging/tenond.service > $(DESTDIR)/lib/systemd/system/tenond.service
+	@BIN=$(BIN) PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) scripts/install

@@ -107,7 +107,9 @@ func replyError(r *taskv1.StreamReply) error {
 	return fromCode(codes.Code(r.Code), r.Error)
 }
 
-func clientInterceptor(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
+// ClientInterceptor gives the errors of unary calls the classes that the server
+// gave them (ServerInterceptor), also for services beside the Task API.
+func ClientInterceptor(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
 	if err := invoke(ctx, req, resp); err != nil {
 		return fromStatus(err)
 	}

@@ -50,7 +50,7 @@ func New(ctx context.Context, d channel.Dialer) (*Client, error) {
 	c := &Client{dialer: d, closed: make(chan struct{})}
 	c.rpc = ttrpc.NewClient(conn,
 		ttrpc.WithOnClose(func() { close(c.closed) }),
-		ttrpc.WithUnaryClientInterceptor(clientInterceptor))
+		ttrpc.WithUnaryClientInterceptor(ClientInterceptor))
 	c.Task = taskv3.NewTaskClient(c.rpc)
 	c.Kernel = kernelClient{taskv1.NewKernelClient(c.rpc)}
 	return c, nil

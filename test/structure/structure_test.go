@@ -55,7 +55,12 @@ var (
 		"internal/volume", "internal/container", "internal/spec", "internal/sandbox", "internal/store", "internal/events",
 		"internal/health", "internal/config", "internal/doctor"}
 	shimHouse = []string{"internal/shim", "internal/launch", "internal/cgroup"}
-	shared    = []string{"internal/task", "internal/channel", "internal/logs", "internal/safepath", "internal/version"}
+	// The process of virtual machines: the daemon's house knows its words
+	// (internal/vm/api) and what may be looked at from outside, no more.
+	vmHouse = []string{"internal/vm"}
+	vmOpen  = []string{"internal/vm/api", "internal/vm/accel", "internal/vm/qemu", "internal/vm/kernel"}
+	vmNeeds = []string{"internal/vm", "internal/cgroup"}
+	shared  = []string{"internal/task", "internal/channel", "internal/logs", "internal/safepath", "internal/version"}
 )
 
 func anyUnder(path string, dirs []string) bool {
@@ -67,7 +72,8 @@ func anyUnder(path string, dirs []string) bool {
 	return false
 }
 
-// The daemon's house and the shim's meet in the shared packages only.
+// The daemon's house, the shim's and that of virtual machines meet in the shared
+// packages only.
 func TestTwoHouses(t *testing.T) {
 	for name, p := range packages(t) {
 		for _, dep := range p.Deps {
@@ -78,6 +84,12 @@ func TestTwoHouses(t *testing.T) {
 				t.Errorf("%s (shim) depends on %s (daemon)", name, dep)
 			case anyUnder(name, daemonHouse) && anyUnder(dep, shimHouse):
 				t.Errorf("%s (daemon) depends on %s (shim)", name, dep)
+			case anyUnder(name, vmHouse) && !anyUnder(dep, vmNeeds) && (anyUnder(dep, daemonHouse) || anyUnder(dep, shimHouse)):
+				t.Errorf("%s (virtual machines) depends on %s", name, dep)
+			case anyUnder(name, shimHouse) && anyUnder(dep, vmHouse):
+				t.Errorf("%s (shim) depends on %s (virtual machines)", name, dep)
+			case anyUnder(name, daemonHouse) && anyUnder(dep, vmHouse) && !anyUnder(dep, append(vmOpen, "internal/vm/qmp")):
+				t.Errorf("%s (daemon) depends on %s (virtual machines)", name, dep)
 			case anyUnder(name, shared) && (anyUnder(dep, shimHouse) || anyUnder(dep, daemonHouse)):
 				t.Errorf("%s (shared) depends on %s", name, dep)
 			}
@@ -118,6 +130,7 @@ func TestSmallProgramsStaySmall(t *testing.T) {
 	for prog, banned := range map[string][]string{
 		"cmd/tenon-shim": {"net/http", "github.com/containerd/containerd/v2", "github.com/moby/moby/", "go.etcd.io/bbolt", "github.com/vishvananda/netlink", "github.com/spf13/cobra"},
 		"cmd/tenon-oci":  {"net/http", "google.golang.org/protobuf", "github.com/containerd/ttrpc", "github.com/spf13/cobra"},
+		"cmd/tenon-vmm":  {"net/http", "github.com/containerd/containerd/v2", "github.com/moby/moby/", "go.etcd.io/bbolt", "github.com/vishvananda/netlink", "github.com/spf13/cobra"},
 		"cmd/tenon-dns":  {"net/http", "github.com/containerd/containerd/v2", "go.etcd.io/bbolt", "github.com/google/nftables"},
 		"cmd/tenon":      {"github.com/containerd/containerd/v2", "go.etcd.io/bbolt", "go.opentelemetry.io/", "google.golang.org/grpc", "github.com/vishvananda/netlink"},
 	} {

@@ -28,6 +28,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"sync"
 
@@ -113,7 +114,9 @@ func New(rw io.ReadWriteCloser, c Config) *Session {
 	if !c.Host {
 		s.parity = 1
 	}
-	s.next = s.parity
+	// A restored peer may be about to close streams of the session that it was
+	// saved in: numbers are not used twice.
+	s.next = rand.Uint32()&^1 | s.parity
 	s.wg.Add(2)
 	go s.read()
 	go s.control()

@@ -92,6 +92,16 @@ func (l *Launcher) do(f func() error) error {
 	}
 }
 
+// Run starts any command so that it dies with this process, if it does not take
+// its own measures against that.
+func (l *Launcher) Run(cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	return l.do(cmd.Start)
+}
+
 // Process is a running QEMU.
 type Process struct {
 	QMP     *qmp.Client

@@ -76,11 +76,12 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{29, 0}
+	return file_vm_proto_rawDescGZIP(), []int{34, 0}
 }
 
 type InfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Probe         bool                   `protobuf:"varint,1,opt,name=probe,proto3" json:"probe,omitempty"` // find out first (QEMU, accelerator, kernel); else only what is known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -113,6 +114,13 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
 	return file_vm_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *InfoRequest) GetProbe() bool {
+	if x != nil {
+		return x.Probe
+	}
+	return false
 }
 
 type InfoResponse struct {
@@ -423,15 +431,17 @@ type CreateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // letters, digits, '_', '.', '-'
 	// A cloned machine has the template's CPUs and memory, or more memory.
-	Memory        int64      `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`                        // bytes; 0: the template's
-	Cpus          uint32     `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`                            // cold machines; 0: the host's
-	Cold          bool       `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`                            // boot it, with the memory and CPUs given
-	MaxMemory     int64      `protobuf:"varint,5,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"` // cold machines: what Resize may give; 0: memory
-	Disks         []*Disk    `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`                           // "disk0" read-only, "disk1" writable; an empty path leaves one empty
-	Hostname      string     `protobuf:"bytes,7,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	MachineId     string     `protobuf:"bytes,8,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // 32 hexadecimal digits; empty: random
-	Steps         []*v1.Step `protobuf:"bytes,9,rep,name=steps,proto3" json:"steps,omitempty"`                          // after the identity
-	Nics          uint32     `protobuf:"varint,10,opt,name=nics,proto3" json:"nics,omitempty"`                          // cold machines; clones have one
+	Memory        int64              `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`                        // bytes; 0: the template's
+	Cpus          uint32             `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`                            // cold machines; 0: the host's
+	Cold          bool               `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`                            // boot it, with the memory and CPUs given
+	MaxMemory     int64              `protobuf:"varint,5,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"` // cold machines: what Resize may give; 0: memory
+	Disks         []*Disk            `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`                           // "disk0" read-only, "disk1" writable; an empty path leaves one empty
+	Hostname      string             `protobuf:"bytes,7,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	MachineId     string             `protobuf:"bytes,8,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`                                                 // 32 hexadecimal digits; empty: random
+	Steps         []*v1.Step         `protobuf:"bytes,9,rep,name=steps,proto3" json:"steps,omitempty"`                                                                          // after the identity
+	Nics          uint32             `protobuf:"varint,10,opt,name=nics,proto3" json:"nics,omitempty"`                                                                          // cold machines; clones have one
+	Shares        []*HostShare       `protobuf:"bytes,11,rep,name=shares,proto3" json:"shares,omitempty"`                                                                       // there before the steps
+	Logs          map[string]*v1.Log `protobuf:"bytes,12,rep,name=logs,proto3" json:"logs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as by KeepLog, by container
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -536,6 +546,20 @@ func (x *CreateRequest) GetNics() uint32 {
 	return 0
 }
 
+func (x *CreateRequest) GetShares() []*HostShare {
+	if x != nil {
+		return x.Shares
+	}
+	return nil
+}
+
+func (x *CreateRequest) GetLogs() map[string]*v1.Log {
+	if x != nil {
+		return x.Logs
+	}
+	return nil
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Machine       *Machine               `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
@@ -604,6 +628,9 @@ type Machine struct {
 	KernelLog     string                 `protobuf:"bytes,12,opt,name=kernel_log,json=kernelLog,proto3" json:"kernel_log,omitempty"` // path
 	Uid           uint32                 `protobuf:"varint,13,opt,name=uid,proto3" json:"uid,omitempty"`                             // that QEMU runs as
 	Template      string                 `protobuf:"bytes,14,opt,name=template,proto3" json:"template,omitempty"`
+	Ended         bool                   `protobuf:"varint,15,opt,name=ended,proto3" json:"ended,omitempty"`  // it is still to be removed
+	Reason        string                 `protobuf:"bytes,16,opt,name=reason,proto3" json:"reason,omitempty"` // of its end, as in Event
+	Clean         bool                   `protobuf:"varint,17,opt,name=clean,proto3" json:"clean,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -734,6 +761,27 @@ func (x *Machine) GetTemplate() string {
 		return x.Template
 	}
 	return ""
+}
+
+func (x *Machine) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+func (x *Machine) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Machine) GetClean() bool {
+	if x != nil {
+		return x.Clean
+	}
+	return false
 }
 
 type NIC struct {
@@ -964,6 +1012,251 @@ func (*RemoveResponse) Descriptor() ([]byte, []int) {
 	return file_vm_proto_rawDescGZIP(), []int{12}
 }
 
+// HostShare is a directory or file of the host.
+type HostShare struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"` // letters, digits, '_', '.', '-'
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Cache         int64                  `protobuf:"varint,4,opt,name=cache,proto3" json:"cache,omitempty"` // nanoseconds that the guest may keep names and attributes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostShare) Reset() {
+	*x = HostShare{}
+	mi := &file_vm_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostShare) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostShare) ProtoMessage() {}
+
+func (x *HostShare) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostShare.ProtoReflect.Descriptor instead.
+func (*HostShare) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *HostShare) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *HostShare) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *HostShare) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *HostShare) GetCache() int64 {
+	if x != nil {
+		return x.Cache
+	}
+	return 0
+}
+
+type ShareRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Share         *HostShare             `protobuf:"bytes,2,opt,name=share,proto3" json:"share,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShareRequest) Reset() {
+	*x = ShareRequest{}
+	mi := &file_vm_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShareRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShareRequest) ProtoMessage() {}
+
+func (x *ShareRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
+func (*ShareRequest) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ShareRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ShareRequest) GetShare() *HostShare {
+	if x != nil {
+		return x.Share
+	}
+	return nil
+}
+
+type ShareResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShareResponse) Reset() {
+	*x = ShareResponse{}
+	mi := &file_vm_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShareResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShareResponse) ProtoMessage() {}
+
+func (x *ShareResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
+func (*ShareResponse) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{15}
+}
+
+type UnshareRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Tag           string                 `protobuf:"bytes,2,opt,name=tag,proto3" json:"tag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnshareRequest) Reset() {
+	*x = UnshareRequest{}
+	mi := &file_vm_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnshareRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnshareRequest) ProtoMessage() {}
+
+func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnshareRequest.ProtoReflect.Descriptor instead.
+func (*UnshareRequest) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *UnshareRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *UnshareRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+type UnshareResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnshareResponse) Reset() {
+	*x = UnshareResponse{}
+	mi := &file_vm_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnshareResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnshareResponse) ProtoMessage() {}
+
+func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnshareResponse.ProtoReflect.Descriptor instead.
+func (*UnshareResponse) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{17}
+}
+
 type AttachDiskRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -975,7 +1268,7 @@ type AttachDiskRequest struct {
 
 func (x *AttachDiskRequest) Reset() {
 	*x = AttachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[13]
+	mi := &file_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -987,7 +1280,7 @@ func (x *AttachDiskRequest) String() string {
 func (*AttachDiskRequest) ProtoMessage() {}
 
 func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[13]
+	mi := &file_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1000,7 +1293,7 @@ func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskRequest.ProtoReflect.Descriptor instead.
 func (*AttachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{13}
+	return file_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AttachDiskRequest) GetId() string {
@@ -1033,7 +1326,7 @@ type AttachDiskResponse struct {
 
 func (x *AttachDiskResponse) Reset() {
 	*x = AttachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[14]
+	mi := &file_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1338,7 @@ func (x *AttachDiskResponse) String() string {
 func (*AttachDiskResponse) ProtoMessage() {}
 
 func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[14]
+	mi := &file_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1351,7 @@ func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskResponse.ProtoReflect.Descriptor instead.
 func (*AttachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{14}
+	return file_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AttachDiskResponse) GetSerial() string {
@@ -1078,7 +1371,7 @@ type DetachDiskRequest struct {
 
 func (x *DetachDiskRequest) Reset() {
 	*x = DetachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1383,7 @@ func (x *DetachDiskRequest) String() string {
 func (*DetachDiskRequest) ProtoMessage() {}
 
 func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1396,7 @@ func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskRequest.ProtoReflect.Descriptor instead.
 func (*DetachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{15}
+	return file_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DetachDiskRequest) GetId() string {
@@ -1128,7 +1421,7 @@ type DetachDiskResponse struct {
 
 func (x *DetachDiskResponse) Reset() {
 	*x = DetachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1433,7 @@ func (x *DetachDiskResponse) String() string {
 func (*DetachDiskResponse) ProtoMessage() {}
 
 func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1446,7 @@ func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskResponse.ProtoReflect.Descriptor instead.
 func (*DetachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{16}
+	return file_vm_proto_rawDescGZIP(), []int{21}
 }
 
 type AttachNICRequest struct {
@@ -1166,7 +1459,7 @@ type AttachNICRequest struct {
 
 func (x *AttachNICRequest) Reset() {
 	*x = AttachNICRequest{}
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1178,7 +1471,7 @@ func (x *AttachNICRequest) String() string {
 func (*AttachNICRequest) ProtoMessage() {}
 
 func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1191,7 +1484,7 @@ func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICRequest.ProtoReflect.Descriptor instead.
 func (*AttachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{17}
+	return file_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AttachNICRequest) GetId() string {
@@ -1217,7 +1510,7 @@ type AttachNICResponse struct {
 
 func (x *AttachNICResponse) Reset() {
 	*x = AttachNICResponse{}
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1229,7 +1522,7 @@ func (x *AttachNICResponse) String() string {
 func (*AttachNICResponse) ProtoMessage() {}
 
 func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1242,7 +1535,7 @@ func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICResponse.ProtoReflect.Descriptor instead.
 func (*AttachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{18}
+	return file_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AttachNICResponse) GetNic() *NIC {
@@ -1262,7 +1555,7 @@ type DetachNICRequest struct {
 
 func (x *DetachNICRequest) Reset() {
 	*x = DetachNICRequest{}
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1274,7 +1567,7 @@ func (x *DetachNICRequest) String() string {
 func (*DetachNICRequest) ProtoMessage() {}
 
 func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1287,7 +1580,7 @@ func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICRequest.ProtoReflect.Descriptor instead.
 func (*DetachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{19}
+	return file_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DetachNICRequest) GetId() string {
@@ -1312,7 +1605,7 @@ type DetachNICResponse struct {
 
 func (x *DetachNICResponse) Reset() {
 	*x = DetachNICResponse{}
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1617,7 @@ func (x *DetachNICResponse) String() string {
 func (*DetachNICResponse) ProtoMessage() {}
 
 func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1337,7 +1630,7 @@ func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICResponse.ProtoReflect.Descriptor instead.
 func (*DetachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{20}
+	return file_vm_proto_rawDescGZIP(), []int{25}
 }
 
 type ResizeRequest struct {
@@ -1350,7 +1643,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1655,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1668,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{21}
+	return file_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -1401,7 +1694,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1706,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1719,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{22}
+	return file_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResizeResponse) GetMemory() int64 {
@@ -1447,7 +1740,7 @@ type KeepLogRequest struct {
 
 func (x *KeepLogRequest) Reset() {
 	*x = KeepLogRequest{}
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1752,7 @@ func (x *KeepLogRequest) String() string {
 func (*KeepLogRequest) ProtoMessage() {}
 
 func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1765,7 @@ func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogRequest.ProtoReflect.Descriptor instead.
 func (*KeepLogRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23}
+	return file_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *KeepLogRequest) GetId() string {
@@ -1504,7 +1797,7 @@ type KeepLogResponse struct {
 
 func (x *KeepLogResponse) Reset() {
 	*x = KeepLogResponse{}
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1516,7 +1809,7 @@ func (x *KeepLogResponse) String() string {
 func (*KeepLogResponse) ProtoMessage() {}
 
 func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1529,7 +1822,7 @@ func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogResponse.ProtoReflect.Descriptor instead.
 func (*KeepLogResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{24}
+	return file_vm_proto_rawDescGZIP(), []int{29}
 }
 
 type UsageRequest struct {
@@ -1541,7 +1834,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1553,7 +1846,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1566,7 +1859,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25}
+	return file_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UsageRequest) GetIds() []string {
@@ -1585,7 +1878,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1597,7 +1890,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1610,7 +1903,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{26}
+	return file_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UsageResponse) GetUsages() []*Usage {
@@ -1632,7 +1925,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1937,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1950,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{27}
+	return file_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Usage) GetId() string {
@@ -1697,7 +1990,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +2002,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +2015,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{28}
+	return file_vm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *EventsRequest) GetAfter() uint64 {
@@ -1746,7 +2039,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +2051,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +2064,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{29}
+	return file_vm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -1824,7 +2117,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1836,7 +2129,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1849,7 +2142,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{30}
+	return file_vm_proto_rawDescGZIP(), []int{35}
 }
 
 type ShutdownResponse struct {
@@ -1860,7 +2153,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1872,7 +2165,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1885,7 +2178,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{31}
+	return file_vm_proto_rawDescGZIP(), []int{36}
 }
 
 var File_vm_proto protoreflect.FileDescriptor
@@ -1893,8 +2186,9 @@ var File_vm_proto protoreflect.FileDescriptor
 const file_vm_proto_rawDesc = "" +
 	"\n" +
 	"\bvm.proto\x12\vtenon.vm.v1\x1a\vguest.proto\x1a\n" +
-	"task.proto\"\r\n" +
-	"\vInfoRequest\"\xd9\x03\n" +
+	"task.proto\"#\n" +
+	"\vInfoRequest\x12\x14\n" +
+	"\x05probe\x18\x01 \x01(\bR\x05probe\"\xd9\x03\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\x12\x1b\n" +
@@ -1920,7 +2214,7 @@ const file_vm_proto_rawDesc = "" +
 	"\x04Disk\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1b\n" +
 	"\tread_only\x18\x02 \x01(\bR\breadOnly\x12\x1a\n" +
-	"\bvolatile\x18\x03 \x01(\bR\bvolatile\"\xa1\x02\n" +
+	"\bvolatile\x18\x03 \x01(\bR\bvolatile\"\xd8\x03\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06memory\x18\x02 \x01(\x03R\x06memory\x12\x12\n" +
@@ -1934,10 +2228,15 @@ const file_vm_proto_rawDesc = "" +
 	"machine_id\x18\b \x01(\tR\tmachineId\x12)\n" +
 	"\x05steps\x18\t \x03(\v2\x13.tenon.task.v1.StepR\x05steps\x12\x12\n" +
 	"\x04nics\x18\n" +
-	" \x01(\rR\x04nics\"{\n" +
+	" \x01(\rR\x04nics\x12.\n" +
+	"\x06shares\x18\v \x03(\v2\x16.tenon.vm.v1.HostShareR\x06shares\x128\n" +
+	"\x04logs\x18\f \x03(\v2$.tenon.vm.v1.CreateRequest.LogsEntryR\x04logs\x1aK\n" +
+	"\tLogsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12(\n" +
+	"\x05value\x18\x02 \x01(\v2\x12.tenon.task.v1.LogR\x05value:\x028\x01\"{\n" +
 	"\x0eCreateResponse\x12.\n" +
 	"\amachine\x18\x01 \x01(\v2\x14.tenon.vm.v1.MachineR\amachine\x129\n" +
-	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xea\x02\n" +
+	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xae\x03\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
@@ -1954,7 +2253,10 @@ const file_vm_proto_rawDesc = "" +
 	"\n" +
 	"kernel_log\x18\f \x01(\tR\tkernelLog\x12\x10\n" +
 	"\x03uid\x18\r \x01(\rR\x03uid\x12\x1a\n" +
-	"\btemplate\x18\x0e \x01(\tR\btemplate\"9\n" +
+	"\btemplate\x18\x0e \x01(\tR\btemplate\x12\x14\n" +
+	"\x05ended\x18\x0f \x01(\bR\x05ended\x12\x16\n" +
+	"\x06reason\x18\x10 \x01(\tR\x06reason\x12\x14\n" +
+	"\x05clean\x18\x11 \x01(\bR\x05clean\"9\n" +
 	"\x03NIC\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03tap\x18\x02 \x01(\tR\x03tap\x12\x10\n" +
@@ -1965,7 +2267,20 @@ const file_vm_proto_rawDesc = "" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x1f\n" +
 	"\rRemoveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
-	"\x0eRemoveResponse\"b\n" +
+	"\x0eRemoveResponse\"d\n" +
+	"\tHostShare\x12\x10\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x14\n" +
+	"\x05cache\x18\x04 \x01(\x03R\x05cache\"L\n" +
+	"\fShareRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
+	"\x05share\x18\x02 \x01(\v2\x16.tenon.vm.v1.HostShareR\x05share\"\x0f\n" +
+	"\rShareResponse\"2\n" +
+	"\x0eUnshareRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03tag\x18\x02 \x01(\tR\x03tag\"\x11\n" +
+	"\x0fUnshareResponse\"b\n" +
 	"\x11AttachDiskRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
 	"\x04disk\x18\x02 \x01(\v2\x11.tenon.vm.v1.DiskR\x04disk\x12\x16\n" +
@@ -2020,7 +2335,7 @@ const file_vm_proto_rawDesc = "" +
 	"\aREMOVED\x10\x03\x12\a\n" +
 	"\x03GAP\x10\x04\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xcf\a\n" +
+	"\x10ShutdownResponse2\xd5\b\n" +
 	"\x03VMM\x12;\n" +
 	"\x04Info\x12\x18.tenon.vm.v1.InfoRequest\x1a\x19.tenon.vm.v1.InfoResponse\x12D\n" +
 	"\aPrepare\x12\x1b.tenon.vm.v1.PrepareRequest\x1a\x1c.tenon.vm.v1.PrepareResponse\x12A\n" +
@@ -2033,7 +2348,9 @@ const file_vm_proto_rawDesc = "" +
 	"DetachDisk\x12\x1e.tenon.vm.v1.DetachDiskRequest\x1a\x1f.tenon.vm.v1.DetachDiskResponse\x12J\n" +
 	"\tAttachNIC\x12\x1d.tenon.vm.v1.AttachNICRequest\x1a\x1e.tenon.vm.v1.AttachNICResponse\x12J\n" +
 	"\tDetachNIC\x12\x1d.tenon.vm.v1.DetachNICRequest\x1a\x1e.tenon.vm.v1.DetachNICResponse\x12A\n" +
-	"\x06Resize\x12\x1a.tenon.vm.v1.ResizeRequest\x1a\x1b.tenon.vm.v1.ResizeResponse\x12D\n" +
+	"\x06Resize\x12\x1a.tenon.vm.v1.ResizeRequest\x1a\x1b.tenon.vm.v1.ResizeResponse\x12>\n" +
+	"\x05Share\x12\x19.tenon.vm.v1.ShareRequest\x1a\x1a.tenon.vm.v1.ShareResponse\x12D\n" +
+	"\aUnshare\x12\x1b.tenon.vm.v1.UnshareRequest\x1a\x1c.tenon.vm.v1.UnshareResponse\x12D\n" +
 	"\aKeepLog\x12\x1b.tenon.vm.v1.KeepLogRequest\x1a\x1c.tenon.vm.v1.KeepLogResponse\x12>\n" +
 	"\x05Usage\x12\x19.tenon.vm.v1.UsageRequest\x1a\x1a.tenon.vm.v1.UsageResponse\x12:\n" +
 	"\x06Events\x12\x1a.tenon.vm.v1.EventsRequest\x1a\x12.tenon.vm.v1.Event0\x01\x12G\n" +
@@ -2052,7 +2369,7 @@ func file_vm_proto_rawDescGZIP() []byte {
 }
 
 var file_vm_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_vm_proto_goTypes = []any{
 	(Event_Type)(0),            // 0: tenon.vm.v1.Event.Type
 	(*InfoRequest)(nil),        // 1: tenon.vm.v1.InfoRequest
@@ -2068,74 +2385,88 @@ var file_vm_proto_goTypes = []any{
 	(*ListResponse)(nil),       // 11: tenon.vm.v1.ListResponse
 	(*RemoveRequest)(nil),      // 12: tenon.vm.v1.RemoveRequest
 	(*RemoveResponse)(nil),     // 13: tenon.vm.v1.RemoveResponse
-	(*AttachDiskRequest)(nil),  // 14: tenon.vm.v1.AttachDiskRequest
-	(*AttachDiskResponse)(nil), // 15: tenon.vm.v1.AttachDiskResponse
-	(*DetachDiskRequest)(nil),  // 16: tenon.vm.v1.DetachDiskRequest
-	(*DetachDiskResponse)(nil), // 17: tenon.vm.v1.DetachDiskResponse
-	(*AttachNICRequest)(nil),   // 18: tenon.vm.v1.AttachNICRequest
-	(*AttachNICResponse)(nil),  // 19: tenon.vm.v1.AttachNICResponse
-	(*DetachNICRequest)(nil),   // 20: tenon.vm.v1.DetachNICRequest
-	(*DetachNICResponse)(nil),  // 21: tenon.vm.v1.DetachNICResponse
-	(*ResizeRequest)(nil),      // 22: tenon.vm.v1.ResizeRequest
-	(*ResizeResponse)(nil),     // 23: tenon.vm.v1.ResizeResponse
-	(*KeepLogRequest)(nil),     // 24: tenon.vm.v1.KeepLogRequest
-	(*KeepLogResponse)(nil),    // 25: tenon.vm.v1.KeepLogResponse
-	(*UsageRequest)(nil),       // 26: tenon.vm.v1.UsageRequest
-	(*UsageResponse)(nil),      // 27: tenon.vm.v1.UsageResponse
-	(*Usage)(nil),              // 28: tenon.vm.v1.Usage
-	(*EventsRequest)(nil),      // 29: tenon.vm.v1.EventsRequest
-	(*Event)(nil),              // 30: tenon.vm.v1.Event
-	(*ShutdownRequest)(nil),    // 31: tenon.vm.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),   // 32: tenon.vm.v1.ShutdownResponse
-	(*v1.Step)(nil),            // 33: tenon.task.v1.Step
-	(*v1.IdentityResult)(nil),  // 34: tenon.task.v1.IdentityResult
-	(*v1.Log)(nil),             // 35: tenon.task.v1.Log
+	(*HostShare)(nil),          // 14: tenon.vm.v1.HostShare
+	(*ShareRequest)(nil),       // 15: tenon.vm.v1.ShareRequest
+	(*ShareResponse)(nil),      // 16: tenon.vm.v1.ShareResponse
+	(*UnshareRequest)(nil),     // 17: tenon.vm.v1.UnshareRequest
+	(*UnshareResponse)(nil),    // 18: tenon.vm.v1.UnshareResponse
+	(*AttachDiskRequest)(nil),  // 19: tenon.vm.v1.AttachDiskRequest
+	(*AttachDiskResponse)(nil), // 20: tenon.vm.v1.AttachDiskResponse
+	(*DetachDiskRequest)(nil),  // 21: tenon.vm.v1.DetachDiskRequest
+	(*DetachDiskResponse)(nil), // 22: tenon.vm.v1.DetachDiskResponse
+	(*AttachNICRequest)(nil),   // 23: tenon.vm.v1.AttachNICRequest
+	(*AttachNICResponse)(nil),  // 24: tenon.vm.v1.AttachNICResponse
+	(*DetachNICRequest)(nil),   // 25: tenon.vm.v1.DetachNICRequest
+	(*DetachNICResponse)(nil),  // 26: tenon.vm.v1.DetachNICResponse
+	(*ResizeRequest)(nil),      // 27: tenon.vm.v1.ResizeRequest
+	(*ResizeResponse)(nil),     // 28: tenon.vm.v1.ResizeResponse
+	(*KeepLogRequest)(nil),     // 29: tenon.vm.v1.KeepLogRequest
+	(*KeepLogResponse)(nil),    // 30: tenon.vm.v1.KeepLogResponse
+	(*UsageRequest)(nil),       // 31: tenon.vm.v1.UsageRequest
+	(*UsageResponse)(nil),      // 32: tenon.vm.v1.UsageResponse
+	(*Usage)(nil),              // 33: tenon.vm.v1.Usage
+	(*EventsRequest)(nil),      // 34: tenon.vm.v1.EventsRequest
+	(*Event)(nil),              // 35: tenon.vm.v1.Event
+	(*ShutdownRequest)(nil),    // 36: tenon.vm.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),   // 37: tenon.vm.v1.ShutdownResponse
+	nil,                        // 38: tenon.vm.v1.CreateRequest.LogsEntry
+	(*v1.Step)(nil),            // 39: tenon.task.v1.Step
+	(*v1.IdentityResult)(nil),  // 40: tenon.task.v1.IdentityResult
+	(*v1.Log)(nil),             // 41: tenon.task.v1.Log
 }
 var file_vm_proto_depIdxs = []int32{
 	5,  // 0: tenon.vm.v1.CreateRequest.disks:type_name -> tenon.vm.v1.Disk
-	33, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
-	8,  // 2: tenon.vm.v1.CreateResponse.machine:type_name -> tenon.vm.v1.Machine
-	34, // 3: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
-	9,  // 4: tenon.vm.v1.Machine.nics:type_name -> tenon.vm.v1.NIC
-	8,  // 5: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
-	5,  // 6: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
-	9,  // 7: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
-	35, // 8: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
-	28, // 9: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
-	0,  // 10: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
-	1,  // 11: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
-	3,  // 12: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
-	6,  // 13: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
-	10, // 14: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
-	12, // 15: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
-	14, // 16: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
-	16, // 17: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
-	18, // 18: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
-	20, // 19: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
-	22, // 20: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
-	24, // 21: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
-	26, // 22: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
-	29, // 23: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
-	31, // 24: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
-	2,  // 25: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
-	4,  // 26: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
-	7,  // 27: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
-	11, // 28: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
-	13, // 29: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
-	15, // 30: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
-	17, // 31: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
-	19, // 32: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
-	21, // 33: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
-	23, // 34: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
-	25, // 35: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
-	27, // 36: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
-	30, // 37: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
-	32, // 38: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
-	25, // [25:39] is the sub-list for method output_type
-	11, // [11:25] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	39, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
+	14, // 2: tenon.vm.v1.CreateRequest.shares:type_name -> tenon.vm.v1.HostShare
+	38, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
+	8,  // 4: tenon.vm.v1.CreateResponse.machine:type_name -> tenon.vm.v1.Machine
+	40, // 5: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
+	9,  // 6: tenon.vm.v1.Machine.nics:type_name -> tenon.vm.v1.NIC
+	8,  // 7: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
+	14, // 8: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
+	5,  // 9: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
+	9,  // 10: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
+	41, // 11: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
+	33, // 12: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
+	0,  // 13: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
+	41, // 14: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
+	1,  // 15: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
+	3,  // 16: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
+	6,  // 17: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
+	10, // 18: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
+	12, // 19: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
+	19, // 20: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
+	21, // 21: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
+	23, // 22: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
+	25, // 23: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
+	27, // 24: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
+	15, // 25: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
+	17, // 26: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
+	29, // 27: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
+	31, // 28: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
+	34, // 29: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
+	36, // 30: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
+	2,  // 31: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
+	4,  // 32: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
+	7,  // 33: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
+	11, // 34: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
+	13, // 35: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
+	20, // 36: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
+	22, // 37: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
+	24, // 38: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
+	26, // 39: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
+	28, // 40: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
+	16, // 41: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
+	18, // 42: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
+	30, // 43: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
+	32, // 44: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
+	35, // 45: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
+	37, // 46: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
+	31, // [31:47] is the sub-list for method output_type
+	15, // [15:31] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_vm_proto_init() }
@@ -2149,7 +2480,7 @@ func file_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vm_proto_rawDesc), len(file_vm_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   32,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

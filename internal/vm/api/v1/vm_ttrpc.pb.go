@@ -18,6 +18,8 @@ type VMMService interface {
 	AttachNIC(context.Context, *AttachNICRequest) (*AttachNICResponse, error)
 	DetachNIC(context.Context, *DetachNICRequest) (*DetachNICResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
+	Share(context.Context, *ShareRequest) (*ShareResponse, error)
+	Unshare(context.Context, *UnshareRequest) (*UnshareResponse, error)
 	KeepLog(context.Context, *KeepLogRequest) (*KeepLogResponse, error)
 	Usage(context.Context, *UsageRequest) (*UsageResponse, error)
 	Events(context.Context, *EventsRequest, VMM_EventsServer) error
@@ -110,6 +112,20 @@ func RegisterVMMService(srv *ttrpc.Server, svc VMMService) {
 				}
 				return svc.Resize(ctx, &req)
 			},
+			"Share": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ShareRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Share(ctx, &req)
+			},
+			"Unshare": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UnshareRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Unshare(ctx, &req)
+			},
 			"KeepLog": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req KeepLogRequest
 				if err := unmarshal(&req); err != nil {
@@ -159,6 +175,8 @@ type VMMClient interface {
 	AttachNIC(context.Context, *AttachNICRequest) (*AttachNICResponse, error)
 	DetachNIC(context.Context, *DetachNICRequest) (*DetachNICResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
+	Share(context.Context, *ShareRequest) (*ShareResponse, error)
+	Unshare(context.Context, *UnshareRequest) (*UnshareResponse, error)
 	KeepLog(context.Context, *KeepLogRequest) (*KeepLogResponse, error)
 	Usage(context.Context, *UsageRequest) (*UsageResponse, error)
 	Events(context.Context, *EventsRequest) (VMM_EventsClient, error)
@@ -250,6 +268,22 @@ func (c *vmmClient) DetachNIC(ctx context.Context, req *DetachNICRequest) (*Deta
 func (c *vmmClient) Resize(ctx context.Context, req *ResizeRequest) (*ResizeResponse, error) {
 	var resp ResizeResponse
 	if err := c.client.Call(ctx, "tenon.vm.v1.VMM", "Resize", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *vmmClient) Share(ctx context.Context, req *ShareRequest) (*ShareResponse, error) {
+	var resp ShareResponse
+	if err := c.client.Call(ctx, "tenon.vm.v1.VMM", "Share", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *vmmClient) Unshare(ctx context.Context, req *UnshareRequest) (*UnshareResponse, error) {
+	var resp UnshareResponse
+	if err := c.client.Call(ctx, "tenon.vm.v1.VMM", "Unshare", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
