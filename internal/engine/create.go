@@ -203,6 +203,7 @@ func (e *Engine) unregister(c *ctr) {
 	e.registry.Remove(c.id)
 	delete(e.ctrs, c.id)
 	e.mu.Unlock()
+	e.releaseImages(c.record())
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.gone = true

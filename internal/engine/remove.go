@@ -139,6 +139,16 @@ func (e *Engine) removeLocked(ctx context.Context, c *ctr, o RemoveOptions) (err
 	return nil
 }
 
+// releaseImages tells the image store that the container needs them no more.
+func (e *Engine) releaseImages(r *container.Record) {
+	e.cfg.Images.Released(r.Image.ID)
+	for _, m := range r.Mounts {
+		if m.Image != nil {
+			e.cfg.Images.Released(m.Image.ID)
+		}
+	}
+}
+
 // waitClean waits until nothing of the last run is left in the kernel.
 func (e *Engine) waitClean(ctx context.Context, c *ctr) error {
 	c.mu.Lock()

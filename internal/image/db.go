@@ -40,6 +40,9 @@ type record struct {
 	Tagged  time.Time          `json:"tagged,omitzero"`
 	Parent  string             `json:"parent,omitempty"` // commit's parent image ID
 	Source  string             `json:"source,omitempty"` // pull, load, import, commit, bootstrap
+	// Forgotten images were removed by force while stopped containers needed them:
+	// known by their whole ID only, and gone with the last of those.
+	Forgotten bool `json:"forgotten,omitempty"`
 	// Boot is the machine's boot ID until the files are known to be on disk.
 	Boot string `json:"boot,omitempty"`
 }
@@ -177,6 +180,7 @@ func (b *batch) put(target ocispec.Descriptor, name, source string, now time.Tim
 		r = &record{Target: target, Created: now, Source: source}
 		b.recs[target.Digest] = r
 	}
+	r.Forgotten = false
 	if source != "" {
 		r.Boot = b.s.boot
 	}

@@ -64,6 +64,9 @@ func (s *Store) emptyTrash() {
 // collect moves blobs and layers that no image needs into the trash. The gate
 // must be held alone.
 func (s *Store) collect() (n int, err error) {
+	if err := s.dropForgotten(); err != nil {
+		return 0, err
+	}
 	blobs, chains, err := s.marked()
 	if err != nil {
 		return 0, err

@@ -152,7 +152,9 @@ func (s *Store) List(ctx context.Context, opts ListOptions) ([]image.Summary, er
 	s.mu.RLock()
 	recs := make([]*record, 0, len(s.recs))
 	for _, r := range s.recs {
-		recs = append(recs, r)
+		if !r.Forgotten {
+			recs = append(recs, r)
+		}
 	}
 	s.mu.RUnlock()
 	for _, r := range recs {

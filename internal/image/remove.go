@@ -33,10 +33,9 @@ func (s *Store) users(id digest.Digest, inUse func(string) []string) []string {
 
 // Remove removes a name; with its last name, or asked for by ID, the image. An
 // image that containers use is not removed (errdefs.ErrConflict); with Force it
-// loses its names and goes with the next prune, unless it was asked for by ID and
-// one of them runs (Docker's rules; where Docker also forgets the image of a
-// stopped container, here it stays, without a name, for as long as it is needed:
-// the container can be started). inUse nil means Config.InUse.
+// loses its names and goes with the next prune; asked for by ID it is forgotten,
+// unless one of them runs (Docker's rules): nobody sees it any more, but for those
+// containers, with the last of which it goes. inUse nil means Config.InUse.
 func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUse func(id string) []string) ([]image.DeleteResponse, error) {
 	if len(opts.Platforms) > 0 {
 		return s.removePlatforms(ctx, ref, opts.Platforms, inUse)
@@ -49,7 +48,7 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 	var out []image.DeleteResponse
 	err = s.update(func(b *batch) error {
 		r := b.record(id)
-		if r == nil || name != "" && !slices.Contains(r.Names, name) {
+		if r == nil || r.Forgotten || name != "" && !slices.Contains(r.Names, name) {
 			return fmt.Errorf("No such image: %s: %w", ref, errdefs.ErrNotFound)
 		}
 		gone := r.Names
@@ -70,7 +69,7 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 				return fmt.Errorf("conflict: unable to remove repository reference %q (must force) - container %s is using its referenced image %s: %w",
 					ref, hexPrefix(used[0]), shortDigest(id), errdefs.ErrConflict)
 			}
-			if !opts.Force || len(r.Names) == 0 {
+			if !opts.Force {
 				return fmt.Errorf("conflict: unable to delete %s (must be forced) - image is being used by container %s: %w",
 					shortDigest(id), hexPrefix(used[0]), errdefs.ErrConflict)
 			}
@@ -79,8 +78,13 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 			out = append(out, image.DeleteResponse{Untagged: familiar(n)})
 		}
 		r.Names = slices.DeleteFunc(r.Names, func(n string) bool { return slices.Contains(gone, n) })
-		if last && len(used) == 0 {
+		switch {
+		case last && len(used) == 0:
 			b.recs[id] = nil
+		case name == "":
+			r.Forgotten = true
+		}
+		if b.recs[id] == nil || r.Forgotten {
 			out = append(out, image.DeleteResponse{Deleted: id.String()})
 		}
 		return nil
@@ -91,6 +95,40 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 	s.tell(id, out)
 	s.gcSoon()
 	return out, nil
+}
+
+// Released tells the store that a container which used an image is gone.
+func (s *Store) Released(id string) {
+	s.mu.RLock()
+	r := s.recs[digest.Digest(id)]
+	s.mu.RUnlock()
+	if r != nil && r.Forgotten {
+		s.gcSoon()
+	}
+}
+
+// dropForgotten removes the records of forgotten images that nobody uses any more.
+func (s *Store) dropForgotten() error {
+	var gone []digest.Digest
+	s.mu.RLock()
+	for d, r := range s.recs {
+		if r.Forgotten {
+			gone = append(gone, d)
+		}
+	}
+	s.mu.RUnlock()
+	gone = slices.DeleteFunc(gone, func(d digest.Digest) bool { return len(s.users(d, nil)) > 0 })
+	if len(gone) == 0 {
+		return nil
+	}
+	return s.update(func(b *batch) error {
+		for _, d := range gone {
+			if r := b.record(d); r != nil && r.Forgotten { // not pulled again meanwhile
+				b.recs[d] = nil
+			}
+		}
+		return nil
+	})
 }
 
 // tell sends the events of a removal.
@@ -136,7 +174,9 @@ func (s *Store) Prune(ctx context.Context, f Filters, inUse func(id string) []st
 	s.mu.RLock()
 	recs := make([]*record, 0, len(s.recs))
 	for _, r := range s.recs {
-		recs = append(recs, r)
+		if !r.Forgotten { // those go by themselves
+			recs = append(recs, r)
+		}
 	}
 	s.mu.RUnlock()
 	var out []image.DeleteResponse

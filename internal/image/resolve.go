@@ -99,8 +99,8 @@ func (s *Store) lookupLocked(ref string) (target digest.Digest, name string, err
 		}
 		return "", "", notFound
 	}
-	for d := range s.recs {
-		if strings.HasPrefix(d.Encoded(), hex) {
+	for d, r := range s.recs {
+		if strings.HasPrefix(d.Encoded(), hex) && !r.Forgotten {
 			if target != "" {
 				return "", "", fmt.Errorf("ambiguous image ID prefix %q: %w", ref, errdefs.ErrInvalidArgument)
 			}
@@ -111,6 +111,9 @@ func (s *Store) lookupLocked(ref string) (target digest.Digest, name string, err
 		return target, "", nil
 	}
 	for k, i := range s.images {
+		if r := s.recs[k.target]; r == nil || r.Forgotten {
+			continue
+		}
 		if strings.HasPrefix(i.ConfigDigest.Encoded(), hex) || strings.HasPrefix(i.Manifest.Digest.Encoded(), hex) {
 			if target != "" && target != k.target {
 				return "", "", fmt.Errorf("ambiguous image ID prefix %q: %w", ref, errdefs.ErrInvalidArgument)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // tarOf packs entries given as header and content.
@@ -233,5 +234,35 @@ func TestImportExportHistory(t *testing.T) {
 	d.Must(t, "rm", "user")
 	if out := d.Must(t, "image", "prune", "-f"); !strings.Contains(out, "deleted: sha256:") {
 		t.Errorf("%s", out)
+	}
+	// Removed by ID and force, nobody sees it any more but its stopped container.
+	d.Must(t, "import", "-c", "CMD [\"cat\",\"/kept\"]", ar, "imp:2")
+	d.Must(t, "create", "--name", "user", "imp:2")
+	id = d.Must(t, "inspect", "-f", "{{.Image}}", "user")
+	if out := d.Must(t, "rmi", "-f", id); !strings.Contains(out, "Untagged: imp:2") || !strings.Contains(out, "Deleted: "+id) {
+		t.Errorf("%s", out)
+	}
+	short := id[len("sha256:"):][:12]
+	if out := d.Must(t, "images", "-a", "-q"); strings.Contains(out, short) {
+		t.Errorf("in the list: %s", out)
+	}
+	if r := d.Docker(t, "rmi", short); r.Code == 0 || !strings.Contains(r.Err, "No such image") {
+		t.Errorf("exit %d, %s%s", r.Code, r.Out, r.Err)
+	}
+	d.Kill(t)
+	d.Start(t)
+	d.Must(t, "image", "prune", "-af")
+	if got := d.Must(t, "start", "-a", "user"); got != "x" {
+		t.Errorf("%q", got)
+	}
+	d.Must(t, "rm", "user")
+	blob := filepath.Join(d.Root, "images", "content", "blobs", "sha256", id[len("sha256:"):])
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) { // polls the collector
+		if _, err := os.Stat(blob); os.IsNotExist(err) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the image's files stay after its last container")
+		}
 	}
 }
