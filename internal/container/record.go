@@ -46,7 +46,7 @@ type Record struct {
 	UserNSOf string        `json:"usernsOf,omitempty"`
 	// Networks are the endpoints asked for, by network name.
 	Networks map[string]*network.EndpointSettings `json:"networks,omitempty"`
-	// Isolation is the kernel that it runs on: "process".
+	// Isolation is the kernel that it runs on: "process" (the host's) or "vm".
 	Isolation string `json:"isolation"`
 
 	Facts Facts `json:"facts"`
@@ -104,7 +104,19 @@ type Facts struct {
 	Dead     bool              `json:"dead,omitempty"`    // a removal failed half-way
 	Volumes  bool              `json:"volumes,omitempty"` // the removal under way takes anonymous volumes too
 	BootID   string            `json:"bootId,omitempty"`  // of the kernel of the last run
+	Machine  *Machine          `json:"machine,omitempty"` // that it runs on, or ran last; nil: the host
+	Changed  bool              `json:"changed,omitempty"` // its files were, before it first ran
 	Health   *container.Health `json:"health,omitempty"`
+}
+
+// Machine is the virtual machine of a run. It is replaced, never changed.
+type Machine struct {
+	ID        string `json:"id"`
+	Pid       int    `json:"pid"` // of the VMM, on the host
+	Accel     string `json:"accel"`
+	Kernel    string `json:"kernel"` // release
+	KernelLog string `json:"kernelLog,omitempty"`
+	HostBoot  string `json:"hostBoot"`
 }
 
 // Clone returns a copy that shares nothing mutable but Config and HostConfig,

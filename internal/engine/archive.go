@@ -20,11 +20,14 @@ import (
 // in the root that it mounts for the purpose.
 func (e *Engine) files(ctx context.Context, c *ctr) (*task.Client, task.Files, error) {
 	f := task.Files{ID: c.id}
-	client, err := e.shim.get(ctx)
+	r := c.record()
+	if !onHost(r) && !r.Running() {
+		return nil, f, errdefs.ErrNotImplemented.WithMessage("the files of a stopped container of isolation vm can't be reached in this release; start it first")
+	}
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return nil, f, err
 	}
-	r := c.record()
 	if r.Facts.Removing || r.Facts.Dead {
 		return nil, f, conflict("container %s is being removed", c.id)
 	}
@@ -33,6 +36,10 @@ func (e *Engine) files(ctx context.Context, c *ctr) (*task.Client, task.Files, e
 	}
 	for dest := range r.HostConfig.Tmpfs {
 		f.Skip = append(f.Skip, path.Clean(dest))
+	}
+	if g := c.onMachine(); g != nil {
+		f.Root = g.root
+		return client, f, nil
 	}
 	root, err := e.rootOf(ctx, r)
 	if err != nil {
@@ -188,7 +195,7 @@ func (e *Engine) Top(ctx context.Context, ref string, psArgs []string) (mobycont
 	if err != nil {
 		return out, err
 	}
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return out, err
 	}
@@ -229,7 +236,7 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 	}
 	h, err := mergeUpdate(r.HostConfig, u)
 	if err == nil {
-		err = e.checkCPUs(&h.Resources)
+		err = e.checkCPUs(&h.Resources, e.factsOf(r.Isolation))
 	}
 	if err != nil {
 		return nil, err
@@ -254,7 +261,7 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 		return nil, err
 	}
 	if r.Running() {
-		client, err := e.shim.get(ctx)
+		client, err := e.client(ctx, c)
 		if err == nil {
 			err = client.Update(ctx, c.id, spec.Resources(numbered, spec.Defaults{}))
 		}

@@ -69,6 +69,7 @@ func (e *Engine) connectWaiting(ctx context.Context, c *ctr, client *task.Client
 	tty := c.record().Config.Tty
 	for _, w := range waiting {
 		att, err := client.Attach(ctx, c.id, "", stdio(w.o, tty))
+		c.track(att)
 		if err == nil && tty && w.o.Width > 0 && w.o.Height > 0 {
 			err = client.Resize(ctx, c.id, "", uint32(w.o.Width), uint32(w.o.Height))
 		}
@@ -130,7 +131,7 @@ func (e *Engine) Attach(ctx context.Context, ref string, o AttachOptions) error 
 		return err
 	}
 	c.mu.Unlock()
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -138,6 +139,7 @@ func (e *Engine) Attach(ctx context.Context, ref string, o AttachOptions) error 
 	if err != nil {
 		return err
 	}
+	c.track(att)
 	if r.Config.Tty && o.Width > 0 && o.Height > 0 {
 		_ = client.Resize(ctx, c.id, "", uint32(o.Width), uint32(o.Height)) // a picture only
 	}
@@ -184,7 +186,7 @@ func (e *Engine) Resize(ctx context.Context, ref string, height, width uint) err
 	if !c.record().Running() {
 		return conflict("container %s is not running", ref)
 	}
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return err
 	}

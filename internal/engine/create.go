@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	mobycontainer "github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -96,7 +97,16 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if err != nil {
 		return nil, nil, err
 	}
-	h, warnings, err := e.hostDefaults(o.Request.HostConfig)
+	var asked mobycontainer.Isolation
+	if o.Request.HostConfig != nil {
+		asked = o.Request.HostConfig.Isolation
+	}
+	isolation, err := e.isolation(ctx, asked)
+	if err != nil {
+		return nil, nil, err
+	}
+	facts := e.factsOf(isolation)
+	h, warnings, err := e.hostDefaults(o.Request.HostConfig, facts)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -113,7 +123,7 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	}
 	r := &container.Record{
 		V: container.Version, Seq: 1, ID: id, Name: o.Name, Created: time.Now().UTC(),
-		Config: cfg, HostConfig: h, Isolation: e.cfg.Kernel.Isolation(),
+		Config: cfg, HostConfig: h, Isolation: isolation,
 		Image: container.Image{ID: img.ID, Ref: o.Request.Config.Image, Manifest: &img.Manifest, Platform: img.Platform},
 	}
 	if err := e.checkRelations(r); err != nil {
@@ -138,7 +148,7 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if _, err := e.runtimeOf(h); err != nil {
 		return nil, nil, err
 	}
-	if err := e.checkCPUs(&h.Resources); err != nil {
+	if err := e.checkCPUs(&h.Resources, facts); err != nil {
 		return nil, nil, err
 	}
 	if _, err := e.planDevices(h); err != nil {
@@ -149,6 +159,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	}
 	if r.Mounts, err = e.planMounts(r); err != nil {
 		return nil, nil, err
+	}
+	if !onHost(r) {
+		return r, warnings, checkMachine(r)
 	}
 	if err := e.planUserNS(r); err != nil {
 		return nil, nil, err

@@ -34,7 +34,8 @@ type ctr struct {
 	retry    context.CancelFunc // of a restart that waits; nil: none
 	noRetry  bool               // the user stopped this run: no restart after it
 	backoff  backoff
-	holds    int // operations that want the container kept in spite of --rm
+	guest    *guest // its machine; nil: the host's kernel, or it does not run
+	holds    int    // operations that want the container kept in spite of --rm
 }
 
 func (c *ctr) hold(n int) {

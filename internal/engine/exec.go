@@ -16,6 +16,7 @@ import (
 	"github.com/moby/moby/api/types/events"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
 )
@@ -181,11 +182,11 @@ func (e *Engine) ExecStart(ctx context.Context, id string, detach bool, o Attach
 // runExec starts the process and, attached, waits for its output's end and its
 // exit.
 func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o AttachOptions) error {
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, x.c)
 	if err != nil {
 		return err
 	}
-	process, err := e.execProcess(x)
+	process, err := e.execProcess(ctx, client, x)
 	if err != nil {
 		x.finish(126)
 		e.forgetExecsLater([]*execution{x})
@@ -217,6 +218,7 @@ func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o Attac
 		}
 		return execError(x, err)
 	}
+	x.c.track(att)
 	x.runs(pid)
 	if o.Ready != nil {
 		o.Ready()
@@ -317,7 +319,7 @@ func (e *Engine) deleteExec(client *task.Client, x *execution) {
 func (e *Engine) killExec(x *execution) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), cleanTime)
 	defer cancel()
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, x.c)
 	if err == nil {
 		err = client.Kill(ctx, x.c.id, x.id, syscall.SIGKILL, false)
 	}
@@ -372,13 +374,20 @@ func (e *Engine) execExited(client *task.Client, containerID, id string, code in
 }
 
 // execProcess is the process's part of a specification.
-func (e *Engine) execProcess(x *execution) ([]byte, error) {
+func (e *Engine) execProcess(ctx context.Context, client *task.Client, x *execution) ([]byte, error) {
 	r := x.c.record()
-	root, err := e.rootOf(e.ctx, r)
+	var root *rootfs.Root
+	var a *accounts
+	var err error
+	if onHost(r) {
+		root, err = e.rootOf(e.ctx, r)
+	} else {
+		a, err = readMachineAccounts(ctx, client, task.Files{ID: x.c.id})
+	}
 	if err != nil {
 		return nil, err
 	}
-	user, err := e.resolveUser(root, firstOf(x.o.User, r.Config.User), r.HostConfig.GroupAdd)
+	user, err := e.resolveUser(root, a, firstOf(x.o.User, r.Config.User), r.HostConfig.GroupAdd)
 	if err != nil {
 		return nil, err
 	}
@@ -386,7 +395,7 @@ func (e *Engine) execProcess(x *execution) ([]byte, error) {
 		return nil, err
 	}
 	h := r.HostConfig
-	caps, err := spec.Capabilities(h.CapAdd, h.CapDrop, h.Privileged || x.o.Privileged, e.cfg.Kernel.Facts().Capabilities)
+	caps, err := spec.Capabilities(h.CapAdd, h.CapDrop, h.Privileged || x.o.Privileged, e.factsOf(r.Isolation).Capabilities)
 	if err != nil {
 		return nil, err
 	}
@@ -427,7 +436,7 @@ func (e *Engine) ExecResize(ctx context.Context, id string, height, width uint) 
 	if err != nil {
 		return err
 	}
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, x.c)
 	if err != nil {
 		return err
 	}

@@ -97,10 +97,8 @@ func (e *Engine) cleanRun(client *task.Client, c *ctr, rn *run) {
 		return
 	}
 	var errs []error
-	if client != nil {
-		if _, err := client.Delete(ctx, c.id, ""); err != nil && !errdefs.IsNotFound(err) {
-			errs = append(errs, err)
-		}
+	if err := e.endTask(ctx, client, c); err != nil {
+		errs = append(errs, err)
 	}
 	c.setNetwork(nil)
 	if err := e.cfg.Networks.Disconnect(ctx, c.id); err != nil {
@@ -139,13 +137,7 @@ func (e *Engine) vanish(ctx context.Context, client *task.Client, c *ctr, rn *ru
 	c.publish(func(r *container.Record) { r.Facts.Removing = true })
 	e.emit(c, events.ActionDestroy, nil)
 	e.unregister(c)
-	var errs []error
-	if client != nil {
-		if _, err := client.Delete(ctx, c.id, ""); err != nil && !errdefs.IsNotFound(err) {
-			errs = append(errs, err)
-		}
-	}
-	errs = append(errs, e.free(ctx, c))
+	errs := []error{e.endTask(ctx, client, c), e.free(ctx, c)}
 	close(rn.done)
 	if err := errors.Join(errs...); err != nil {
 		e.log.Error("something of an ended container is left until the daemon's next start", "container", c.id, "err", err)
@@ -163,7 +155,7 @@ func hasAnonymous(r *container.Record) bool {
 
 // releaseShm keeps shared memory while another container of the kernel uses it.
 func (e *Engine) releaseShm(ctx context.Context, c *ctr) error {
-	if !c.record().HostConfig.IpcMode.IsShareable() {
+	if r := c.record(); !r.HostConfig.IpcMode.IsShareable() || !onHost(r) {
 		return nil
 	}
 	for _, other := range e.all() {

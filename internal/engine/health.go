@@ -125,9 +125,9 @@ func (e *Engine) actOnUnhealthy(c *ctr) {
 		var err error
 		switch action {
 		case "kill": // by itself, so that the restart policy acts
-			client, cerr := e.shim.get(ctx)
+			client, cerr := e.client(ctx, c)
 			if err = cerr; err == nil {
-				err = client.Kill(ctx, c.id, "", syscall.SIGKILL, false)
+				err = e.kill(ctx, client, c, syscall.SIGKILL)
 			}
 		case "restart":
 			err = e.Restart(ctx, c.id, StopOptions{})

@@ -18,6 +18,7 @@ import (
 	"github.com/moby/moby/api/types/system"
 
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/sandbox"
 )
 
 // Events subscribes to events; see API.
@@ -44,7 +45,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		KernelVersion: facts.KernelRelease, OSType: "linux", Architecture: machine(), NCPU: facts.CPUs, MemTotal: facts.Memory,
 		DockerRootDir: e.cfg.Root, Name: hostname, Labels: []string{}, ServerVersion: e.cfg.Version,
 		Runtimes: map[string]system.RuntimeWithStatus{}, DefaultRuntime: firstOf(e.cfg.DefaultRuntime, "tenon"),
-		LiveRestoreEnabled: true, Isolation: mobycontainer.Isolation(e.cfg.Kernel.Isolation()), InitBinary: "tini-static",
+		LiveRestoreEnabled: true, Isolation: mobycontainer.Isolation(firstOf(e.cfg.DefaultIsolation, sandbox.Process)), InitBinary: "tini-static",
 		IndexServerAddress: "https://index.docker.io/v1/",
 		RegistryConfig:     &registry.ServiceConfig{IndexConfigs: map[string]*registry.IndexInfo{}},
 		Plugins:            system.PluginsInfo{Volume: []string{"local"}, Network: []string{"bridge", "host", "none"}, Log: []string{"local", "json-file", "none"}},
@@ -56,9 +57,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 	if facts.CgroupV2 {
 		info.CgroupVersion = "2"
 	}
-	if e.cfg.Kernel.Isolation() == "process" {
-		info.SecurityOptions = append(info.SecurityOptions, "name=cgroupns")
-	}
+	info.SecurityOptions = append(info.SecurityOptions, "name=cgroupns")
 	if e.cfg.UserNS.Auto {
 		info.SecurityOptions = append(info.SecurityOptions, "name=userns")
 	}
@@ -193,6 +192,9 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 	if client, err := e.shim.get(ctx); err == nil {
 		e.cancel() // the shim's end is not news
 		errs = append(errs, client.Shutdown(ctx, true))
+	}
+	if e.cfg.Machines != nil {
+		errs = append(errs, e.cfg.Machines.Teardown(ctx))
 	}
 	errs = append(errs, e.cfg.Kernel.Teardown(ctx), e.cfg.Roots.Unmount())
 	errs = append(errs, e.cfg.Networks.Teardown(ctx), e.saver.flush())

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"strconv"
 
 	"github.com/opencontainers/go-digest"
 
@@ -72,8 +73,9 @@ func (c *ctr) execIDs() []string {
 	return ids
 }
 
-// facts are annotations that inspect alone writes; they are taken from nobody.
-var facts = []string{"tenon.isolation", "tenon.boot-id", "tenon.kernel"}
+// shownFacts are annotations that inspect alone writes; they are taken from
+// nobody.
+var shownFacts = []string{"tenon.isolation", "tenon.boot-id", "tenon.kernel", "tenon.machine", "tenon.vmm-pid", "tenon.accel", "tenon.kernel-log"}
 
 func (e *Engine) shownHostConfig(r *container.Record) *mobycontainer.HostConfig {
 	h := *r.HostConfig
@@ -87,8 +89,14 @@ func (e *Engine) shownHostConfig(r *container.Record) *mobycontainer.HostConfig 
 		n := e.def.Pids
 		h.PidsLimit = &n
 	}
-	if r.Running() {
+	m := r.Facts.Machine
+	switch {
+	case !r.Running():
+	case m == nil:
 		h.Annotations["tenon.kernel"] = e.cfg.Kernel.Facts().KernelRelease
+	default:
+		h.Annotations["tenon.kernel"], h.Annotations["tenon.machine"], h.Annotations["tenon.accel"] = m.Kernel, m.ID, m.Accel
+		h.Annotations["tenon.vmm-pid"], h.Annotations["tenon.kernel-log"] = strconv.Itoa(m.Pid), m.KernelLog
 	}
 	return &h
 }

@@ -26,7 +26,7 @@ func (e *Engine) Logs(ctx context.Context, ref string, o LogsOptions, stdout, st
 		return r.Config.Tty, err
 	}
 	if r.Running() {
-		if client, err := e.shim.get(ctx); err == nil {
+		if client, err := e.client(ctx, c); err == nil {
 			_ = client.FlushLog(ctx, c.id) // what it has not written yet is late, not lost
 		}
 	}

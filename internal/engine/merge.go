@@ -11,6 +11,7 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 
+	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 )
 
@@ -118,7 +119,7 @@ func mergeHealth(req, img *container.HealthConfig) *container.HealthConfig {
 }
 
 // hostDefaults copies a host configuration with what Docker fills in.
-func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig, []string, error) {
+func (e *Engine) hostDefaults(req *container.HostConfig, facts sandbox.Facts) (*container.HostConfig, []string, error) {
 	h := container.HostConfig{}
 	if req != nil {
 		h = *req
@@ -135,7 +136,7 @@ func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig,
 	}
 	if h.CgroupnsMode == "" {
 		h.CgroupnsMode = container.CgroupnsModePrivate
-		if h.Privileged && !e.cfg.Kernel.Facts().CgroupV2 {
+		if h.Privileged && !facts.CgroupV2 {
 			h.CgroupnsMode = container.CgroupnsModeHost
 		}
 	}
@@ -154,12 +155,12 @@ func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig,
 	if h.MemorySwappiness != nil && *h.MemorySwappiness == -1 {
 		h.MemorySwappiness = nil
 	}
-	if h.MemorySwappiness != nil && e.cfg.Kernel.Facts().CgroupV2 {
+	if h.MemorySwappiness != nil && facts.CgroupV2 {
 		warnings = append(warnings, "Your kernel does not support memory swappiness capabilities or the cgroup is not mounted. Memory swappiness discarded.")
 		h.MemorySwappiness = nil
 	}
 	if h.OomKillDisable != nil && *h.OomKillDisable {
-		if e.cfg.Kernel.Facts().CgroupV2 {
+		if facts.CgroupV2 {
 			warnings = append(warnings, "Your kernel does not support OomKillDisable. OomKillDisable discarded.")
 			h.OomKillDisable = nil
 		} else if h.Memory == 0 {
@@ -188,7 +189,7 @@ func (e *Engine) hostDefaults(req *container.HostConfig) (*container.HostConfig,
 	if h.NetworkMode.IsHost() && (len(h.PortBindings) > 0 || h.PublishAllPorts) {
 		warnings = append(warnings, "Published ports are discarded when using host network mode")
 	}
-	for _, k := range facts { // of another container, of which this request is a copy
+	for _, k := range shownFacts { // of another container, of which this request is a copy
 		if _, ok := h.Annotations[k]; ok {
 			h.Annotations = maps.Clone(h.Annotations)
 			delete(h.Annotations, k)

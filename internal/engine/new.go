@@ -36,8 +36,12 @@ type Config struct {
 	Networks *network.Controller
 	Volumes  *volume.Store
 	Events   *events.Hub
-	// Kernel is what containers of isolation "process" run on.
-	Kernel sandbox.Sandbox
+	// Kernel is what containers of isolation "process" run on; Machines makes the
+	// kernels of isolation "vm", nil: there are none. DefaultIsolation is that of
+	// containers that ask for none; empty: "process".
+	Kernel           sandbox.Sandbox
+	Machines         sandbox.Machines
+	DefaultIsolation string
 
 	// Pids and ShmSize are limits for containers that ask for none;
 	// MemoryReserve is what such containers can't take from the host (bytes).

@@ -45,9 +45,15 @@ func (e *Engine) Recover(ctx context.Context) error {
 		return fmt.Errorf("shim: %w", err)
 	}
 	verdicts := e.judge(procs, at)
+	found := e.findMachines(ctx)
 	var live []string
 	for c, v := range verdicts {
 		if c != nil && v == adopt {
+			live = append(live, c.id)
+		}
+	}
+	for c, f := range found {
+		if f.verdict == adopt {
 			live = append(live, c.id)
 		}
 	}
@@ -56,6 +62,10 @@ func (e *Engine) Recover(ctx context.Context) error {
 	}
 	e.apply(ctx, client, procs, verdicts)
 	e.shim.set(client)
+	e.applyMachines(ctx, found)
+	for c, f := range found {
+		verdicts[c] = f.verdict
+	}
 	e.sweep()
 	if unreadable == nil {
 		e.dropOrphans(ctx)
@@ -103,6 +113,9 @@ func (e *Engine) judge(procs []*taskv1.Process, at time.Time) map[*ctr]verdict {
 	tasks := initTasks(procs)
 	out := map[*ctr]verdict{}
 	for _, c := range e.all() {
+		if !onHost(c.record()) {
+			continue
+		}
 		c.mu.Lock()
 		rn := c.run
 		c.mu.Unlock()
@@ -224,7 +237,10 @@ func (e *Engine) act(ctx context.Context, client *task.Client, c *ctr, v verdict
 		return nil
 	case lost:
 		x := exitFacts{code: 255, at: time.Now(), unknown: "the machine was restarted while the container ran"}
-		if c.record().Facts.BootID == e.cfg.Kernel.Facts().BootID { // what is left of it is killed when a new shim starts
+		switch f, boot := &c.record().Facts, e.cfg.Kernel.Facts().BootID; {
+		case f.Machine != nil && f.Machine.HostBoot == boot:
+			x.code, x.unknown = 137, "the container's virtual machine ended while the daemon was away"
+		case f.Machine == nil && f.BootID == boot: // what is left of it is killed when a new shim starts
 			x.code, x.unknown = 137, "the container's shim was killed, and the container with it"
 		}
 		e.exited(client, c, c.runOrNew(), x)
@@ -274,6 +290,10 @@ func (e *Engine) noteStart(c *ctr, t *taskv1.Process) error {
 		f := &r.Facts
 		f.Pending, f.Restarting, f.ExitCode = "", false, 0
 		f.Started, f.BootID = time.Unix(0, t.StartedAt).UTC(), e.cfg.Kernel.Facts().BootID
+		if g := c.onMachineLocked(); g != nil {
+			f.BootID, f.Machine = g.machine.Facts().BootID, e.machineFacts(g)
+			f.Pid = f.Machine.Pid
+		}
 		f.Health = initialHealth(r.Config)
 	})
 }
@@ -294,7 +314,11 @@ func (e *Engine) adopt(c *ctr, t *taskv1.Process) error {
 		return err
 	}
 	paused := t.Status == taskv1.Status_STATUS_PAUSED
-	c.publish(func(r *container.Record) { r.Facts.Paused, r.Facts.Pid = paused, int(t.Pid) })
+	c.publish(func(r *container.Record) {
+		if r.Facts.Paused = paused; c.onMachineLocked() == nil {
+			r.Facts.Pid = int(t.Pid)
+		}
+	})
 	if ns, err := e.cfg.Networks.Namespace(c.id); err == nil {
 		c.setNetwork(ns)
 	} else if !errdefs.IsNotFound(err) {

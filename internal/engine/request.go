@@ -64,9 +64,9 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 		return spec.Input{}, err
 	}
 	h.Resources = *res
-	facts := e.cfg.Kernel.Facts()
+	facts, kernel := e.factsOf(r.Isolation), p.on
 	in := spec.Input{
-		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.def, LinkEnv: e.linkEnv(r), NetReady: p.ns.Path != "",
+		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.defaultsOf(r.Isolation), LinkEnv: e.linkEnv(r), NetReady: p.ns.Path != "",
 		Mounts: append(p.files, p.mounts...), NetNS: p.kernel.NetNS, ShmSource: p.shm,
 		CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
 	}
@@ -79,7 +79,7 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 			in.Hostname = peer.Config.Hostname
 		}
 	}
-	if in.User, err = e.resolveUser(p.root, r.Config.User, h.GroupAdd); err != nil {
+	if in.User, err = e.resolveUser(p.root, p.accounts, r.Config.User, h.GroupAdd); err != nil {
 		return in, err
 	}
 	if err := usernsInput(&in, r, p); err != nil {
@@ -89,12 +89,12 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 		return in, err
 	}
 	if h.Privileged {
-		if in.AllDevices, err = e.cfg.Kernel.AllDevices(); err != nil {
+		if in.AllDevices, err = kernel.AllDevices(); err != nil {
 			return in, err
 		}
 	}
 	if h.Init != nil && *h.Init {
-		if in.Init, err = e.cfg.Kernel.Init(); err != nil {
+		if in.Init, err = kernel.Init(); err != nil {
 			return in, err
 		}
 	}
@@ -103,14 +103,14 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 		if err != nil {
 			return in, err
 		}
-		in.PidNS = e.cfg.Kernel.NamespacePath(peer.Facts.Pid, specs.PIDNamespace)
+		in.PidNS = kernel.NamespacePath(peer.Facts.Pid, specs.PIDNamespace)
 	}
 	if h.IpcMode.IsContainer() {
 		peer, err := e.peer(h.IpcMode.Container(), "IPC")
 		if err != nil {
 			return in, err
 		}
-		in.IpcNS = e.cfg.Kernel.NamespacePath(peer.Facts.Pid, specs.IPCNamespace)
+		in.IpcNS = kernel.NamespacePath(peer.Facts.Pid, specs.IPCNamespace)
 	}
 	return in, nil
 }
@@ -139,8 +139,11 @@ func (e *Engine) cgroupPath(r *container.Record) string {
 }
 
 // resolveUser looks in the container's own /etc/passwd and /etc/group, without
-// its being mounted.
-func (e *Engine) resolveUser(root *rootfs.Root, text string, groupAdd []string) (spec.User, error) {
+// its being mounted, unless they have been read.
+func (e *Engine) resolveUser(root *rootfs.Root, a *accounts, text string, groupAdd []string) (spec.User, error) {
+	if a != nil {
+		return spec.ResolveUser(text, groupAdd, a.passwd, a.group)
+	}
 	stack := layered.Stack(append([]string{root.Upper}, root.Lower...))
 	passwd, err := readAccounts(stack, "/etc/passwd")
 	if err != nil {

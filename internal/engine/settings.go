@@ -11,6 +11,7 @@ import (
 	mobycontainer "github.com/moby/moby/api/types/container"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
@@ -182,16 +183,19 @@ func (e *Engine) peer(id, what string) (*container.Record, error) {
 	if r.Facts.Restarting {
 		return nil, conflict("container %s is restarting, wait until the container is running", id)
 	}
+	if !onHost(r) {
+		return nil, conflict("cannot join %s of container %s: it has a kernel of its own (isolation %s)", what, id, r.Isolation)
+	}
 	return r, nil
 }
 
 // checkCPUs refuses more CPUs than the kernel has.
-func (e *Engine) checkCPUs(r *mobycontainer.Resources) error {
-	n := e.cfg.Kernel.Facts().CPUs
+func (e *Engine) checkCPUs(r *mobycontainer.Resources, facts sandbox.Facts) error {
+	n := facts.CPUs
 	if r.NanoCPUs > int64(n)*1e9 || r.NanoCPUs > 0 && r.NanoCPUs < 1e7 {
 		return invalid("range of CPUs is from 0.01 to %d.00, as there are only %d CPUs available", n, n)
 	}
-	for _, set := range []struct{ what, text, there string }{{"CPUs", r.CpusetCpus, e.cfg.Kernel.Facts().CPUSet}, {"memory nodes", r.CpusetMems, e.cfg.Kernel.Facts().MemorySet}} {
+	for _, set := range []struct{ what, text, there string }{{"CPUs", r.CpusetCpus, facts.CPUSet}, {"memory nodes", r.CpusetMems, facts.MemorySet}} {
 		asked, err := spec.ParseSet(set.text)
 		if err != nil {
 			return err
@@ -206,7 +210,7 @@ func (e *Engine) checkCPUs(r *mobycontainer.Resources) error {
 			}
 		}
 	}
-	if (r.CPURealtimePeriod != 0 || r.CPURealtimeRuntime != 0) && !e.cfg.Kernel.Facts().RealTime {
+	if (r.CPURealtimePeriod != 0 || r.CPURealtimeRuntime != 0) && !facts.RealTime {
 		return invalid("kernel does not support CPU real-time scheduler")
 	}
 	return nil

@@ -174,11 +174,15 @@ func startExitCode(err error) int {
 func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	var u undo
 	defer func() { err = u.onError(ctx, err) }()
-	client, err := e.shim.get(ctx)
-	if err != nil {
-		return err
+	var client *task.Client
+	var p *prepared
+	if onHost(c.record()) {
+		if client, err = e.shim.get(ctx); err == nil {
+			p, err = e.prepare(ctx, c, &u)
+		}
+	} else {
+		p, client, err = e.prepareMachine(ctx, c, rn, &u)
 	}
-	p, err := e.prepare(ctx, c, &u)
 	if err != nil {
 		return err
 	}
@@ -219,7 +223,11 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	err = e.change(c, func(r *container.Record) {
 		f := &r.Facts
 		f.Started, f.Pid, f.Pending, f.Paused, f.Restarting, f.ExitCode = began, pid, "", false, false, 0
-		f.BootID = e.cfg.Kernel.Facts().BootID
+		f.BootID = p.on.Facts().BootID
+		if g := c.onMachineLocked(); g != nil {
+			f.Machine = e.machineFacts(g)
+			f.Pid = f.Machine.Pid // what the guest counts means nothing here
+		}
 		f.Health = initialHealth(r.Config)
 	})
 	if err != nil {
@@ -274,12 +282,15 @@ func deleteTask(ctx context.Context, client *task.Client, id string) error {
 
 // prepared is what a start needs beside the record.
 type prepared struct {
+	on     sandbox.Sandbox
 	root   *rootfs.Root
 	ns     *network.Namespace
 	kernel sandbox.Prepared
 	mounts []spec.Mount
 	files  []spec.Mount
 	shm    string
+
+	accounts *accounts // nil: root has them
 
 	userns     *userns.Namespace
 	usernsPath string
@@ -288,7 +299,7 @@ type prepared struct {
 // prepare makes root, network and files, at the same time where it can.
 func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (_ *prepared, err error) {
 	r := c.record()
-	p := &prepared{}
+	p := &prepared{on: e.cfg.Kernel}
 	defer func() {
 		if err != nil {
 			p.userns.Close()

@@ -87,7 +87,7 @@ func (e *Engine) sample(ctx context.Context, c *ctr) (*mobycontainer.StatsRespon
 	if !c.record().Running() {
 		return s, nil
 	}
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return nil, err
 	}

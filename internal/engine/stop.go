@@ -13,6 +13,7 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/task"
 )
 
 func utoa(n uint) string { return strconv.FormatUint(uint64(n), 10) }
@@ -153,12 +154,11 @@ func (e *Engine) markStopped(c *ctr) error {
 // signal sends a signal to the first process, waking a paused container for
 // the end.
 func (e *Engine) signal(ctx context.Context, c *ctr, sig syscall.Signal) error {
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return err
 	}
-	all := sig == syscall.SIGKILL && c.record().HostConfig.PidMode.IsHost()
-	if err := client.Kill(ctx, c.id, "", sig, all); err != nil {
+	if err := e.kill(ctx, client, c, sig); err != nil {
 		return err
 	}
 	e.emit(c, events.ActionKill, map[string]string{"signal": strconv.Itoa(int(sig))})
@@ -170,6 +170,24 @@ func (e *Engine) signal(ctx context.Context, c *ctr, sig syscall.Signal) error {
 		c.publish(func(r *container.Record) { r.Facts.Paused = false })
 	}
 	return nil
+}
+
+// kill sends a signal to the first process. A machine that does not take the
+// last one is ended itself.
+func (e *Engine) kill(ctx context.Context, client *task.Client, c *ctr, sig syscall.Signal) error {
+	all := sig == syscall.SIGKILL && c.record().HostConfig.PidMode.IsHost()
+	g := c.onMachine()
+	if g == nil || sig != syscall.SIGKILL {
+		return client.Kill(ctx, c.id, "", sig, all)
+	}
+	short, cancel := context.WithTimeout(ctx, silentTime)
+	defer cancel()
+	err := client.Kill(short, c.id, "", sig, all)
+	if err == nil || errdefs.IsNotFound(err) || ctx.Err() != nil {
+		return err
+	}
+	e.log.Error("virtual machine does not answer; it is ended", "container", c.id, "err", err)
+	return g.machine.Remove(ctx) // whoever watches it hears of its end
 }
 
 // Kill sends a signal. FailedPrecondition if the container does not run.
@@ -202,14 +220,14 @@ func (e *Engine) Kill(ctx context.Context, ref, signal string) error {
 			return err
 		}
 	}
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return err
 	}
 	if ending && r.Facts.Paused {
 		err = e.signal(ctx, c, sig)
 	} else {
-		err = client.Kill(ctx, c.id, "", sig, sig == syscall.SIGKILL && r.HostConfig.PidMode.IsHost())
+		err = e.kill(ctx, client, c, sig)
 	}
 	if errdefs.IsNotFound(err) {
 		return conflict("cannot kill container: %s: container %s is not running", ref, c.id)
@@ -277,7 +295,7 @@ func (e *Engine) freeze(ctx context.Context, ref string, pause bool) error {
 	case !pause && !r.Facts.Paused:
 		return conflict("container %s is not paused", c.id)
 	}
-	client, err := e.shim.get(ctx)
+	client, err := e.client(ctx, c)
 	if err != nil {
 		return err
 	}

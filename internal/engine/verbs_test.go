@@ -52,9 +52,9 @@ func TestRootCommandsThatCannotRun(t *testing.T) {
 	if _, err := b.Create(t.Context(), engine.CreateOptions{Name: "kept", Request: request(nil, "true")}); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("name taken: %v", err)
 	}
-	for _, iso := range []container.Isolation{"vm", "machine=x"} {
+	for _, iso := range []container.Isolation{"vm", "Vm", "machine=x"} { // this engine has no virtual machines
 		_, err := b.Create(t.Context(), engine.CreateOptions{Request: request(func(_ *container.Config, h *container.HostConfig) { h.Isolation = iso }, "true")})
-		if !errdefs.IsNotImplemented(err) {
+		if err == nil || !strings.Contains(err.Error(), "nothing was started") || iso == "machine=x" && !errdefs.IsNotImplemented(err) {
 			t.Errorf("%s: %v", iso, err)
 		}
 	}

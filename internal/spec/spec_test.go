@@ -278,10 +278,13 @@ func TestValidateRefuses(t *testing.T) {
 			t.Errorf("%s: got %v, want InvalidArgument", name, err)
 		}
 	}
-	for _, iso := range []container.Isolation{"vm", "machine=a", "VM"} {
-		err := Validate(&container.Config{Cmd: []string{"x"}}, &container.HostConfig{Isolation: iso})
-		if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "nothing was started") {
-			t.Errorf("isolation %s: %v", iso, err)
+	err := Validate(&container.Config{Cmd: []string{"x"}}, &container.HostConfig{Isolation: "machine=a"})
+	if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "nothing was started") {
+		t.Errorf("isolation machine=a: %v", err)
+	}
+	for asked, want := range map[container.Isolation]string{"": "", "Default": "", "process": "process", "VM": "vm"} {
+		if got, err := Isolation(asked); err != nil || got != want {
+			t.Errorf("isolation %q: %q, %v", asked, got, err)
 		}
 	}
 }

@@ -15,13 +15,14 @@ import (
 // done. cfg and h are the request's, merged with the image's.
 func Validate(cfg *container.Config, h *container.HostConfig) error {
 	for _, check := range []func(*container.Config, *container.HostConfig) error{
-		validateProcess, validateNamespaces, validateLimits, validateLists, validateHealth, validateIsolation,
+		validateProcess, validateNamespaces, validateLimits, validateLists, validateHealth,
 	} {
 		if err := check(cfg, h); err != nil {
 			return err
 		}
 	}
-	return nil
+	_, err := Isolation(h.Isolation)
+	return err
 }
 
 func validateProcess(cfg *container.Config, h *container.HostConfig) error {
@@ -279,14 +280,18 @@ func validateHealth(cfg *container.Config, _ *container.HostConfig) error {
 	return nil
 }
 
-func validateIsolation(_ *container.Config, h *container.HostConfig) error {
-	switch iso := strings.ToLower(string(h.Isolation)); {
-	case iso == "" || iso == "default" || iso == "process":
-		return nil
-	case iso == "vm" || strings.HasPrefix(iso, "machine="):
-		return errdefs.ErrNotImplemented.WithMessage("isolation \"" + iso + "\" is not available in this release; nothing was started")
+// Isolation reads which kernel a container asks for: "process", "vm", or
+// nothing for the default's. Whether it can be had is the engine's to say.
+func Isolation(asked container.Isolation) (string, error) {
+	switch iso := strings.ToLower(string(asked)); {
+	case iso == "" || iso == "default":
+		return "", nil
+	case iso == "process" || iso == "vm":
+		return iso, nil
+	case strings.HasPrefix(iso, "machine="):
+		return "", errdefs.ErrNotImplemented.WithMessage("isolation \"" + iso + "\" is not available in this release; nothing was started")
 	case iso == "hyperv":
-		return invalid("invalid isolation (%s): Hyper-V needs Windows; use process", h.Isolation)
+		return "", invalid("invalid isolation (%s): Hyper-V needs Windows; use process or vm", asked)
 	}
-	return invalid("invalid isolation (%s): use process", h.Isolation)
+	return "", invalid("invalid isolation (%s): use process or vm", asked)
 }

@@ -94,6 +94,9 @@ func attachment(conn channel.Conn, s Stdio) *Attachment {
 	return a
 }
 
+// Done is closed when all output has been copied, or copying it failed.
+func (a *Attachment) Done() <-chan struct{} { return a.done }
+
 // Wait returns when all output has been copied, or copying it failed.
 func (a *Attachment) Wait(ctx context.Context) error {
 	select {

@@ -1,0 +1,85 @@
+package engine
+
+import (
+	"context"
+
+	"github.com/containerd/errdefs"
+	mobycontainer "github.com/moby/moby/api/types/container"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/task"
+)
+
+// isolation is the kernel that a new container gets, by what it asks for and
+// the daemon's default. Nothing is made if it can't be had.
+func (e *Engine) isolation(ctx context.Context, asked mobycontainer.Isolation) (string, error) {
+	iso, err := spec.Isolation(asked)
+	if err == nil && iso == "" {
+		iso, err = spec.Isolation(mobycontainer.Isolation(e.cfg.DefaultIsolation))
+	}
+	switch {
+	case err != nil:
+		return "", err
+	case iso != sandbox.VM:
+		return sandbox.Process, nil
+	}
+	if _, err := e.machines(ctx); err != nil {
+		return "", err
+	}
+	return sandbox.VM, nil
+}
+
+// machines is what makes virtual machines, if they can be had.
+func (e *Engine) machines(ctx context.Context) (sandbox.About, error) {
+	err := errdefs.ErrFailedPrecondition.WithMessage("this daemon was set up without virtual machines")
+	if e.cfg.Machines != nil {
+		var about sandbox.About
+		if about, err = e.cfg.Machines.Check(ctx); err == nil {
+			return about, nil
+		}
+	}
+	return sandbox.About{}, remark{err, "isolation vm can't be had: " + err.Error() + "; nothing was started"}
+}
+
+// factsOf are of the kernel that a container of some isolation runs on.
+func (e *Engine) factsOf(isolation string) sandbox.Facts {
+	if isolation == sandbox.VM && e.cfg.Machines != nil {
+		return e.cfg.Machines.Facts()
+	}
+	return e.cfg.Kernel.Facts()
+}
+
+// defaultsOf are the limits of containers that ask for none.
+func (e *Engine) defaultsOf(isolation string) spec.Defaults {
+	d := e.def
+	if isolation == sandbox.VM {
+		d.Memory = 0 // its machine has no more
+	}
+	return d
+}
+
+// onHost says that a container runs on the host's kernel.
+func onHost(r *container.Record) bool { return r.Isolation != sandbox.VM }
+
+// kernelOf is what a container runs on; on a machine that is gone, the host's,
+// which knows nothing of it.
+func (e *Engine) kernelOf(c *ctr) sandbox.Sandbox {
+	if m := c.onMachine(); m != nil {
+		return m.machine
+	}
+	return e.cfg.Kernel
+}
+
+// client is the connection to the shim that has a running container.
+func (e *Engine) client(ctx context.Context, c *ctr) (*task.Client, error) {
+	if onHost(c.record()) {
+		return e.shim.get(ctx)
+	}
+	m := c.onMachine()
+	if m == nil {
+		return nil, conflict("container %s is not running", c.id)
+	}
+	return m.link.get(ctx)
+}
