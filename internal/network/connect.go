@@ -133,7 +133,7 @@ func (c *Controller) checkRequest(req *Request) error {
 	default:
 		return bad("unknown network mode %q", req.Mode)
 	}
-	if p := req.Plumbing; p != "" && p != PlumbNetns && (p != PlumbTap || req.Mode != ModeBridge) {
+	if p := req.Plumbing; p != "" && p != PlumbNetns && p != PlumbVM && (p != PlumbTap || req.Mode != ModeBridge) {
 		return bad("unknown plumbing %q for network mode %s", p, req.Mode)
 	}
 	for _, b := range req.Ports {
@@ -170,7 +170,7 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 	case ModeHost, ModeNone:
 		n := c.byNameLocked(map[Mode]string{ModeHost: "host", ModeNone: "none"}[r.Mode])
 		r.Endpoints = []Endpoint{{NetworkID: n.rec.ID, NetworkName: n.rec.Name, EndpointID: randomHex(64)}}
-		if r.Mode == ModeNone {
+		if r.Mode == ModeNone && r.Plumbing != PlumbVM {
 			r.NSID = randomHex(8)
 		}
 	case ModeBridge:
@@ -184,7 +184,7 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 				return rd, nil
 			}
 		}
-		if r.Plumbing != PlumbTap {
+		if !r.Plumbing.taps() {
 			r.NSID = randomHex(8)
 		}
 		for i, er := range req.Endpoints {
@@ -216,7 +216,7 @@ func (c *Controller) enlist(r *contRecord, req Request) (_ *ready, err error) {
 
 // pooled says whether a namespace from the pool fits the request.
 func (c *Controller) pooled(req Request) bool {
-	if len(req.Endpoints) != 1 || req.Plumbing == PlumbTap || req.Namespace != nil {
+	if len(req.Endpoints) != 1 || req.Plumbing.taps() || req.Namespace != nil {
 		return false
 	}
 	e := req.Endpoints[0]
@@ -313,7 +313,7 @@ func (c *Controller) freeAddrsLocked(ep *Endpoint) {
 		n.releaseLocked(ep)
 		n.leaveLocked(ep.Segment)
 		for _, p := range []netip.Prefix{ep.IPv4, ep.IPv6} {
-			if p.IsValid() {
+			if p.IsValid() && c.isPortName(ep.HostInterface) { // a machine's tap is unplugged already
 				n.ghosts[p.Addr()] = ep.HostInterface
 			}
 		}
@@ -392,6 +392,9 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 // dismiss frees everything that a record names. It is the undo of Connect and
 // the work of Disconnect; it works from any partial state.
 func (c *Controller) dismiss(r *contRecord) {
+	if r.Plumbing == PlumbVM {
+		c.leaveTaps(r.Endpoints)
+	}
 	if ports := tablePorts(r); len(ports) > 0 {
 		if err := c.table.Unpublish(ports); err != nil {
 			c.log.Warn("published ports are left in the table", "container", r.ID, "err", err)
@@ -415,7 +418,7 @@ func (c *Controller) dismiss(r *contRecord) {
 	if c.conts[r.ID] == r {
 		delete(c.conts, r.ID)
 	}
-	if r.NSID != "" || r.Shared != "" || r.Plumbing == PlumbTap {
+	if r.NSID != "" || r.Shared != "" || r.Plumbing.taps() {
 		c.dns.send(wire.Message{Op: wire.OpDel, ID: r.ID})
 		c.dns.release(r.ID)
 	}

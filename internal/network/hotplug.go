@@ -97,7 +97,7 @@ func (c *Controller) attachableLocked(id, network string) (*contRecord, *netw, e
 	if err != nil {
 		return nil, nil, err
 	}
-	if r.NSID == "" && r.Plumbing != PlumbTap {
+	if r.NSID == "" && !r.Plumbing.taps() {
 		return nil, nil, fmt.Errorf("container sharing network namespace with another container or host cannot be connected to any other network: %w", errdefs.ErrFailedPrecondition)
 	}
 	if slices.ContainsFunc(r.Endpoints, func(e Endpoint) bool { return e.NetworkID == n.rec.ID }) {

@@ -70,6 +70,9 @@ func (c *Controller) plumberFor(r *contRecord) Plumber {
 	if r.Plumbing == PlumbTap {
 		return tapPlumber{c.rtnl, r.Owner}
 	}
+	if r.Plumbing == PlumbVM {
+		return vmPlumber{c.rtnl}
+	}
 	return c.plumber()
 }
 

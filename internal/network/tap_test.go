@@ -21,6 +21,11 @@ func guest(t *testing.T, e Endpoint) <-chan string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
+	return answer(t, e, f)
+}
+
+// answer is what guest does, on an open tap.
+func answer(t *testing.T, e Endpoint, f *os.File) <-chan string {
 	got := make(chan string, 10)
 	const vnet = 10 // virtio header
 	go func() {

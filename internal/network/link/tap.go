@@ -1,6 +1,7 @@
 package link
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -59,3 +60,13 @@ func (b *Batch) PlugTap(name string, bridge, mtu int) {
 	b.attrString(unix.IFLA_IFNAME, name)
 	b.attr32(unix.IFLA_MASTER, uint32(bridge))
 }
+
+// UnplugTap takes a tap out of its bridge and down; one that is gone is no error.
+func (b *Batch) UnplugTap(name string) {
+	b.SetDownName(name)
+	b.SetMaster(name, 0)
+	b.allow(unix.ENODEV)
+}
+
+// IsMissing says whether the error means that there is no such interface.
+func IsMissing(err error) bool { return errors.Is(err, unix.ENODEV) }
