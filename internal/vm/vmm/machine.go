@@ -51,6 +51,7 @@ type machine struct {
 	poweroff atomic.Bool            // the guest asked for it
 	verdict  atomic.Pointer[string] // why it was killed
 	freeOnce sync.Once
+	serving  sync.WaitGroup // of shares
 
 	// Of a machine in use.
 	id       string
@@ -68,6 +69,8 @@ type machine struct {
 	plugged   int64           // bytes of them
 	memory    int64
 	logs      map[string]*keptLog
+	shares    map[string]*share
+	servers   int  // of shares
 	used      bool // the service shows it
 	ended     bool
 	freed     bool
@@ -87,7 +90,7 @@ type birth struct {
 func (m *Manager) birth(ctx context.Context, b birth) (_ *machine, err error) {
 	v := &machine{
 		m: m, hardware: b.hardware, console: newConsole(), memory: b.hardware.Memory,
-		disks: map[string]bool{}, logs: map[string]*keptLog{}, created: time.Now(),
+		disks: map[string]bool{}, logs: map[string]*keptLog{}, shares: map[string]*share{}, created: time.Now(),
 	}
 	if v.index, err = m.newIndex(); err != nil {
 		return nil, err
@@ -298,6 +301,7 @@ func (v *machine) free() {
 		if v.session != nil {
 			v.session.Close()
 		}
+		v.dropShares()
 		if v.id != "" {
 			if err := os.RemoveAll(v.dir()); err != nil {
 				v.m.log.Warn("a virtual machine's directory is left", "sandbox", v.id, "err", err)

@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/ttrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"tenon.dev/tenon/internal/cgroup"
 	"tenon.dev/tenon/internal/image/erofs"
 	"tenon.dev/tenon/internal/logs"
 	"tenon.dev/tenon/internal/task"
@@ -89,7 +90,7 @@ func prepareOnce() (err error) {
 	}
 	shared.layers, shared.data = filepath.Join(shared.dir, "layers.erofs"), filepath.Join(shared.dir, "data.ext4")
 	for _, args := range [][]string{
-		{"go", "build", "-ldflags", "-s -w", "-o", shared.shim, "tenon.dev/tenon/cmd/tenon-shim"},
+		{"go", "build", "-ldflags", "-s -w", "-o", shared.dir, "tenon.dev/tenon/cmd/tenon-shim", "tenon.dev/tenon/cmd/tenon-vmm"},
 		{"cp", "/bin/busybox", filepath.Join(root, "bin/busybox")},
 		{"truncate", "-s", "64M", shared.data},
 		{"mke2fs", "-q", "-t", "ext4", shared.data},
@@ -199,9 +200,7 @@ func (e *engine) nothingLeft(c Config) {
 	if left, _ := filepath.Glob("/sys/fs/cgroup/*/" + c.CgroupParent); len(left) > 0 {
 		e.t.Errorf("cgroups are left: %v", left)
 	}
-	if left, _ := filepath.Glob("/sys/class/net/" + c.Name + "*"); len(left) > 0 {
-		e.t.Errorf("interfaces are left: %v", left)
-	}
+	e.noInterface(c)
 	entries, err := os.ReadDir(c.RunDir)
 	if err != nil {
 		e.t.Error(err)
@@ -209,6 +208,21 @@ func (e *engine) nothingLeft(c Config) {
 	for _, d := range entries {
 		if d.IsDir() {
 			e.t.Errorf("a directory is left: %s", d.Name())
+		}
+	}
+}
+
+// noInterface waits until the kernel has taken the machines' interfaces away: it
+// does so a little after QEMU's end.
+func (e *engine) noInterface(c Config) {
+	e.t.Helper()
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		left, _ := filepath.Glob("/sys/class/net/" + c.Name + "*") // no bad pattern
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			e.t.Fatalf("interfaces are left: %v", left)
 		}
 	}
 }
@@ -405,6 +419,243 @@ func TestMachines(t *testing.T) {
 		t.Errorf("removed twice: %v", err)
 	}
 	e.event(vmv1.Event_REMOVED, "a")
+}
+
+// TestPool takes a waiting machine, uses host directories in it, and has its
+// kernel panic.
+func TestPool(t *testing.T) {
+	c := config(t)
+	c.Pool = 1
+	e := start(t, c)
+	if _, err := e.client.Prepare(limited(t), &vmv1.PrepareRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	data, other := filepath.Join(e.dir, "data"), filepath.Join(e.dir, "other")
+	for _, d := range []string{data, other} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range map[string]string{data + "/here": "on the host", other + "/single": "alone", other + "/secret": "not shared"} {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(other+"/secret", data+"/link"); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	v := e.create("p", func(r *vmv1.CreateRequest) {
+		r.Shares = []*vmv1.HostShare{{Tag: "data", Path: data}, {Tag: "ro", Path: data, ReadOnly: true}, {Tag: "file", Path: other + "/single"}}
+		for _, s := range r.Shares {
+			r.Steps = append(r.Steps, &taskv1.Step{Kind: &taskv1.Step_Share{Share: &taskv1.Share{Tag: s.Tag, Target: "/run/tenon/shares/" + s.Tag}}})
+		}
+	}).Machine
+	made := time.Since(begin)
+	if v.Origin != fromPool {
+		t.Errorf("not from the pool: %v", v)
+	}
+	var mounts []specs.Mount
+	for _, tag := range []string{"data", "ro", "file"} {
+		mounts = append(mounts, specs.Mount{Destination: "/s/" + tag, Type: "bind", Source: "/run/tenon/shares/" + tag, Options: []string{"rbind"}})
+	}
+	status, out := e.run(v, `cd /s; cat data/here; echo; echo new > data/a; mv data/a data/b; ln -s /nowhere data/l; cat data/link 2>/dev/null && echo leak
+(echo x > ro/x) 2>/dev/null && echo written; ls file; cat file/single; mkdir file/x 2>/dev/null && echo made; exit 3`, mounts...)
+	t.Logf("made after %v, ran after %v", made, time.Since(begin))
+	if want := "on the host\nsingle\nalone\n"; status != 3 || out != want {
+		t.Errorf("exit %d, output %q, want %q", status, out, want)
+	}
+	if b, err := os.ReadFile(data + "/b"); err != nil || string(b) != "new\n" {
+		t.Errorf("what the guest wrote: %q, %v", b, err)
+	}
+	if l, err := os.Readlink(data + "/l"); err != nil || l != "/nowhere" {
+		t.Errorf("the guest's link: %q, %v", l, err)
+	}
+	e.serversAreShutUp(v)
+	if _, err := e.client.Unshare(limited(t), &vmv1.UnshareRequest{Id: v.Id, Tag: "data"}); err != nil {
+		t.Fatal(err)
+	}
+	if status, out := e.run(v, "cat /s/here; exit 0", specs.Mount{Destination: "/s", Type: "bind", Source: "/run/tenon/shares/ro", Options: []string{"rbind"}}); out != "on the host\n" {
+		t.Errorf("another share: exit %d, output %q", status, out)
+	}
+
+	rpc := e.guest(v)
+	_, _ = rpc.Apply(limited(t), &taskv1.ApplyRequest{Steps: []*taskv1.Step{ // never returns
+		{Kind: &taskv1.Step_File{File: &taskv1.File{Path: "/proc/sysrq-trigger", Data: []byte("c")}}},
+	}})
+	if ev := e.event(vmv1.Event_ENDED, "p"); !strings.HasPrefix(ev.Reason, "kernel panic: ") || ev.Clean {
+		t.Errorf("end: %v", ev)
+	}
+	if b, err := os.ReadFile(v.KernelLog); err != nil || !bytes.Contains(b, []byte("Kernel panic")) {
+		t.Errorf("kernel log: %v, %q", err, b)
+	}
+	e.remove("p")
+
+	// The pool has been filled again.
+	if _, err := e.client.Prepare(limited(t), &vmv1.PrepareRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	v = e.create("q").Machine
+	if v.Origin != fromPool {
+		t.Errorf("not from the pool: %v", v)
+	}
+	if _, err := e.guest(v).PowerOff(limited(t), &taskv1.PowerOffRequest{}); err != nil {
+		t.Logf("power off: %v", err) // the answer may not arrive
+	}
+	if ev := e.event(vmv1.Event_ENDED, "q"); ev.Reason != "power off" || !ev.Clean {
+		t.Errorf("end: %v", ev)
+	}
+}
+
+// TestDeath kills the process: its machines die with it, and the next one
+// removes what is left.
+func TestDeath(t *testing.T) {
+	c := config(t)
+	dir := filepath.Dir(c.RunDir)
+	e := &engine{t: t, dir: dir}
+	first := e.program(c)
+	v := e.create("d", func(r *vmv1.CreateRequest) { r.Shares = []*vmv1.HostShare{{Tag: "data", Path: dir}} }).Machine
+	_, err := e.guest(v).Apply(limited(t), &taskv1.ApplyRequest{Steps: []*taskv1.Step{
+		{Kind: &taskv1.Step_Share{Share: &taskv1.Share{Tag: "data", Target: "/run/tenon/shares/data"}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	group, err := cgroup.Load("/" + c.CgroupParent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pids, err := group.Pids(); err != nil || len(pids) != 2 {
+		t.Errorf("processes: %v, %v", pids, err)
+	}
+	kill := func(cmd *exec.Cmd, sig syscall.Signal) {
+		t.Helper()
+		if err := cmd.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kill(first, syscall.SIGTERM) // is not for it
+	if a, err := e.client.List(limited(t), &vmv1.ListRequest{}); err != nil || len(a.Machines) != 1 {
+		t.Fatalf("after SIGTERM: %v, %v", a, err)
+	}
+	kill(first, syscall.SIGKILL)
+	_ = first.Wait() // it was killed
+	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
+		pids, err := group.Pids()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(pids) == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("processes are left: %v", pids)
+		}
+	}
+	e.noInterface(c)
+	second := e.program(c)
+	if _, err := os.Stat(filepath.Join(c.RunDir, "d")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the machine's directory: %v", err)
+	}
+	if a, err := e.client.List(limited(t), &vmv1.ListRequest{}); err != nil || len(a.Machines) != 0 {
+		t.Errorf("after a new start: %v, %v", a, err)
+	}
+	if _, err := New(limited(t), c); !errdefs.IsConflict(err) {
+		t.Errorf("a second one at once: %v", err)
+	}
+	e.create("d")
+	if _, err := e.client.Shutdown(limited(t), &vmv1.ShutdownRequest{}); err != nil {
+		t.Error(err)
+	}
+	if err := second.Wait(); err != nil {
+		t.Error(err)
+	}
+	e.nothingLeft(c)
+}
+
+// program starts tenon-vmm and connects to it.
+func (e *engine) program(c Config) *exec.Cmd {
+	t := e.t
+	t.Helper()
+	socket := filepath.Join(e.dir, "vmm.sock")
+	ready, theirs, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ready.Close()
+	logFile := filepath.Join(e.dir, "vmm.log")
+	cmd := exec.Command(filepath.Join(shared.dir, "tenon-vmm"), "serve", "--socket", socket, "--run-dir", c.RunDir, "--state-dir", c.StateDir,
+		"--name", c.Name, "--cgroup-parent", c.CgroupParent, "--shim", c.Shim, "--kernel-dir", c.KernelDir, "--accel", c.Accel,
+		"--cpus", fmt.Sprint(c.CPUs), "--ready-fd", "3", "--log", logFile)
+	cmd.ExtraFiles = []*os.File{theirs}
+	err = cmd.Start()
+	theirs.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		_ = cmd.Wait()
+		if b, err := os.ReadFile(logFile); err == nil && t.Failed() {
+			t.Logf("messages:\n%s", b)
+		}
+	})
+	if err := ready.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		t.Fatalf("tenon-vmm does not start: %v", err)
+	}
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rpc := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(task.ClientInterceptor))
+	t.Cleanup(func() { rpc.Close() })
+	e.client = vmv1.NewVMMClient(rpc)
+	return cmd
+}
+
+// guest speaks to a machine's init.
+func (e *engine) guest(v *vmv1.Machine) taskv1.GuestService {
+	e.t.Helper()
+	conn, err := net.Dial("unix", v.Socket)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	rpc := ttrpc.NewClient(conn, ttrpc.WithUnaryClientInterceptor(task.ClientInterceptor))
+	e.t.Cleanup(func() { rpc.Close() })
+	return taskv1.NewGuestClient(rpc)
+}
+
+// serversAreShutUp looks at the processes that serve directories.
+func (e *engine) serversAreShutUp(v *vmv1.Machine) {
+	e.t.Helper()
+	m, err := e.m.get(v.Id)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	pids, err := m.group.Pids()
+	if err != nil || len(pids) != 4 {
+		e.t.Errorf("processes of the machine: %v, %v", pids, err)
+	}
+	for _, pid := range pids {
+		if pid == int(v.Pid) {
+			continue
+		}
+		proc := fmt.Sprintf("/proc/%d/", pid)
+		entries, err := os.ReadDir(proc + "root")
+		if err != nil || len(entries) != 2 || entries[0].Name() != "proc" || entries[1].Name() != "tree" {
+			e.t.Errorf("a server sees %v, %v", entries, err)
+		}
+		b, err := os.ReadFile(proc + "status")
+		if err != nil || !bytes.Contains(b, fmt.Appendf(nil, "\nCapPrm:\t%016x\n", serverCaps)) || !bytes.Contains(b, fmt.Appendf(nil, "\nCapBnd:\t%016x\n", serverCaps)) {
+			e.t.Errorf("a server's rights: %s, %v", b, err)
+		}
+		fds, err := os.ReadDir(proc + "fd")
+		if err != nil || len(fds) > 20 {
+			e.t.Errorf("a server's descriptors: %v, %v", fds, err)
+		}
+	}
 }
 
 // event waits for an event.
