@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -19,6 +21,7 @@ import (
 
 	"tenon.dev/tenon/internal/image"
 	"tenon.dev/tenon/internal/layered"
+	"tenon.dev/tenon/internal/safepath"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 	"tenon.dev/tenon/internal/volume"
@@ -48,8 +51,7 @@ func (e *Engine) volumeUsers(name, except string) []string {
 	return out
 }
 
-// populateVolumes copies what the image has at a volume's place into a volume
-// that was never used.
+// populateVolumes gives volumes that are empty what the image has at their places.
 func (e *Engine) populateVolumes(ctx context.Context, c *ctr, img *image.Image, u *undo) error {
 	r := c.record()
 	var layers []string
@@ -61,7 +63,20 @@ func (e *Engine) populateVolumes(ctx context.Context, c *ctr, img *image.Image, 
 		if err != nil {
 			return err
 		}
-		if v.Populated || len(v.Options) > 0 {
+		vm, err := e.cfg.Volumes.Mount(m.Name)
+		if err != nil {
+			return err
+		}
+		if vm.Type != "bind" { // the container's kernel mounts it
+			continue
+		}
+		if empty, err := emptyDir(vm.Source); err != nil || !empty {
+			if errors.Is(err, fs.ErrNotExist) && len(v.Options) > 0 {
+				continue // the start says so
+			}
+			if err != nil {
+				return fmt.Errorf("volume %s: %w", v.Name, err)
+			}
 			continue
 		}
 		if layers == nil {
@@ -69,26 +84,63 @@ func (e *Engine) populateVolumes(ctx context.Context, c *ctr, img *image.Image, 
 				return err
 			}
 		}
-		if err := e.populate(ctx, c, layers, m.Destination, v, u); err != nil {
+		if err := e.populate(ctx, c, layers, m.Destination, v, vm.Source, u); err != nil {
 			return fmt.Errorf("volume %s: copy the image's %s: %w", v.Name, m.Destination, err)
-		}
-		if err := e.cfg.Volumes.MarkPopulated(v.Name); err != nil {
-			return err
 		}
 	}
 	return nil
 }
 
-func (e *Engine) populate(ctx context.Context, c *ctr, layers []string, dest string, v *volume.Volume, u *undo) error {
-	dir := e.cfg.Volumes.Path(v.Name)
-	entries, err := os.ReadDir(dir)
+// emptyDir tells whether a directory has no entries.
+func emptyDir(dir string) (bool, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	_, err = f.Readdirnames(1)
+	if errors.Is(err, io.EOF) {
+		return true, nil
+	}
+	return false, err
+}
+
+// populate copies an image's directory into an empty volume, and its owner, mode
+// and attributes onto the volume's; those of an empty directory only once.
+func (e *Engine) populate(ctx context.Context, c *ctr, layers []string, dest string, v *volume.Volume, dir string, u *undo) error {
+	top, err := layered.Stack(layers).OpenDir(dest)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	isDir, _, err := layered.Stack(layers).IsDir(dest)
-	if err != nil || !isDir || len(entries) > 0 {
+	defer top.Close()
+	_, empty, err := layered.Stack(layers).IsDir(dest)
+	if err != nil || empty && v.Populated {
 		return err
 	}
+	if !empty {
+		if err := e.copyUp(ctx, c, dest, v.Name, dir, u); err != nil {
+			return err
+		}
+	}
+	to, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	if err := safepath.CopyAttributes(to, top); err != nil {
+		return err
+	}
+	if v.Populated {
+		return nil
+	}
+	return e.cfg.Volumes.MarkPopulated(v.Name)
+}
+
+// copyUp copies the files.
+func (e *Engine) copyUp(ctx context.Context, c *ctr, dest, name, dir string, u *undo) error {
 	client, err := e.shim.get(ctx)
 	if err != nil {
 		return err
@@ -104,7 +156,7 @@ func (e *Engine) populate(ctx context.Context, c *ctr, layers []string, dest str
 		return err
 	}
 	defer src.Close()
-	to := task.Files{ID: "volume " + v.Name, Root: &taskv1.Root{Mounts: []*taskv1.Mount{{Type: "bind", Source: dir, Options: []string{"rbind", "rw"}}}}}
+	to := task.Files{ID: "volume " + name, Root: &taskv1.Root{Mounts: []*taskv1.Mount{{Type: "bind", Source: dir, Options: []string{"rbind", "rw"}}}}}
 	pr, pw := io.Pipe()
 	go func() { pw.CloseWithError(stripTop(pw, src, path.Base(dest))) }()
 	err = client.WriteFiles(ctx, to, "/", pr, false, false)

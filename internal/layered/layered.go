@@ -58,6 +58,24 @@ func (s Stack) Sub(name string) (paths []string, dir bool, err error) {
 	return paths, n.mode&unix.S_IFMT == unix.S_IFDIR, nil
 }
 
+// OpenDir opens the directory at name whose owner, mode and attributes are those of
+// the merged one; not all of its entries are there. The error is fs.ErrNotExist if
+// there is nothing, syscall.ENOTDIR if it is no directory.
+func (s Stack) OpenDir(name string) (*os.File, error) {
+	n, err := s.lookup(name)
+	if err == nil && n.mode&unix.S_IFMT != unix.S_IFDIR {
+		err = syscall.ENOTDIR
+	}
+	fd := -1
+	if err == nil {
+		fd, err = open(n.layers[0], n.path, unix.O_RDONLY|unix.O_DIRECTORY)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
 // IsDir says whether name is a directory, and, if it is, whether it has
 // entries.
 func (s Stack) IsDir(name string) (dir, empty bool, err error) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,6 +42,16 @@ func CopyTree(from, to *os.File) error {
 		return err
 	}
 	return c.meta(src, dst, &st)
+}
+
+// CopyAttributes gives one file or directory the owner, mode, times and extended
+// attributes of another, but for those that are overlay's own.
+func CopyAttributes(to, from *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(from.Fd()), &st); err != nil {
+		return os.NewSyscallError("fstat", err)
+	}
+	return (&copier{}).meta(int(from.Fd()), int(to.Fd()), &st)
 }
 
 type copier struct {
@@ -210,6 +221,9 @@ func xattrs(src, dst int) error {
 		}
 		name := string(list[:i])
 		list = list[min(i+1, len(list)):]
+		if strings.HasPrefix(name, "trusted.overlay.") {
+			continue
+		}
 		val := make([]byte, 64<<10) // the kernel's largest
 		m, err := unix.Fgetxattr(src, name, val)
 		if errors.Is(err, unix.ENODATA) {

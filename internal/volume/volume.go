@@ -56,8 +56,8 @@ type Volume struct {
 	// belongs to. It is removed when nobody knows that container; one that is to
 	// outlive it is given up by Disown.
 	Owner string `json:"owner,omitempty"`
-	// Populated says that the first container's copy-up was done (or that there
-	// was nothing to copy), so that it never happens twice.
+	// Populated says that the directory has taken its owner and mode from an image's,
+	// or is not to, so that what a user changes stays.
 	Populated bool `json:"populated,omitempty"`
 }
 
