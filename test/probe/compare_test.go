@@ -42,13 +42,15 @@ var allowed = []struct{ scene, field, reason string }{
 }
 
 // runtimeCommand is a runtime's command line. The peers of Debian 12 refuse a
-// hybrid cgroup layout: they are shown one without the unified hierarchy.
+// hybrid cgroup layout: they are shown one without the unified hierarchy. All are
+// started below a private root, whatever this machine's is: which mounts are slaves
+// of its mounts follows from that.
 func runtimeCommand(name, root string, args ...string) []string {
 	argv := append([]string{name, "--root", root}, args...)
-	if strings.Contains(name, "tenon-oci") {
-		return argv
-	}
 	hide := `umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"`
+	if strings.Contains(name, "tenon-oci") {
+		hide = `exec "$@"`
+	}
 	return append([]string{"unshare", "-m", "--propagation", "private", "sh", "-c", hide, "sh"}, argv...)
 }
 

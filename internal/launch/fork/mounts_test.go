@@ -46,7 +46,7 @@ func TestMounts(t *testing.T) {
 		cat /up/d/f; readlink /up/l; stat -c %a /up/d; touch /up/new && echo new
 		touch /tro/x 2>/dev/null || echo tro; cat /tmp/via
 		grep -o ' /norec .*nosuid.*nodev.*noexec.*noatime' /proc/mounts | wc -l; ls /norec/sub | wc -l
-		touch /x 2>/dev/null || echo root; grep -c 'propagate_from\|shared\|master' /proc/self/mountinfo || true`)
+		touch /x 2>/dev/null || echo root; awk '$5 != "/"' /proc/self/mountinfo | grep -c 'propagate_from\|shared\|master' || true`)
 	s.Root.Readonly = true
 	s.Mounts = append(s.Mounts,
 		specs.Mount{Destination: "/file", Type: "bind", Source: filepath.Join(src, "file"), Options: []string{"bind", "ro"}},
