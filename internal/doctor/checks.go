@@ -99,6 +99,10 @@ func cgroups(context.Context, Options) Check {
 			}
 		}
 		c.Detail = "version 1: " + strings.Join(names, " ")
+		if len(names) == 0 {
+			c.Status, c.Detail, c.Remedy = Missing, "no hierarchy is mounted on /sys/fs/cgroup", "mount cgroup2 on /sys/fs/cgroup"
+			return c
+		}
 	}
 	for _, name := range want {
 		if !have[name] {

@@ -8,7 +8,20 @@ mount --bind "$root" "$root"
 cd "$root"
 mount -t proc -o nosuid,nodev,noexec proc proc
 mount -t sysfs -o nosuid,nodev,noexec sys sys
-mount --rbind /sys/fs/cgroup sys/fs/cgroup
+# Control groups as this kernel has them, seen from the machine's own groups.
+[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t tmpfs -o mode=755 cgroup sys/fs/cgroup
+awk '$3 ~ /^cgroup2?$/ {print $2, $3, $4}' /proc/self/mounts >/tmp/hierarchies.$$
+while read -r dir type options; do
+	mkdir -p ".$dir"
+	case $type in
+	cgroup2) mount -t cgroup2 cgroup2 ".$dir" ;;
+	cgroup)
+		options=$(printf %s "$options" | tr , '\n' | grep -vE '^(rw|ro|nosuid|nodev|noexec|relatime|xattr|release_agent=.*|clone_children)$' | paste -sd,)
+		mount -t cgroup -o "$options" cgroup ".$dir"
+		;;
+	esac
+done </tmp/hierarchies.$$
+rm /tmp/hierarchies.$$
 mount -t devtmpfs dev dev
 mkdir -p dev/pts dev/shm dev/mqueue
 mount -t devpts -o gid=5,mode=620,ptmxmode=666,newinstance devpts dev/pts
@@ -36,8 +49,8 @@ for command; do
 	echo "fresh: '$command': exit $status, $((SECONDS - begin)) s"
 	[ $status = 0 ] || break
 done
-# Nothing of a failed run stays: the network and the control groups are the machine's.
 ! [ -e /run/tenon ] || make -s stop || status=1
 left=$(grep -E '/(run|var/lib)/tenon' /proc/self/mounts || true)
-[ -z "$left" ] || { printf 'still mounted:\n%s\n' "$left" >&2; status=1; }
+left+=$(ls -d /sys/class/net/tenon0 /sys/fs/cgroup/tenon /sys/fs/cgroup/*/tenon 2>/dev/null || true)
+[ -z "$left" ] || { printf 'left behind:\n%s\n' "$left" >&2; status=1; }
 exit $status
