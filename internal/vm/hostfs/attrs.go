@@ -90,7 +90,7 @@ func (s *server) truncate(n *node, in *fuse.SetAttrIn, size int64) error {
 		if err != nil {
 			return err
 		}
-		if h.node != n.id {
+		if h.node != n {
 			return unix.EBADF
 		}
 		return unix.Ftruncate(h.fd, size)

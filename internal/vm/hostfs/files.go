@@ -28,15 +28,16 @@ func (s *server) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fus
 	if err != nil {
 		return errno(err)
 	}
-	s.opened(fd, in.NodeId, out)
-	return fuse.OK
+	return errno(s.opened(fd, n, out))
 }
 
-func (s *server) opened(fd int, id uint64, out *fuse.OpenOut) {
-	out.Fh = s.addHandle(&handle{f: os.NewFile(uintptr(fd), "file"), fd: fd, node: id})
+// opened makes a handle of fd and owns it.
+func (s *server) opened(fd int, n *node, out *fuse.OpenOut) (err error) {
 	if s.opts.Cache > 0 {
 		out.OpenFlags |= fuse.FOPEN_KEEP_CACHE // checked against the times, as its attributes are
 	}
+	out.Fh, err = s.addHandle(os.NewFile(uintptr(fd), "file"), n)
+	return err
 }
 
 func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
@@ -54,12 +55,13 @@ func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *
 		if err == nil {
 			fd, err = s.reopen(n, flags&^unix.O_CREAT)
 		}
+		if err == nil {
+			err = s.opened(fd, n, &out.OpenOut)
+		}
 		if err != nil {
 			s.Forget(out.NodeId, 1)
-			return errno(err)
 		}
-		s.opened(fd, out.NodeId, &out.OpenOut)
-		return fuse.OK
+		return errno(err)
 	}
 	if err != nil {
 		return errno(err)
@@ -68,8 +70,13 @@ func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *
 		unix.Close(fd)
 		return status
 	}
-	s.opened(fd, out.NodeId, &out.OpenOut)
-	return fuse.OK
+	n, err := s.node(out.NodeId)
+	if err != nil {
+		unix.Close(fd)
+	} else if err = s.opened(fd, n, &out.OpenOut); err != nil {
+		s.Forget(out.NodeId, 1)
+	}
+	return errno(err)
 }
 
 func (s *server) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {

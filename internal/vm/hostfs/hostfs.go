@@ -7,7 +7,8 @@
 // without following links; nodes and handles are numbers in tables here; device
 // nodes are not made; what is asked at once is bounded.
 //
-//	hostfs.go  the stream and the table of nodes
+//	hostfs.go  the stream, and what is open
+//	nodes.go   the table of nodes
 //	names.go   looking up, making, renaming, removing, reading directories
 //	files.go   opening, reading, writing
 //	attrs.go   attributes, extended attributes
@@ -24,7 +25,6 @@ import (
 	"io"
 	"log"
 	"os"
-	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -42,6 +42,8 @@ const (
 	inFlight = 32
 	// maxWaiting is how many may wait for locks.
 	maxWaiting = 1024
+	// maxFiles is as much as a limit of descriptors counts for.
+	maxFiles = 1 << 20
 )
 
 // Options say how a tree is served.
@@ -55,25 +57,11 @@ type Options struct {
 	Cache time.Duration
 }
 
-// node is a file that the guest knows.
-type node struct {
-	id   uint64
-	fd   int // O_PATH
-	key  key
-	refs uint64 // lookups that the guest has not forgotten
-	mode uint32 // type bits
-}
-
-// key identifies a file on the host.
-type key struct {
-	dev, ino uint64
-}
-
 // handle is an open file or directory.
 type handle struct {
 	f    *os.File
 	fd   int
-	node uint64
+	node *node
 
 	mu   sync.Mutex // of a directory's position, and of flocks
 	pos  int64
@@ -85,13 +73,23 @@ type server struct {
 	fuse.RawFileSystem // answers ENOSYS to what is not here
 	opts               Options
 
+	// use is held shared while descriptors of nodes are used, and alone while
+	// they are closed.
+	use sync.RWMutex
+
 	mu      sync.Mutex
 	nodes   map[uint64]*node
 	byKey   map[key]*node
 	next    uint64
+	open    int   // nodes with a descriptor
+	clock   int64 // counts the uses of nodes
+	dead    []int // descriptors of forgotten nodes, to be closed
 	handles map[uint64]*handle
 	nextFH  uint64
 	locks   map[lockKey]*lockFile
+
+	// What of each there may be: a share of the process's descriptors.
+	maxOpen, maxHandles, maxLocks int
 
 	done chan struct{} // closed when the stream has ended
 }
@@ -110,23 +108,17 @@ func Serve(conn io.ReadWriter, o Options) error {
 }
 
 func newServer(o Options) *server {
+	files := 1024
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err == nil {
+		files = int(min(lim.Cur, maxFiles))
+	}
 	return &server{
+		maxOpen: files / 2, maxHandles: files / 4, maxLocks: files / 8,
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), opts: o,
 		nodes: map[uint64]*node{}, byKey: map[key]*node{}, next: fuse.FUSE_ROOT_ID + 1,
 		handles: map[uint64]*handle{}, locks: map[lockKey]*lockFile{}, done: make(chan struct{}),
 	}
-}
-
-// enterRoot makes the tree's root the first node.
-func (s *server) enterRoot() error {
-	var st unix.Stat_t
-	if err := unix.Fstat(s.opts.Root, &st); err != nil {
-		unix.Close(s.opts.Root)
-		return os.NewSyscallError("fstat", err)
-	}
-	root := &node{id: fuse.FUSE_ROOT_ID, fd: s.opts.Root, key: key{uint64(st.Dev), st.Ino}, refs: 1, mode: st.Mode & unix.S_IFMT}
-	s.nodes[root.id], s.byKey[root.key] = root, root
-	return nil
 }
 
 // protocol takes messages apart.
@@ -174,7 +166,15 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 			defer buffers.Put(in)
 			out := buffers.Get().(*[]byte)
 			defer buffers.Put(out)
+			wait := binary.NativeEndian.Uint32((*in)[4:]) == opSetLkw // takes s.use itself
+			if !wait {
+				s.use.RLock()
+			}
 			size := answer(proto, (*in)[:n], *out)
+			if !wait {
+				s.use.RUnlock()
+			}
+			s.tidy()
 			if size == 0 {
 				return
 			}
@@ -248,9 +248,14 @@ func (s *server) close() {
 		l.f.Close()
 	}
 	for _, n := range s.nodes {
-		unix.Close(n.fd)
+		if n.fd >= 0 {
+			unix.Close(n.fd)
+		}
 	}
-	s.nodes, s.byKey, s.handles, s.locks = nil, nil, nil, nil
+	for _, fd := range s.dead {
+		unix.Close(fd)
+	}
+	s.nodes, s.byKey, s.handles, s.locks, s.dead = nil, nil, nil, nil, nil
 }
 
 func (s *server) String() string { return "hostfs" }
@@ -267,70 +272,18 @@ func errno(err error) fuse.Status {
 	return fuse.EIO
 }
 
-// node finds what a number means. The descriptor lives as long as the guest
-// does not forget it; one that forgets what it uses harms itself.
-func (s *server) node(id uint64) (*node, error) {
+// addHandle puts an open file into the table; it owns f.
+func (s *server) addHandle(f *os.File, n *node) (uint64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := s.nodes[id]
-	if n == nil {
-		return nil, unix.ESTALE
+	if len(s.handles) >= s.maxHandles {
+		f.Close()
+		return 0, unix.ENFILE
 	}
-	return n, nil
-}
-
-// enter puts a file that was looked up into the table; it owns fd.
-func (s *server) enter(fd int, out *fuse.EntryOut) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		unix.Close(fd)
-		return err
-	}
-	k := key{uint64(st.Dev), st.Ino}
-	s.mu.Lock()
-	n := s.byKey[k]
-	if n != nil {
-		n.refs++
-		s.mu.Unlock()
-		unix.Close(fd)
-	} else {
-		n = &node{id: s.next, fd: fd, key: k, refs: 1, mode: st.Mode & unix.S_IFMT}
-		s.next++
-		s.nodes[n.id], s.byKey[k] = n, n
-		s.mu.Unlock()
-	}
-	out.NodeId = n.id
-	out.Generation = 1
-	out.SetEntryTimeout(s.opts.Cache)
-	out.SetAttrTimeout(s.opts.Cache)
-	fillAttr(&out.Attr, &st)
-	return nil
-}
-
-// Forget drops lookups of a node.
-func (s *server) Forget(id, lookups uint64) {
-	if id == fuse.FUSE_ROOT_ID {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := s.nodes[id]
-	if n == nil {
-		return
-	}
-	if n.refs -= min(lookups, n.refs); n.refs == 0 {
-		delete(s.nodes, id)
-		delete(s.byKey, n.key)
-		unix.Close(n.fd)
-	}
-}
-
-func (s *server) addHandle(h *handle) uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	n.users++
 	s.nextFH++
-	s.handles[s.nextFH] = h
-	return s.nextFH
+	s.handles[s.nextFH] = &handle{f: f, fd: int(f.Fd()), node: n}
+	return s.nextFH, nil
 }
 
 func (s *server) handle(fh uint64) (*handle, error) {
@@ -347,28 +300,13 @@ func (s *server) dropHandle(fh uint64) {
 	s.mu.Lock()
 	h := s.handles[fh]
 	delete(s.handles, fh)
+	if h != nil {
+		h.node.users--
+	}
 	s.mu.Unlock()
 	if h != nil {
 		h.f.Close()
 	}
-}
-
-// reopen opens a node's file itself.
-func (s *server) reopen(n *node, flags int) (int, error) {
-	switch n.mode {
-	case unix.S_IFREG, unix.S_IFDIR:
-	case unix.S_IFLNK:
-		return -1, unix.ELOOP
-	default:
-		return -1, unix.ENXIO // guests open devices and pipes of their own kernel
-	}
-	return unix.Open(s.link(n), flags&^unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-}
-
-// link is a path that leads to a node: for the calls that take no O_PATH
-// descriptor.
-func (s *server) link(n *node) string {
-	return "/proc/self/fd/" + strconv.Itoa(n.fd)
 }
 
 // writable says whether changes may be made.

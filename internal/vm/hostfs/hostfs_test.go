@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,10 +27,18 @@ import (
 // file system can't be the one that serves it.
 const serveEnv = "TENON_HOSTFS_TEST"
 
+// filesEnv limits the server's descriptors.
+const filesEnv = "TENON_HOSTFS_FILES"
+
 func TestMain(m *testing.M) {
 	unix.Umask(0)
 	log.SetOutput(io.Discard) // the library's, of what hostile kernels send
 	if mode := os.Getenv(serveEnv); mode != "" {
+		if n, err := strconv.ParseUint(os.Getenv(filesEnv), 10, 64); err == nil {
+			if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: n}); err != nil {
+				panic(err)
+			}
+		}
 		served(mode == "ro")
 	}
 	os.Exit(m.Run())
@@ -85,7 +94,7 @@ func served(readOnly bool) {
 }
 
 // mount serves dir in a process of its own and mounts it.
-func mount(t *testing.T, dir string, readOnly bool) string {
+func mount(t *testing.T, dir string, readOnly bool, env ...string) string {
 	t.Helper()
 	root, err := os.OpenFile(dir, unix.O_PATH, 0)
 	must(t, err)
@@ -104,7 +113,7 @@ func mount(t *testing.T, dir string, readOnly bool) string {
 	if readOnly {
 		mode = "ro"
 	}
-	cmd.Env = append(os.Environ(), serveEnv+"="+mode)
+	cmd.Env = append(append(os.Environ(), serveEnv+"="+mode), env...)
 	cmd.ExtraFiles = []*os.File{root, os.NewFile(uintptr(fd), "/dev/fuse")}
 	cmd.Stderr = &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -115,7 +124,7 @@ func mount(t *testing.T, dir string, readOnly bool) string {
 		t.Fatal(err)
 	}
 	// A server that hangs would hang whoever uses the mount.
-	watchdog := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
+	watchdog := time.AfterFunc(5*time.Minute, func() { _ = cmd.Process.Kill() })
 	t.Cleanup(func() {
 		if err := unix.Unmount(at, unix.MNT_DETACH); err != nil {
 			t.Error(err)
@@ -327,8 +336,16 @@ func TestLocks(t *testing.T) {
 		t.Errorf("flock: %v", err)
 	}
 	guest.Close()
-	// The release is asynchronous, and a wait here is bounded by the test's time.
-	must(t, unix.Flock(int(host.Fd()), unix.LOCK_EX))
+	// The release is asynchronous.
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		err := unix.Flock(int(host.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the guest's lock stays:", err)
+		}
+	}
 }
 
 func TestReadOnly(t *testing.T) {
@@ -378,6 +395,19 @@ func newClient(t *testing.T, dir string) *client {
 // call returns the reply's errno and body.
 func (x *client) call(opcode uint32, node uint64, body []byte) (syscall.Errno, []byte) {
 	x.t.Helper()
+	x.send(opcode, node, body)
+	out := make([]byte, outHeaderSize)
+	_, err := io.ReadFull(x.c, out)
+	must(x.t, err)
+	rest := make([]byte, binary.NativeEndian.Uint32(out)-outHeaderSize)
+	_, err = io.ReadFull(x.c, rest)
+	must(x.t, err)
+	return syscall.Errno(-int32(binary.NativeEndian.Uint32(out[4:]))), rest
+}
+
+// send asks for something that has no answer, or whose answer is read later.
+func (x *client) send(opcode uint32, node uint64, body []byte) {
+	x.t.Helper()
 	x.unique += 2
 	h := make([]byte, inHeaderSize)
 	binary.NativeEndian.PutUint32(h, uint32(len(h)+len(body)))
@@ -386,13 +416,6 @@ func (x *client) call(opcode uint32, node uint64, body []byte) (syscall.Errno, [
 	binary.NativeEndian.PutUint64(h[16:], node)
 	_, err := x.c.Write(append(h, body...))
 	must(x.t, err)
-	out := make([]byte, outHeaderSize)
-	_, err = io.ReadFull(x.c, out)
-	must(x.t, err)
-	rest := make([]byte, binary.NativeEndian.Uint32(out)-outHeaderSize)
-	_, err = io.ReadFull(x.c, rest)
-	must(x.t, err)
-	return syscall.Errno(-int32(binary.NativeEndian.Uint32(out[4:]))), rest
 }
 
 // TestHostile: names, numbers and handles that no kernel would send.

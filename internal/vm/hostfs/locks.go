@@ -52,6 +52,10 @@ func (s *server) lockFile(n *node, owner uint64) (*lockFile, error) {
 		l.f.Close()
 		return other, nil
 	}
+	if len(s.locks) >= s.maxLocks {
+		l.f.Close()
+		return nil, unix.ENOLCK
+	}
 	s.locks[k] = l
 	return l, nil
 }
@@ -105,7 +109,9 @@ func (s *server) SetLk(_ <-chan struct{}, in *fuse.LkIn) fuse.Status {
 
 func (s *server) SetLkw(cancel <-chan struct{}, in *fuse.LkIn) fuse.Status {
 	for wait := time.Millisecond; ; wait = min(2*wait, maxLockWait) {
+		s.use.RLock()
 		err := s.lock(in)
+		s.use.RUnlock()
 		if err != unix.EAGAIN && err != unix.EACCES {
 			return errno(err)
 		}

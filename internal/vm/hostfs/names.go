@@ -36,7 +36,7 @@ func (s *server) lookup(parent *node, name string, out *fuse.EntryOut) error {
 	if err != nil {
 		return err
 	}
-	return s.enter(fd, out)
+	return s.enter(parent, name, fd, out)
 }
 
 func (s *server) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
@@ -179,7 +179,14 @@ func (s *server) Rename(_ <-chan struct{}, in *fuse.RenameIn, from, to string) f
 	if err != nil {
 		return errno(err)
 	}
-	return errno(unix.Renameat2(p.fd, from, q.fd, to, uint(in.Flags)))
+	if err := unix.Renameat2(p.fd, from, q.fd, to, uint(in.Flags)); err != nil {
+		return errno(err)
+	}
+	s.moved(q, to)
+	if in.Flags&unix.RENAME_EXCHANGE != 0 {
+		s.moved(p, from)
+	}
+	return fuse.OK
 }
 
 func (s *server) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
@@ -191,8 +198,8 @@ func (s *server) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) 
 	if err != nil {
 		return errno(err)
 	}
-	out.Fh = s.addHandle(&handle{f: os.NewFile(uintptr(fd), "dir"), fd: fd, node: in.NodeId})
-	return fuse.OK
+	out.Fh, err = s.addHandle(os.NewFile(uintptr(fd), "dir"), n)
+	return errno(err)
 }
 
 func (s *server) ReleaseDir(in *fuse.ReleaseIn) { s.dropHandle(in.Fh) }
