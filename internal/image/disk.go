@@ -136,4 +136,3 @@ func (s *Store) collectEROFS(chains map[digest.Digest]bool, trash func(path stri
 	}
 	return nil
 }
-
