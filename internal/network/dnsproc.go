@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/aside"
 	"tenon.dev/tenon/internal/network/dns/wire"
 )
 
@@ -288,6 +289,9 @@ func (d *dnsClient) start() (net.Conn, error) {
 		return nil, fmt.Errorf("start %s: %w", d.binary, err)
 	}
 	go func() { _ = cmd.Wait() }() // reaps it; keep sees its end by the connection
+	if err := aside.Move(d.c.cfg.Name, cmd.Process.Pid); err != nil {
+		d.c.cfg.Log.Warn("the name server stays in the daemon's control group, and shares its fate if a service manager kills that", "err", err)
+	}
 	conn, err := net.DialTimeout("unix", d.socket, dnsTimeout)
 	if err != nil {
 		return nil, err
@@ -382,7 +386,7 @@ func (d *dnsClient) quit(ctx context.Context) error {
 	conn, err := net.DialTimeout("unix", d.socket, dnsTimeout)
 	if err != nil {
 		_ = os.Remove(d.socket)
-		return nil
+		return aside.Remove(d.c.cfg.Name)
 	}
 	defer conn.Close()
 	if err := write(conn, wire.Message{Op: wire.OpQuit}, dnsTimeout); err != nil {
@@ -395,5 +399,5 @@ func (d *dnsClient) quit(ctx context.Context) error {
 	if _, err := conn.Read(b[:]); err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
 		return fmt.Errorf("end DNS process: %w", err)
 	}
-	return os.Remove(d.socket)
+	return errors.Join(os.Remove(d.socket), aside.Remove(d.c.cfg.Name))
 }

@@ -26,6 +26,10 @@ func Harden() error {
 	if !sealed {
 		return execSealed()
 	}
+	// Older kernels name a program that was executed by its descriptor after that.
+	if err := os.WriteFile("/proc/self/comm", []byte("tenon-shim"), 0); err != nil {
+		return err
+	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return os.NewSyscallError("prctl PR_SET_DUMPABLE", err)
 	}

@@ -21,6 +21,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/aside"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
@@ -182,6 +183,9 @@ func (h *Host) start(ctx context.Context) (*task.Client, error) {
 		return nil, fmt.Errorf("start %s: %w (install tenon-shim beside tenond): %w", h.cfg.Shim, err, errdefs.ErrUnavailable)
 	}
 	go func() { _ = cmd.Wait() }() // reaps it, if it ends while the daemon lives
+	if err := aside.Move(h.cfg.Name, cmd.Process.Pid); err != nil {
+		h.cfg.Log.Warn("the shim stays in the daemon's control group, and shares its fate if a service manager kills that", "err", err)
+	}
 	if err := ready.SetReadDeadline(time.Now().Add(startTime)); err != nil {
 		return nil, fmt.Errorf("shim: %w", err)
 	}
