@@ -24,6 +24,7 @@ import (
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/sandbox/host"
+	"tenon.dev/tenon/internal/sandbox/vm"
 	"tenon.dev/tenon/internal/server"
 	"tenon.dev/tenon/internal/store"
 	"tenon.dev/tenon/internal/userns"
@@ -120,6 +121,11 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	if err != nil {
 		return nil, err
 	}
+	machines, err := d.machines(shim)
+	if err != nil {
+		return nil, err
+	}
+	d.closers = append(d.closers, machines.Close)
 	runtimes := map[string]engine.Runtime{}
 	for name, r := range cfg.Runtimes {
 		runtimes[name] = engine.Runtime{Path: r.Path, Args: r.Args}
@@ -135,7 +141,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	d.engine, err = engine.New(engine.Config{
 		Name: cfg.Name, Root: cfg.Root, RunRoot: cfg.RunRoot, Version: version.Version,
 		DB: db, Volatile: volatile, Images: d.images, Roots: roots, Networks: d.networks, Volumes: volumes,
-		Events: hub, Kernel: kernel,
+		Events: hub, Kernel: kernel, Machines: machines, DefaultIsolation: cfg.DefaultIsolation,
 		Pids: cfg.Limits.PIDs, ShmSize: config.Bytes(cfg.Limits.ShmSize), MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve),
 		StopTimeout: cfg.Limits.StopTimeout, DiskLimit: config.Bytes(cfg.Limits.Disk),
 		Log:      engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
@@ -148,6 +154,20 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	}
 	d.closers = append(d.closers, d.engine.Close)
 	return d, d.engine.Recover(ctx)
+}
+
+// machines makes virtual machines. What they need may be missing: it is looked
+// for when a container asks for one.
+func (d *daemon) machines(shim string) (*vm.VMs, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	c := d.cfg.VM
+	return vm.New(vm.Config{
+		Program: filepath.Join(filepath.Dir(self), "tenon-vmm"), Shim: shim, RunRoot: d.cfg.RunRoot, Root: d.cfg.Root, Name: d.cfg.Name,
+		Accel: c.Accel, Kernel: c.Kernel, Memory: config.Bytes(c.Memory), CPUs: c.CPUs, Pool: c.Pool, PoolMemory: config.Bytes(c.PoolMemory), Log: d.log,
+	}), nil
 }
 
 func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {

@@ -26,6 +26,10 @@ SIGKILL, leaves all containers running; the next tenond with the same --root and
 
 `
 
+// configExit is the exit status for settings that can't be: EX_CONFIG of sysexits(3),
+// after which a service manager need not try again.
+const configExit = 78
+
 func main() {
 	p, usage, err := config.FromArgs(os.Args[1:])
 	switch {
@@ -37,7 +41,7 @@ func main() {
 		return
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "tenond:", err)
-		os.Exit(2)
+		os.Exit(configExit)
 	case p.Print:
 		fmt.Print(p.Config.String())
 		return
@@ -46,7 +50,7 @@ func main() {
 	if p.Config.Debug {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	log := newLog(level)
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer cancel()
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)

@@ -45,12 +45,25 @@ type Config struct {
 	Network    Network            `toml:"network"`
 	Registries Registries         `toml:"registries"`
 	Runtimes   map[string]Runtime `toml:"runtimes" comment:"other OCI runtimes, by name"`
+	VM         VM                 `toml:"vm"`
 	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
 	ImageBudget string `toml:"image-budget" comment:"disk space that images may take before unused ones are removed, oldest first; 0 unbounded"`
 
 	CDISpecDirs []string `toml:"cdi-spec-dirs" comment:"where specifications of the Container Device Interface lie (--device VENDOR/CLASS=NAME, --gpus); later ones win"`
 
 	TLS TLS `toml:"tls" comment:"of tcp:// hosts"`
+}
+
+// VM says what the machines of isolation "vm" are like. They are held by a
+// process that outlives the daemon: what is changed here holds for it once it is
+// started again.
+type VM struct {
+	Accel      string `toml:"accel" comment:"auto (KVM if it works here), kvm (nothing else will do) or tcg"`
+	Kernel     string `toml:"kernel" comment:"guests' kernel: auto, debian (fetched), host, or the path of an image"`
+	Memory     string `toml:"memory" comment:"of a machine whose container has no greater limit; 0: 512m"`
+	CPUs       int    `toml:"cpus" comment:"of a machine; 0: the host's"`
+	Pool       int    `toml:"pool" comment:"machines that wait for the next containers"`
+	PoolMemory string `toml:"pool-memory" comment:"what they may cost together; 0 unbounded"`
 }
 
 // UserNS gives containers user namespaces.
@@ -135,6 +148,7 @@ func Default() *Config {
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
 			Ready:         4,
 		},
+		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 0, PoolMemory: "0"},
 		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
 		Runtimes:   map[string]Runtime{},
 	}
@@ -197,11 +211,24 @@ func (c *Config) Validate() error {
 		}
 	}
 	switch {
-	case c.DefaultIsolation == "process":
-	case c.DefaultIsolation == "vm", strings.HasPrefix(c.DefaultIsolation, "machine="):
-		bad("default-isolation %q is not in this release; use process", c.DefaultIsolation)
+	case c.DefaultIsolation == "process", c.DefaultIsolation == "vm":
+	case strings.HasPrefix(c.DefaultIsolation, "machine="):
+		bad("default-isolation %q is not in this release; use process or vm", c.DefaultIsolation)
 	default:
 		bad("default-isolation %q: use process, vm or machine=NAME", c.DefaultIsolation)
+	}
+	switch c.VM.Accel {
+	case "auto", "kvm", "tcg":
+	default:
+		bad("vm.accel %q: use auto, kvm or tcg", c.VM.Accel)
+	}
+	switch k := c.VM.Kernel; {
+	case k == "auto", k == "debian", k == "host", filepath.IsAbs(k):
+	default:
+		bad("vm.kernel %q: use auto, debian, host, or the absolute path of a kernel", k)
+	}
+	if c.VM.CPUs < 0 || c.VM.Pool < 0 {
+		bad("vm.cpus and vm.pool can't be negative")
 	}
 	switch c.UserNS.Default {
 	case "host", "auto":
@@ -221,6 +248,7 @@ func (c *Config) Validate() error {
 	for _, s := range []struct{ key, value string }{
 		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
 		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"image-budget", c.ImageBudget}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+		{"vm.memory", c.VM.Memory}, {"vm.pool-memory", c.VM.PoolMemory},
 	} {
 		if _, err := units.RAMInBytes(s.value); err != nil {
 			bad("%s %q is not a size (such as 64m)", s.key, s.value)

@@ -89,6 +89,8 @@ func (c *Config) flags(fs *pflag.FlagSet) (pools *[]string) {
 	fs.StringVar(&c.Name, "name", c.Name, "prefix of bridges, nftables table and cgroups; one per daemon on a machine")
 	fs.BoolVarP(&c.Debug, "debug", "D", c.Debug, "log more")
 	fs.StringVar(&c.DefaultIsolation, "default-isolation", c.DefaultIsolation, "kernel of containers that ask for none: process, vm, machine=NAME")
+	fs.StringVar(&c.VM.Accel, "accel", c.VM.Accel, "of virtual machines: auto, kvm (nothing else will do), tcg")
+	fs.IntVar(&c.VM.Pool, "vm-pool", c.VM.Pool, "virtual machines that wait for the next containers")
 	fs.StringVar(&c.DefaultRuntime, "default-runtime", c.DefaultRuntime, "OCI runtime of containers that ask for none")
 	fs.StringVar(&c.UserNS.Default, "userns", c.UserNS.Default, "user namespace of containers that ask for none: host, or auto (each its own)")
 	fs.StringVar(&c.UserNS.Pool, "userns-pool", c.UserNS.Pool, "START:COUNT of the host ids of user namespaces")

@@ -146,9 +146,7 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	if err != nil {
 		return nil, nil, err
 	}
-	if q.Mode == network.ModeBridge {
-		q.Plumbing = plumbVM
-	}
+	q.Plumbing = plumbVM
 	u.add("network", func(ctx context.Context) error {
 		c.setNetwork(nil)
 		return e.cfg.Networks.Disconnect(ctx, c.id)
@@ -195,7 +193,7 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 			p.mounts[i].Source, shares = shares[0], shares[1:]
 		}
 	}
-	g.root = g.machine.Root(c.id)
+	g.root = g.machine.Root(c.id, disks.Image != "")
 	client, seq, err := g.connect(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -598,7 +596,17 @@ func (e *Engine) findTask(ctx context.Context, c *ctr, f *foundMachine) {
 		return
 	}
 	f.guest, f.client, f.seq, f.task = g, client, seq, initTasks(procs)[c.id]
-	g.root = f.machine.Root(c.id)
+	g.root = f.machine.Root(c.id, e.hasLayers(ctx, c.record()))
+}
+
+// hasLayers says whether a container's root has a disk for its image.
+func (e *Engine) hasLayers(ctx context.Context, r *container.Record) bool {
+	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
+	if err != nil {
+		return true
+	}
+	layers, err := e.cfg.Images.Layers(ctx, img)
+	return err != nil || len(layers) > 0
 }
 
 // applyMachines acts on the verdicts and returns when each has been acted on.

@@ -87,11 +87,10 @@ type Machine interface {
 	// Handover is Prepare for what a host can't lend by path.
 	Handover(ctx context.Context, h MachineHandover) (MachinePrepared, error)
 	// Root is the root file system of a container, as Handover has made it, to
-	// be mounted again by the shim's file operations.
-	Root(id string) *taskv1.Root
-	// Configure changes the addresses and routes of interfaces that run, and
+	// be mounted again by the shim's file operations. image says that it has a
+	// disk for its image.
+	Root(id string, image bool) *taskv1.Root
 	// Files writes files again, in place.
-	Configure(ctx context.Context, id string, nics []NIC) error
 	Files(ctx context.Context, id string, files []File) error
 	// PowerOff ends its processes, writes disks back and waits for its end.
 	PowerOff(ctx context.Context) error

@@ -1,0 +1,454 @@
+// Package vm makes kernels of isolation "vm": a virtual machine for each
+// container. The machines are held by tenon-vmm, a process that outlives the
+// daemon; this package starts it when it is needed, asks it for machines by its
+// service (tenon.vm.v1), and prepares their guests by the service of their
+// shims (tenon.task.v1.Guest). What then happens in a guest, the engine asks the
+// guest's shim for, as it asks the host's.
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/task"
+	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
+)
+
+// Config says where tenon-vmm is and where it works.
+type Config struct {
+	// Program and Shim are the paths of tenon-vmm, and of tenon-shim, which is the
+	// guests' init. Required.
+	Program, Shim string
+	// RunRoot and Root are the daemon's; tenon-vmm's socket is RunRoot/vmm.sock.
+	RunRoot, Root string
+	// Name is the daemon's prefix.
+	Name string
+	// Accel is "auto", "kvm" (nothing else will do) or "tcg".
+	Accel string
+	// Kernel of the guests: "auto", "debian", "host", or the path of an image.
+	Kernel string
+	// Memory (bytes) and CPUs of a machine; 0: tenon-vmm's own defaults.
+	Memory int64
+	CPUs   int
+	// Pool is how many machines wait for containers, PoolMemory what they may
+	// cost together (bytes; 0: any).
+	Pool       int
+	PoolMemory int64
+	Log        *slog.Logger
+}
+
+// VMs is sandbox.Machines.
+type VMs struct {
+	cfg Config
+
+	starting sync.Mutex // held while tenon-vmm is being reached or started
+
+	mu       sync.Mutex
+	conn     *conn // nil: none
+	machines map[string]*machine
+	info     *vmv1.InfoResponse // of the last probe; nil: none
+	closed   bool
+}
+
+var _ sandbox.Machines = (*VMs)(nil)
+
+// conn is a connection to one tenon-vmm.
+type conn struct {
+	rpc    *ttrpc.Client
+	client vmv1.VMMClient
+	pid    int
+	over   context.Context // ends with the connection
+}
+
+// New has no side effects.
+func New(cfg Config) *VMs {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &VMs{cfg: cfg, machines: map[string]*machine{}}
+}
+
+// Socket is where tenon-vmm listens.
+func (v *VMs) Socket() string { return filepath.Join(v.cfg.RunRoot, "vmm.sock") }
+
+// startTime is how long tenon-vmm may take until it listens; it first removes
+// what a killed one has left.
+const startTime = 30 * time.Second
+
+// connect returns the connection, and makes it if there is none; with start it
+// starts tenon-vmm if none listens. nil without an error: none listens.
+func (v *VMs) connect(ctx context.Context, start bool) (*conn, error) {
+	v.starting.Lock()
+	defer v.starting.Unlock()
+	v.mu.Lock()
+	c, closed := v.conn, v.closed
+	v.mu.Unlock()
+	if closed {
+		return nil, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
+	}
+	if c != nil && c.over.Err() == nil {
+		return c, nil
+	}
+	c, seq, err := v.dial(ctx)
+	if err != nil && start && dead(err) {
+		v.allEnded()
+		if err = v.start(ctx); err == nil {
+			c, seq, err = v.dial(ctx)
+		}
+	}
+	if err != nil {
+		if !start && dead(err) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("tenon-vmm: %w", err)
+	}
+	v.mu.Lock()
+	v.conn = c
+	v.mu.Unlock()
+	go v.follow(c, seq)
+	return c, nil
+}
+
+// dead says that an error of a dial means that nobody listens.
+func dead(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// dial connects and takes over the list of machines.
+func (v *VMs) dial(ctx context.Context) (*conn, uint64, error) {
+	var d net.Dialer
+	nc, err := d.DialContext(ctx, "unix", v.Socket())
+	if err != nil {
+		return nil, 0, err
+	}
+	over, cancel := context.WithCancel(context.Background())
+	rpc := ttrpc.NewClient(nc, ttrpc.WithOnClose(cancel), ttrpc.WithUnaryClientInterceptor(task.ClientInterceptor))
+	c := &conn{rpc: rpc, client: vmv1.NewVMMClient(rpc), over: over}
+	info, err := c.client.Info(ctx, &vmv1.InfoRequest{})
+	if err != nil {
+		rpc.Close()
+		return nil, 0, err
+	}
+	c.pid = int(info.Pid)
+	seq, err := v.list(ctx, c)
+	if err != nil {
+		rpc.Close()
+		return nil, 0, err
+	}
+	return c, seq, nil
+}
+
+// list makes the known machines agree with tenon-vmm's.
+func (v *VMs) list(ctx context.Context, c *conn) (uint64, error) {
+	r, err := c.client.List(ctx, &vmv1.ListRequest{})
+	if err != nil {
+		return 0, err
+	}
+	there := map[string]*vmv1.Machine{}
+	for _, d := range r.Machines {
+		there[d.Id] = d
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for id, m := range v.machines {
+		if d := there[id]; d == nil || d.Pid != m.about.Pid {
+			m.end("it is gone")
+			delete(v.machines, id)
+		}
+	}
+	for id, d := range there {
+		m := v.machines[id]
+		if m == nil {
+			m = v.newMachine(d)
+			v.machines[id] = m
+		}
+		if d.Ended {
+			m.end(d.Reason)
+		}
+	}
+	return r.Sequence, nil
+}
+
+// follow hears of machines' ends until the connection ends; then it finds out
+// whether tenon-vmm has.
+func (v *VMs) follow(c *conn, seq uint64) {
+	for c.over.Err() == nil {
+		s, err := c.client.Events(c.over, &vmv1.EventsRequest{After: seq})
+		for err == nil {
+			var ev *vmv1.Event
+			if ev, err = s.Recv(); err != nil {
+				break
+			}
+			seq = ev.Sequence
+			switch ev.Type {
+			case vmv1.Event_ENDED, vmv1.Event_REMOVED:
+				v.mu.Lock()
+				m := v.machines[ev.Id]
+				v.mu.Unlock()
+				if m != nil && m.created(ev.Time) {
+					m.end(ev.Reason)
+				}
+			case vmv1.Event_GAP:
+				if seq, err = v.list(c.over, c); err == nil {
+					err = errors.New("events were lost")
+				}
+			}
+		}
+		if c.over.Err() == nil {
+			v.cfg.Log.Warn("events of tenon-vmm ended", "err", err)
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	c.rpc.Close()
+	v.mu.Lock()
+	if v.conn == c {
+		v.conn = nil
+	}
+	closed := v.closed
+	v.mu.Unlock()
+	if closed {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), startTime)
+	defer cancel()
+	if next, err := v.connect(ctx, false); err != nil || next == nil {
+		v.cfg.Log.Warn("tenon-vmm is gone", "pid", c.pid, "err", err)
+		v.allEnded()
+	}
+}
+
+// allEnded says that no machine runs any more.
+func (v *VMs) allEnded() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for id, m := range v.machines {
+		m.end("tenon-vmm was killed, and its virtual machines with it")
+		delete(v.machines, id)
+	}
+}
+
+// start runs tenon-vmm in a session of its own, so that neither the daemon's end
+// nor its terminal reaches it.
+func (v *VMs) start(ctx context.Context) error {
+	if _, err := os.Stat(v.cfg.Program); err != nil {
+		return fmt.Errorf("%s must lie beside tenond: %w", filepath.Base(v.cfg.Program), err)
+	}
+	ready, theirs, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer ready.Close()
+	logPath := filepath.Join(v.cfg.RunRoot, "vmm.log")
+	cmd := exec.Command(v.cfg.Program, "serve", "--socket", v.Socket(), "--run-dir", filepath.Join(v.cfg.RunRoot, "vms"),
+		"--state-dir", filepath.Join(v.cfg.Root, "vm"), "--name", v.cfg.Name, "--shim", v.cfg.Shim, "--ready-fd", "3", "--log", logPath)
+	for flag, value := range map[string]string{"--accel": v.cfg.Accel, "--kernel": v.cfg.Kernel, "--memory": number(v.cfg.Memory),
+		"--cpus": number(int64(v.cfg.CPUs)), "--pool": number(int64(v.cfg.Pool)), "--pool-memory": number(v.cfg.PoolMemory)} {
+		if value != "" {
+			cmd.Args = append(cmd.Args, flag, value)
+		}
+	}
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	logFile, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+	if err != nil {
+		theirs.Close()
+		return err
+	}
+	cmd.Stdout, cmd.Stderr = logFile, logFile
+	err = cmd.Start()
+	theirs.Close()
+	logFile.Close()
+	if err != nil {
+		return fmt.Errorf("start %s: %w: %w", v.cfg.Program, err, errdefs.ErrUnavailable)
+	}
+	go func() { _ = cmd.Wait() }() // reaps it, if it ends while the daemon lives
+	if err := ready.SetReadDeadline(time.Now().Add(startTime)); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("it did not start (%v); see %s: %w", err, logPath, errdefs.ErrUnavailable)
+	}
+	v.cfg.Log.Info("tenon-vmm started", "pid", cmd.Process.Pid)
+	return nil
+}
+
+func number(n int64) string {
+	if n == 0 {
+		return ""
+	}
+	return strconv.FormatInt(n, 10)
+}
+
+// probe finds out what machines run on, once for each tenon-vmm.
+func (v *VMs) probe(ctx context.Context) (*vmv1.InfoResponse, error) {
+	c, err := v.connect(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	info := v.info
+	v.mu.Unlock()
+	if info != nil && int(info.Pid) == c.pid {
+		return info, nil
+	}
+	if info, err = c.client.Info(ctx, &vmv1.InfoRequest{Probe: true}); err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	v.info = info
+	v.mu.Unlock()
+	return info, nil
+}
+
+// Check says why there can be no machine.
+func (v *VMs) Check(ctx context.Context) (sandbox.About, error) {
+	info, err := v.probe(ctx)
+	if err != nil {
+		return sandbox.About{}, err
+	}
+	return about(info), nil
+}
+
+// About asks tenon-vmm, if it runs; it is empty if not.
+func (v *VMs) About(ctx context.Context) (sandbox.About, error) {
+	c, err := v.connect(ctx, false)
+	if err != nil || c == nil {
+		return sandbox.About{}, err
+	}
+	info, err := c.client.Info(ctx, &vmv1.InfoRequest{})
+	if err != nil {
+		return sandbox.About{}, err
+	}
+	return about(info), nil
+}
+
+func about(i *vmv1.InfoResponse) sandbox.About {
+	return sandbox.About{Accel: i.Accel, AccelReason: i.AccelReason, QEMU: i.QemuVersion, Kernel: i.KernelRelease, Origin: i.KernelOrigin,
+		Ready: int(i.PoolReady), Machines: int(i.Machines)}
+}
+
+// Facts are of a machine's kernel: as the probe found it.
+func (v *VMs) Facts() sandbox.Facts {
+	v.mu.Lock()
+	info := v.info
+	v.mu.Unlock()
+	f := sandbox.Facts{CgroupV2: true, Capabilities: spec.CapabilityNames(1<<41 - 1), CPUs: 1}
+	if info != nil {
+		f.KernelRelease, f.CPUs, f.Memory = info.KernelRelease, max(int(info.MachineCpus), 1), info.MachineMemory
+	}
+	f.CPUSet, f.MemorySet = "0", "0"
+	if f.CPUs > 1 {
+		f.CPUSet = "0-" + strconv.Itoa(f.CPUs-1)
+	}
+	return f
+}
+
+// Create makes a machine.
+func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Machine, error) {
+	info, err := v.probe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := v.connect(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	req := &vmv1.CreateRequest{
+		Id: r.ID, Hostname: r.Hostname, Logs: r.Logs,
+		Disks: []*vmv1.Disk{{Path: r.Disks.Image, ReadOnly: true}, {Path: r.Disks.Upper, Volatile: r.Disks.Volatile}},
+	}
+	if r.Memory > 0 && r.Memory+guestMemory > info.MachineMemory {
+		req.Memory = (r.Memory + guestMemory + 127<<20) &^ (128<<20 - 1)
+	}
+	a, err := c.client.Create(ctx, req)
+	if errdefs.IsAlreadyExists(err) { // of an earlier run, whose end could not be cleaned up
+		if _, err = c.client.Remove(ctx, &vmv1.RemoveRequest{Id: r.ID}); err == nil || errdefs.IsNotFound(err) {
+			a, err = c.client.Create(ctx, req)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if old := v.machines[r.ID]; old != nil {
+		old.end("it was removed")
+	}
+	m := v.newMachine(a.Machine)
+	v.machines[r.ID] = m
+	return m, nil
+}
+
+// guestMemory is what a guest needs for itself, in bytes.
+const guestMemory = 96 << 20
+
+// List returns the machines of a tenon-vmm that runs.
+func (v *VMs) List(ctx context.Context) ([]sandbox.Machine, error) {
+	c, err := v.connect(ctx, false)
+	if err != nil || c == nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var out []sandbox.Machine
+	for _, m := range v.machines {
+		out = append(out, m)
+	}
+	return out, nil
+}
+
+// Teardown ends tenon-vmm and with it all machines. One that was killed is
+// started once more: it removes what is left.
+func (v *VMs) Teardown(ctx context.Context) error {
+	if _, err := os.Lstat(v.Socket()); errors.Is(err, fs.ErrNotExist) {
+		return nil // there never was one
+	}
+	c, err := v.connect(ctx, true)
+	if err != nil {
+		return err
+	}
+	v.mu.Lock()
+	v.closed = true
+	v.mu.Unlock()
+	if _, err := c.client.Shutdown(ctx, &vmv1.ShutdownRequest{}); err != nil && c.over.Err() == nil {
+		return fmt.Errorf("end tenon-vmm: %w", err)
+	}
+	select {
+	case <-c.over.Done():
+	case <-ctx.Done():
+		return fmt.Errorf("tenon-vmm did not end: %w", context.Cause(ctx))
+	}
+	return errors.Join(os.RemoveAll(v.Socket()), os.RemoveAll(filepath.Join(v.cfg.RunRoot, "vms")))
+}
+
+// Close ends the connection.
+func (v *VMs) Close() error {
+	v.mu.Lock()
+	v.closed = true
+	c := v.conn
+	v.mu.Unlock()
+	if c != nil {
+		c.rpc.Close()
+	}
+	return nil
+}
