@@ -74,8 +74,12 @@ func checkEndpoint(name string, s *mobynet.EndpointSettings) error {
 	if s.IPAMConfig != nil && (s.IPAMConfig.IPv4Address.IsValid() || s.IPAMConfig.IPv6Address.IsValid()) && !user {
 		return invalid("user specified IP address is supported on user defined networks only")
 	}
-	if s.IPAMConfig != nil && len(s.IPAMConfig.LinkLocalIPs) > 0 {
-		return invalid("link-local addresses (--link-local-ip) are not available in this release")
+	if s.IPAMConfig != nil {
+		for _, a := range s.IPAMConfig.LinkLocalIPs {
+			if !a.IsLinkLocalUnicast() {
+				return invalid("%s is not a link-local address (169.254.0.0/16, fe80::/10)", a)
+			}
+		}
 	}
 	if len(s.Aliases) > 0 && !user {
 		return invalid("network-scoped aliases are only supported for user-defined networks")
@@ -94,7 +98,7 @@ func (e *Engine) endpointRequest(r *container.Record, name string, s *mobynet.En
 		q.MAC = net.HardwareAddr(s.MacAddress)
 	}
 	if c := s.IPAMConfig; c != nil {
-		q.IPv4, q.IPv6 = c.IPv4Address, c.IPv6Address
+		q.IPv4, q.IPv6, q.LinkLocal = c.IPv4Address, c.IPv6Address, c.LinkLocalIPs
 	}
 	q.Links = slices.Clone(s.Links)
 	if name == e.networkName(e.ctx, string(r.HostConfig.NetworkMode)) {

@@ -221,7 +221,7 @@ func (c *Controller) pooled(req Request) bool {
 	}
 	e := req.Endpoints[0]
 	n, err := c.findLocked(e.Network)
-	return err == nil && c.isDefault(n) && !e.IPv4.IsValid() && !e.IPv6.IsValid() && e.MAC == nil && e.DriverOpts[optIfname] == "" && e.DriverOpts[optSysctls] == ""
+	return err == nil && c.isDefault(n) && !e.IPv4.IsValid() && !e.IPv6.IsValid() && len(e.LinkLocal) == 0 && e.MAC == nil && e.DriverOpts[optIfname] == "" && e.DriverOpts[optSysctls] == ""
 }
 
 // enterLocked makes the container visible.
@@ -250,6 +250,9 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 			return Endpoint{}, fmt.Errorf("bad interface name %q: %w", name, errdefs.ErrInvalidArgument)
 		}
 		ep.Interface = name
+	}
+	if ep.LinkLocal, err = linkLocal(req.LinkLocal); err != nil {
+		return Endpoint{}, err
 	}
 	for _, kv := range splitSysctls(req.DriverOpts[optSysctls]) {
 		if !sysctlPattern.MatchString(kv) {
@@ -305,6 +308,21 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 		}
 	}
 	return ep, nil
+}
+
+// linkLocal checks addresses of --link-local-ip and adds their networks' lengths.
+func linkLocal(addrs []netip.Addr) (out []netip.Prefix, err error) {
+	for _, a := range addrs {
+		bits := 64
+		if a.Is4() {
+			bits = 16
+		}
+		if !a.IsLinkLocalUnicast() {
+			return nil, fmt.Errorf("%s is not a link-local address (169.254.0.0/16, fe80::/10): %w", a, errdefs.ErrInvalidArgument)
+		}
+		out = append(out, netip.PrefixFrom(a, bits))
+	}
+	return out, nil
 }
 
 // freeAddrsLocked gives an endpoint's addresses and its place back.
@@ -374,7 +392,7 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 			bridge = c.segmentName(n.rec.ID, e.Segment)
 		}
 		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, Interface: e.Interface,
-			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, Sysctls: splitSysctls(e.DriverOpts[optSysctls]), Isolated: !n.optBool(optICC, true)}
+			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, LinkLocal: e.LinkLocal, Sysctls: splitSysctls(e.DriverOpts[optSysctls]), Isolated: !n.optBool(optICC, true)}
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]
 		}

@@ -126,6 +126,8 @@ type EndpointRequest struct {
 	// IPv4 and IPv6 ask for a certain address; zero means any.
 	IPv4 netip.Addr
 	IPv6 netip.Addr
+	// LinkLocal are further addresses, link-local ones.
+	LinkLocal []netip.Addr
 	// MAC asks for a certain hardware address; nil means one made from the
 	// IPv4 address.
 	MAC net.HardwareAddr
@@ -203,6 +205,7 @@ type Endpoint struct {
 	// IPv4 and IPv6 are the address with the subnet's prefix length; zero if
 	// the network has none.
 	IPv4, IPv6 netip.Prefix
+	LinkLocal  []netip.Prefix `json:",omitempty"`
 	Gateway    netip.Addr
 	Gateway6   netip.Addr
 	Aliases    []string

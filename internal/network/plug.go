@@ -33,12 +33,19 @@ type Plug struct {
 	MTU       int
 	IPv4      netip.Prefix
 	IPv6      netip.Prefix
+	// LinkLocal are further addresses.
+	LinkLocal []netip.Prefix
 	// Default4 and Default6 are the gateways, where this endpoint has the default route.
 	Default4, Default6 netip.Addr
 	// Sysctls are "net.ipv4.conf.IFNAME.log_martians=1" settings of the interface.
 	Sysctls []string
 	// Isolated endpoints reach the host but not each other.
 	Isolated bool
+}
+
+// v6 says whether the interface speaks IPv6.
+func (p *Plug) v6() bool {
+	return p.IPv6.IsValid() || slices.ContainsFunc(p.LinkLocal, func(a netip.Prefix) bool { return a.Addr().Is6() })
 }
 
 // Plumber plugs endpoints into bridges. Addresses, names and published ports
@@ -71,7 +78,7 @@ func (p *netnsPlumber) Setup(ctx context.Context, ns string, plugs []Plug) error
 	return link.NewNetns(p.path(ns), p.from, func(fd int, s *link.Socket) error {
 		v6 := false
 		for _, pl := range plugs {
-			v6 = v6 || pl.IPv6.IsValid()
+			v6 = v6 || pl.v6()
 		}
 		// What Docker's containers have: ping and low ports without privilege.
 		settings := []struct{ k, v string }{
@@ -144,7 +151,7 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 		in.SetUp(index)
 		if len(plugs) > 1 || !lo {
 			v := "1"
-			if pl.IPv6.IsValid() {
+			if pl.v6() {
 				v = "0"
 			}
 			if err := link.Sysctl("net/ipv6/conf/"+pl.Interface+"/disable_ipv6", v); err != nil && !os.IsNotExist(err) {
@@ -157,7 +164,7 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 				return fmt.Errorf("set %s: %w", k, err)
 			}
 		}
-		for _, a := range []netip.Prefix{pl.IPv4, pl.IPv6} {
+		for _, a := range append([]netip.Prefix{pl.IPv4, pl.IPv6}, pl.LinkLocal...) {
 			if a.IsValid() {
 				in.AddAddr(index, a)
 			}
@@ -397,7 +404,7 @@ func (c *Controller) guardsLocked(eps []Endpoint) []nft.Guarded {
 			continue
 		}
 		g := nft.Guarded{Port: e.HostInterface, MAC: e.MAC}
-		for _, p := range []netip.Prefix{e.IPv4, e.IPv6} {
+		for _, p := range append([]netip.Prefix{e.IPv4, e.IPv6}, e.LinkLocal...) {
 			if p.IsValid() {
 				g.Addrs = append(g.Addrs, p.Addr())
 			}

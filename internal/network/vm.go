@@ -215,7 +215,7 @@ func NamespaceSysctls(plugs []Plug) map[string]string {
 		"net.ipv4.ping_group_range":           "0 2147483647",
 		"net.ipv4.ip_unprivileged_port_start": "0",
 	}
-	if slices.ContainsFunc(plugs, func(p Plug) bool { return p.IPv6.IsValid() }) {
+	if slices.ContainsFunc(plugs, func(p Plug) bool { return p.v6() }) {
 		s["net.ipv6.conf.default.accept_dad"], s["net.ipv6.conf.default.accept_ra"] = "0", "0"
 	} else {
 		s["net.ipv6.conf.default.disable_ipv6"] = "1"

@@ -61,17 +61,21 @@ func defaultMounts(in Input) []specs.Mount {
 	return ms
 }
 
-func mounts(s *specs.Spec, in Input) error {
+func mounts(s *specs.Spec, in Input, sec security) error {
 	user := map[string]bool{}
 	for _, m := range in.Mounts {
 		user[path.Clean(m.Destination)] = true
+	}
+	cgroups := in.HostConfig.Privileged
+	if sec.cgroups != nil {
+		cgroups = *sec.cgroups
 	}
 	for _, m := range defaultMounts(in) {
 		if user[m.Destination] || user["/dev"] && strings.HasPrefix(m.Destination, "/dev/") {
 			continue
 		}
 		switch {
-		case in.HostConfig.Privileged && (m.Destination == "/sys" || m.Type == "cgroup"):
+		case in.HostConfig.Privileged && m.Destination == "/sys", cgroups && m.Type == "cgroup":
 			m.Options = slices.DeleteFunc(m.Options, func(o string) bool { return o == "ro" })
 		case in.HostConfig.ReadonlyRootfs && !staysWritable(m.Destination) && !slices.Contains(m.Options, "ro"):
 			m.Options = append(m.Options, "ro")

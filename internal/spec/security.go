@@ -21,6 +21,7 @@ type security struct {
 	apparmor        string
 	seccomp         string // "": default, "unconfined", or a profile's JSON
 	unmasked        bool   // systempaths=unconfined
+	cgroups         *bool  // writable-cgroups
 }
 
 func parseSecurity(h *container.HostConfig) (security, error) {
@@ -28,6 +29,11 @@ func parseSecurity(h *container.HostConfig) (security, error) {
 	for _, opt := range h.SecurityOpt {
 		if opt == "no-new-privileges" {
 			s.noNewPrivileges = true
+			continue
+		}
+		if opt == "writable-cgroups" {
+			yes := true
+			s.cgroups = &yes
 			continue
 		}
 		if opt == "disable" { // label:disable of old clients
@@ -64,7 +70,11 @@ func parseSecurity(h *container.HostConfig) (security, error) {
 			}
 			s.unmasked = true
 		case "writable-cgroups":
-			return s, errdefs.ErrNotImplemented.WithMessage("--security-opt writable-cgroups is not available in this release")
+			b, err := strconv.ParseBool(v)
+			if err != nil {
+				return s, invalid("invalid --security-opt: %q", opt)
+			}
+			s.cgroups = &b
 		default:
 			return s, invalid("invalid --security-opt: %q", opt)
 		}

@@ -94,7 +94,7 @@ func Build(in Input) (*specs.Spec, error) {
 	if s.Process, err = process(in, sec); err != nil {
 		return nil, err
 	}
-	if err := mounts(s, in); err != nil {
+	if err := mounts(s, in, sec); err != nil {
 		return nil, err
 	}
 	devices(s, in)

@@ -105,6 +105,7 @@ var limits = []behaviour{
 }
 
 var security = []behaviour{
+	{"writable-cgroups", `o='grep " /sys/fs/cgroup" /proc/mounts | grep -vE "^tmpfs" | grep -cE " rw,"'; for f in "" "--security-opt writable-cgroups=true" "--privileged" "--privileged --security-opt writable-cgroups=false"; do [ "$(run $f busybox sh -c "$o")" = 0 ] && echo ro || echo rw; done; run --security-opt writable-cgroups=maybe busybox true 2>&1 | grep -c 'invalid --security-opt'; run --security-opt writable-cgroups=true busybox sh -c 'd=/sys/fs/cgroup; [ -e $d/cgroup.procs ] || d=$d/pids; mkdir $d/sub && echo made'`, "ro\nrw\nrw\nro\n1\nmade", 0},
 	{"default capabilities", `run busybox grep CapEff /proc/self/status`, `CapEff:\s+00000000a80425fb`, 0},
 	{"bounding set", `run busybox grep CapBnd /proc/self/status`, `CapBnd:\s+00000000a80425fb`, 0},
 	{"no capabilities for a user", `run -u 1000 busybox grep CapEff /proc/self/status`, `CapEff:\s+0000000000000000`, 0},

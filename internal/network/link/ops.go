@@ -193,6 +193,9 @@ func (b *Batch) AddAddr(index int, p netip.Prefix) {
 	if a.Is6() {
 		hdr[2] = ifaFNoDAD
 	}
+	if a.IsLinkLocalUnicast() { // never the source of what goes further
+		hdr[3] = unix.RT_SCOPE_LINK
+	}
 	native.PutUint32(hdr[4:], uint32(index))
 	b.begin("add address "+p.String(), unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, hdr)
 	b.attr(unix.IFA_LOCAL, ipBytes(a))
