@@ -33,6 +33,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -64,6 +65,20 @@ type Client struct {
 	APIVersion string
 
 	host, network, address, httpHost string
+
+	begun atomic.Pointer[begun]
+}
+
+// begun is a connection on which a request was sent.
+type begun struct {
+	conn     net.Conn
+	received []byte
+}
+
+// Resume makes the next request use conn, on which somebody has sent that very
+// request already, and received what it was answered so far.
+func (c *Client) Resume(conn net.Conn, received []byte) {
+	c.begun.Store(&begun{conn, received})
 }
 
 // New returns a Client for host: unix:///path/of/socket or tcp://address:port.
@@ -165,6 +180,8 @@ type Request struct {
 	// call has returned; the caller closes it.
 	Body   any
 	Header http.Header
+
+	sent bool // by somebody else (Resume)
 }
 
 // maxErrorBody bounds what is read of an error answer, in bytes.
@@ -299,11 +316,22 @@ func (c *Client) Dial(ctx context.Context) (net.Conn, error) {
 
 // send writes the request and reads the head of the answer.
 func (c *Client) send(ctx context.Context, r Request, upgrade string) (*conn, *http.Response, error) {
-	nc, err := c.Dial(ctx)
-	if err != nil {
-		return nil, nil, err
+	b := c.begun.Swap(nil)
+	if b == nil {
+		nc, err := c.Dial(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		b = &begun{conn: nc}
+	} else {
+		r.sent = true
 	}
-	cn := &conn{Conn: nc, br: bufio.NewReaderSize(nc, 32<<10)}
+	nc := b.conn
+	var from io.Reader = nc
+	if len(b.received) > 0 {
+		from = io.MultiReader(bytes.NewReader(b.received), nc)
+	}
+	cn := &conn{Conn: nc, br: bufio.NewReaderSize(from, 32<<10)}
 	cn.stop = context.AfterFunc(ctx, func() { nc.Close() })
 	resp, err := c.exchange(cn, r, upgrade)
 	if err != nil {
@@ -350,7 +378,9 @@ func (c *Client) exchange(cn *conn, r Request, upgrade string) (*http.Response, 
 		req.Close = true
 	}
 	var werr error
-	if _, streamed := r.Body.(io.Reader); streamed {
+	if _, streamed := r.Body.(io.Reader); r.sent {
+		// Only the answer is missing.
+	} else if streamed {
 		// The server may answer while it still reads (progress of a load),
 		// or refuse before it has read everything: both ways at once. The
 		// goroutine ends with the body or, at the latest, with its next

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -42,12 +43,21 @@ type Env struct {
 	Out, Err io.Writer
 	// Version is what "tenon version" shows of the client.
 	Version string
+	// Begun, if not nil, is the connection on which the command line's request
+	// was already sent (package quick), and Received what was read from it.
+	Begun    *os.File
+	Received []byte
 }
 
 // Main runs the command line args (without the program's name) and returns the
 // process's exit code.
 func Main(env Env, args []string) int {
 	a := newApp(env)
+	if env.Begun != nil {
+		if err := a.resume(env); err != nil {
+			return a.report(nil, &exitError{exitEngine, err})
+		}
+	}
 	root := a.root(args)
 	root.SetArgs(args)
 	cmd, err := root.ExecuteContextC(context.Background())
@@ -64,10 +74,24 @@ type app struct {
 	config string
 	tls    bool
 	c      *client.Client
+
+	begun    net.Conn
+	received []byte
 }
 
 func newApp(env Env) *app {
 	return &app{in: env.In, out: env.Out, err: env.Err, version: env.Version}
+}
+
+// resume takes over the connection that env has.
+func (a *app) resume(env Env) error {
+	conn, err := net.FileConn(env.Begun)
+	env.Begun.Close() // FileConn made a copy
+	if err != nil {
+		return fmt.Errorf("take over the connection to the daemon: %w", err)
+	}
+	a.begun, a.received = conn, env.Received
+	return nil
 }
 
 // exitError ends the command with a code. A nil err prints nothing.
@@ -157,6 +181,9 @@ func (a *app) client() (*client.Client, error) {
 		if c.TLS, err = tlsConfig(); err != nil {
 			return nil, err
 		}
+	}
+	if a.begun != nil {
+		c.Resume(a.begun, a.received)
 	}
 	a.c = c
 	return c, nil

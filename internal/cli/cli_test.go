@@ -288,7 +288,7 @@ func TestImports(t *testing.T) {
 		t.Fatal(err)
 	}
 	allowed := map[string]bool{
-		"tenon.dev/tenon/cmd/tenon": true, "tenon.dev/tenon/internal/cli": true, "tenon.dev/tenon/internal/version": true,
+		"tenon.dev/tenon/cmd/tenon": true, "tenon.dev/tenon/internal/cli": true, "tenon.dev/tenon/internal/cli/quick": true, "tenon.dev/tenon/internal/version": true,
 		"tenon.dev/tenon/client": true, "tenon.dev/tenon/client/runproto": true,
 	}
 	for _, dep := range strings.Fields(string(b)) {

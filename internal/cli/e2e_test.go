@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -59,7 +60,11 @@ func launch() (_ *engine, err error) {
 	bin := os.Getenv("TENON_BIN")
 	if bin == "" {
 		bin = filepath.Join(dir, "bin")
-		cmd := exec.Command("go", "build", "-o", bin+"/", "./cmd/tenon", "./cmd/tenond", "./cmd/tenon-shim", "./cmd/tenon-dns")
+		entry := "" // as scripts/build has it
+		if runtime.GOARCH == "amd64" {
+			entry = "-E tenon_entry"
+		}
+		cmd := exec.Command("go", "build", "-ldflags", "./cmd/tenon="+entry, "-o", bin+"/", "./cmd/tenon", "./cmd/tenond", "./cmd/tenon-shim", "./cmd/tenon-dns")
 		cmd.Dir = "../.."
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
