@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"unsafe"
 
@@ -49,12 +50,27 @@ func devicesV1(d string, rules []specs.LinuxDeviceCgroup) error {
 		if n < 0 {
 			return "*"
 		}
-		return fmt.Sprint(n)
+		return strconv.FormatInt(n, 10)
 	}
+	files := [2]string{filepath.Join(d, "devices.deny"), filepath.Join(d, "devices.allow")}
+	fds := [2]int{-1, -1}
+	defer func() {
+		for _, fd := range fds {
+			if fd >= 0 {
+				unix.Close(fd)
+			}
+		}
+	}()
 	for _, r := range rules {
-		file := "devices.deny"
+		to := 0
 		if r.Allow {
-			file = "devices.allow"
+			to = 1
+		}
+		if fds[to] < 0 {
+			var err error
+			if fds[to], err = open(files[to], unix.O_WRONLY); err != nil {
+				return err
+			}
 		}
 		types := []string{r.Type}
 		major, minor := deviceNumber(r.Major), deviceNumber(r.Minor)
@@ -65,11 +81,11 @@ func devicesV1(d string, rules []specs.LinuxDeviceCgroup) error {
 			}
 		}
 		for _, t := range types {
-			line := fmt.Sprintf("%s %s:%s %s", t, star(major), star(minor), access(r))
+			line := t + " " + star(major) + ":" + star(minor) + " " + access(r)
 			if t == "a" {
 				line = "a"
 			}
-			if err := writeFile(filepath.Join(d, file), line); err != nil {
+			if err := write(fds[to], files[to], line); err != nil {
 				return err
 			}
 		}

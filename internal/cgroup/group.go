@@ -1,7 +1,6 @@
 package cgroup
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -123,7 +122,7 @@ func resolve(p string, hs []Hierarchy) ([]dir, error) {
 
 // ownGroups reads /proc/self/cgroup: the caller's group by hierarchy.
 func ownGroups() (map[string]string, error) {
-	b, err := os.ReadFile("/proc/self/cgroup")
+	b, err := readFile("/proc/self/cgroup")
 	if err != nil {
 		return nil, fmt.Errorf("own cgroup: %w", err)
 	}
@@ -192,7 +191,7 @@ func (d dir) make() (fresh bool, err error) {
 	default:
 		return false, err
 	}
-	if d.v2 {
+	if d.v2 && !d.enabled() {
 		d.enable(filepath.Dir(d.path))
 	}
 	if hasController(d.controllers, "cpuset") {
@@ -229,17 +228,27 @@ func (d dir) makeParents(p string) error {
 	return nil
 }
 
+// enabled tells whether the group has all controllers of the mount point already.
+func (d dir) enabled() bool {
+	all, err := readFile(filepath.Join(d.mount, "cgroup.controllers"))
+	if err != nil {
+		return false
+	}
+	have, err := readFile(filepath.Join(d.path, "cgroup.controllers"))
+	return err == nil && string(have) == string(all)
+}
+
 // enable turns the controllers on for the children of p, from the mount point
 // down. What the kernel refuses is found when a limit is written.
 func (d dir) enable(p string) {
 	if len(p) > len(d.mount) {
 		d.enable(filepath.Dir(p))
 	}
-	b, err := os.ReadFile(filepath.Join(p, "cgroup.controllers"))
+	b, err := readFile(filepath.Join(p, "cgroup.controllers"))
 	if err != nil {
 		return
 	}
-	on, _ := os.ReadFile(filepath.Join(p, "cgroup.subtree_control"))
+	on, _ := readFile(filepath.Join(p, "cgroup.subtree_control"))
 	have := strings.Fields(string(on))
 	var missing []string
 	for _, c := range strings.Fields(string(b)) {
@@ -312,14 +321,14 @@ func hasController(list, c string) bool {
 // no process then.
 func inheritCpuset(p string) error {
 	for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
-		b, err := os.ReadFile(filepath.Join(p, f))
+		b, err := readFile(filepath.Join(p, f))
 		if err != nil {
 			return err
 		}
 		if strings.TrimSpace(string(b)) != "" {
 			continue
 		}
-		if b, err = os.ReadFile(filepath.Join(filepath.Dir(p), f)); err != nil {
+		if b, err = readFile(filepath.Join(filepath.Dir(p), f)); err != nil {
 			return err
 		}
 		if err := writeFile(filepath.Join(p, f), strings.TrimSpace(string(b))); err != nil {
@@ -344,25 +353,6 @@ func load(p string) (*Group, error) {
 		return nil, fmt.Errorf("cgroup %s: %w", p, errdefs.ErrNotFound)
 	}
 	return g, nil
-}
-
-// writeFile writes a kernel file with one write.
-func writeFile(name, data string) error {
-	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: name, Err: err}
-	}
-	defer unix.Close(fd)
-	for {
-		_, err = unix.Write(fd, []byte(data))
-		if err != unix.EINTR {
-			break
-		}
-	}
-	if err != nil {
-		return &os.PathError{Op: "write " + data + " to", Path: name, Err: err}
-	}
-	return nil
 }
 
 // list is the group's directories now: Update adds to them.
@@ -437,15 +427,13 @@ func (g *Group) processes() string {
 }
 
 func readPids(name string) ([]int, error) {
-	f, err := os.Open(name)
+	b, err := readFile(name)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
 	var list []int
-	s := bufio.NewScanner(f)
-	for s.Scan() {
-		n, err := strconv.Atoi(s.Text())
+	for line := range strings.Lines(string(b)) {
+		n, err := strconv.Atoi(strings.TrimSuffix(line, "\n"))
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
@@ -453,7 +441,7 @@ func readPids(name string) ([]int, error) {
 			list = append(list, n)
 		}
 	}
-	return list, s.Err()
+	return list, nil
 }
 
 // Pids lists the processes of the group and of all groups below, as the

@@ -26,7 +26,7 @@ func (g *Group) check(res *specs.LinuxResources) error {
 	if v2 != "" {
 		for _, d := range g.list() {
 			if d.v2 {
-				b, _ := os.ReadFile(filepath.Join(d.mount, "cgroup.controllers"))
+				b, _ := readFile(filepath.Join(d.mount, "cgroup.controllers"))
 				avail = string(b)
 			}
 		}

@@ -57,7 +57,7 @@ func (g *Group) applyV2(d string, res *specs.LinuxResources) error {
 		}
 		if c.Quota != nil && *c.Quota != 0 || c.Period != nil && *c.Period > 0 {
 			q := "max"
-			old, _ := os.ReadFile(filepath.Join(d, "cpu.max")) // as it is, unless it is set
+			old, _ := readFile(filepath.Join(d, "cpu.max")) // as it is, unless it is set
 			if f := strings.Fields(string(old)); c.Quota == nil && len(f) > 0 {
 				q = f[0]
 			}

@@ -42,7 +42,7 @@ func (g *Group) Frozen() (bool, error) {
 	if d == "" {
 		return false, nil
 	}
-	b, err := os.ReadFile(filepath.Join(d, "freezer.state"))
+	b, err := readFile(filepath.Join(d, "freezer.state"))
 	if err != nil {
 		return false, fmt.Errorf("cgroup %s: %w", g.path, err)
 	}

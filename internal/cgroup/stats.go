@@ -16,7 +16,7 @@ import (
 
 // readUint reads a file with one number; "max" is math.MaxUint64.
 func readUint(name string) (uint64, error) {
-	b, err := os.ReadFile(name)
+	b, err := readFile(name)
 	if err != nil {
 		return 0, err
 	}
@@ -36,7 +36,7 @@ func parseUint(s string) (uint64, error) {
 
 // keyed reads one value of a flat keyed file; 0 if it is not there.
 func keyed(name, key string) (uint64, error) {
-	b, err := os.ReadFile(name)
+	b, err := readFile(name)
 	if err != nil {
 		return 0, err
 	}
@@ -79,7 +79,7 @@ func (r *reader) text(file string) string {
 	if r.dir == "" || r.err != nil {
 		return ""
 	}
-	b, err := os.ReadFile(filepath.Join(r.dir, file))
+	b, err := readFile(filepath.Join(r.dir, file))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		r.err = err
 	}

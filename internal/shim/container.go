@@ -1,15 +1,11 @@
 package shim
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"hash/maphash"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -287,7 +283,7 @@ func (c *container) initExited() {
 // oomKilled asks the cgroup whether the kernel killed for memory. It reads one
 // small file; the exit waits for it.
 func (c *container) oomKilled() bool {
-	n, err := oomKills(c.group)
+	n, err := c.group.OOMKills()
 	if err != nil || n == 0 {
 		return false
 	}
@@ -363,29 +359,4 @@ func writableGroups(s *specs.Spec) (list []string) {
 		}
 	}
 	return list
-}
-
-// oomKills reads the counter of kills.
-func oomKills(g *cgroup.Group) (uint64, error) {
-	paths := g.Paths()
-	name := "memory.events"
-	dir, ok := paths[""]
-	if m, v1 := paths["memory"]; v1 {
-		dir, ok, name = m, true, "memory.oom_control"
-	}
-	if !ok {
-		return 0, errdefs.ErrNotFound
-	}
-	f, err := os.Open(filepath.Join(dir, name))
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	sc := bufio.NewScanner(f)
-	for sc.Scan() {
-		if v, ok := strings.CutPrefix(sc.Text(), "oom_kill "); ok {
-			return strconv.ParseUint(v, 10, 64)
-		}
-	}
-	return 0, sc.Err()
 }
