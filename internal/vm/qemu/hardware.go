@@ -132,6 +132,8 @@ func (c *Config) args(f fds) []string {
 func (h Hardware) Append(tscKHz, hz int) string {
 	a := []string{"console=ttyS0", "quiet", "panic=-1", "random.trust_cpu=on", "no_timer_check", "8250.nr_uarts=1",
 		"cryptomgr.notests", "memhp_default_state=online", "net.ifnames=0",
+		// A huge page is private memory, touched or not.
+		"transparent_hugepage=madvise",
 		// Memory that could be plugged above 4 GiB makes the kernel set 64 MiB apart
 		// for devices that reach less; there are none.
 		"swiotlb=512"}

@@ -261,8 +261,10 @@ func memoryOf(pid int) (private, proportional uint64, err error) {
 			continue // the first line
 		}
 		switch string(f[0]) {
-		case "Private_Clean:", "Private_Dirty:":
-			private += n << 10
+		case "Anonymous:":
+			// The template's memory is no anonymous memory until a clone writes to
+			// it, even if no other clone has mapped that page.
+			private = n << 10
 		case "Pss:":
 			proportional = n << 10
 		}

@@ -128,14 +128,16 @@ func (m *Manager) birth(ctx context.Context, b birth) (_ *machine, err error) {
 		v.nics = append(v.nics, n)
 	}
 	v.nicNumber = b.hardware.NICs
-	for _, f := range []struct {
-		to   **os.File
-		path string
-	}{{&c.Kernel, b.platform.kernel.Image}, {&c.Initrd, b.platform.initramfs.Path}} {
-		if *f.to, err = os.Open(f.path); err != nil {
-			return nil, fmt.Errorf("virtual machine: %w", err)
+	if b.template == nil { // a clone has them in its memory
+		for _, f := range []struct {
+			to   **os.File
+			path string
+		}{{&c.Kernel, b.platform.kernel.Image}, {&c.Initrd, b.platform.initramfs.Path}} {
+			if *f.to, err = os.Open(f.path); err != nil {
+				return nil, fmt.Errorf("virtual machine: %w", err)
+			}
+			own = append(own, *f.to)
 		}
-		own = append(own, *f.to)
 	}
 	c.Append = b.hardware.Append(b.platform.tsc, kernelHZ)
 	if b.template != nil {

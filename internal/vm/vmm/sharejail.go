@@ -42,9 +42,9 @@ func jailArg(j shareJail) (string, error) {
 }
 
 // serverCaps are what a server needs to act for all users of its guest on the
-// files that it sees: CAP_CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID,
-// SETFCAP.
-const serverCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID | 1<<unix.CAP_SETFCAP
+// files that it sees. CAP_DAC_READ_SEARCH is not among them: with it, handles
+// would lead to files that it does not see.
+const serverCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID | 1<<unix.CAP_SETFCAP
 
 // Shared serves a host directory to a guest, in a process of its own: it shuts
 // itself up with that directory first. It returns when the guest is gone.

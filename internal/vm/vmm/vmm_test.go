@@ -62,7 +62,7 @@ var shared struct {
 	layers, data string // disk images
 }
 
-func prepare(t *testing.T) {
+func prepare(t testing.TB) {
 	t.Helper()
 	shared.once.Do(func() { shared.err = prepareOnce() })
 	if shared.err != nil {
@@ -112,14 +112,14 @@ var serial atomic.Int32
 
 // engine is a Manager and a client of its service.
 type engine struct {
-	t      *testing.T
+	t      testing.TB
 	m      *Manager
 	dir    string
 	client vmv1.VMMClient
 }
 
 // config is one for tests: the state, with its template, is common to all.
-func config(t *testing.T) Config {
+func config(t testing.TB) Config {
 	t.Helper()
 	prepare(t)
 	dir, err := os.MkdirTemp(shared.dir, "r")
@@ -160,7 +160,7 @@ func (l *locked) Write(b []byte) (int, error) {
 	return l.w.Write(b)
 }
 
-func start(t *testing.T, c Config) *engine {
+func start(t testing.TB, c Config) *engine {
 	t.Helper()
 	m, err := New(limited(t), c)
 	if err != nil {
@@ -227,7 +227,7 @@ func (e *engine) noInterface(c Config) {
 	}
 }
 
-func limited(t *testing.T) context.Context {
+func limited(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	t.Cleanup(cancel)
 	return ctx
@@ -256,6 +256,11 @@ func dir(path string) *taskv1.Step {
 }
 
 const guestRoot = "/run/tenon/root"
+
+func overlay() []task.Mount {
+	return []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+		"lowerdir=" + guestRoot + "/lower", "upperdir=" + guestRoot + "/rw/upper", "workdir=" + guestRoot + "/rw/work"}}}
+}
 
 // create makes a machine with a container's root mounted.
 func (e *engine) create(id string, change ...func(*vmv1.CreateRequest)) *vmv1.CreateResponse {
@@ -309,8 +314,7 @@ func (e *engine) run(v *vmv1.Machine, script string, mounts ...specs.Mount) (uin
 	}
 	_, err = c.Create(ctx, task.CreateRequest{
 		ID: v.Id, Spec: b, Log: &taskv1.Log{Driver: logs.Local, Path: "/the/host/knows"},
-		Rootfs: []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
-			"lowerdir=" + guestRoot + "/lower", "upperdir=" + guestRoot + "/rw/upper", "workdir=" + guestRoot + "/rw/work"}}},
+		Rootfs: overlay(),
 	})
 	if err != nil {
 		e.t.Fatal(err)
