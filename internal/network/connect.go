@@ -38,10 +38,11 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 		return nil, err
 	}
 	defer unlock()
+	hostDNS := len(req.DNS) == 0
 	if err := c.checkRequest(&req); err != nil {
 		return nil, err
 	}
-	r := &contRecord{Version: recordVersion, ID: req.ContainerID, Name: req.Name, Hostname: req.Hostname, Domainname: req.Domainname,
+	r := &contRecord{HostDNS: hostDNS, Version: recordVersion, ID: req.ContainerID, Name: req.Name, Hostname: req.Hostname, Domainname: req.Domainname,
 		Mode: req.Mode, Plumbing: req.Plumbing, Owner: req.Owner, ExtraHosts: req.ExtraHosts, Bindings: req.Ports}
 	for _, a := range req.DNS {
 		r.DNS = append(r.DNS, a.String())

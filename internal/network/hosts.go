@@ -129,9 +129,9 @@ func (c *Controller) linksLocked(e Endpoint) map[string]netip.Addr {
 }
 
 // resolverFor is what the container's resolv.conf shall say.
-func (c *Controller) resolverFor(r *contRecord, req Request) Resolver {
+func (c *Controller) resolverFor(r *contRecord, req Request) (res Resolver) {
 	host := c.hostRes.get()
-	res := Resolver{Search: host.Search, Options: host.Options, Nameservers: host.Nameservers}
+	res = Resolver{Search: host.Search, Options: host.Options, Nameservers: host.Nameservers}
 	if len(req.DNSSearch) > 0 {
 		res.Search = slices.DeleteFunc(slices.Clone(req.DNSSearch), func(s string) bool { return s == "." })
 	}
@@ -156,6 +156,12 @@ func (c *Controller) resolverFor(r *contRecord, req Request) Resolver {
 		}
 		return res
 	}
+	// The container's own 127.0.0.1, where it runs a resolver, comes first.
+	var own []netip.Addr
+	if !r.HostDNS {
+		own = slices.DeleteFunc(slices.Clone(req.DNS), func(a netip.Addr) bool { return !a.IsLoopback() })
+	}
+	defer func() { res.Nameservers = append(own, res.Nameservers...) }()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if gw := c.dnsAddrLocked(r); gw.IsValid() && c.dns.running() {
@@ -261,7 +267,7 @@ func (c *Controller) sendDNSLocked(r *contRecord) {
 }
 
 func (c *Controller) dnsContainerLocked(r *contRecord) wire.Container {
-	w := wire.Container{ID: r.ID}
+	w := wire.Container{ID: r.ID, HostLoopback: r.HostDNS}
 	for _, s := range r.DNS {
 		if a, err := netip.ParseAddr(s); err == nil {
 			w.Upstreams = append(w.Upstreams, a)

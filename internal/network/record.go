@@ -51,11 +51,13 @@ type contRecord struct {
 	Plumbing Plumbing `json:",omitempty"`
 	Owner    uint32   `json:",omitempty"`
 	// Shared is the id of the container whose namespace is used.
-	Shared     string `json:",omitempty"`
-	Endpoints  []Endpoint
-	Ports      []portRecord
-	Resolver   Resolver
-	DNS        []string `json:",omitempty"`
+	Shared    string `json:",omitempty"`
+	Endpoints []Endpoint
+	Ports     []portRecord
+	Resolver  Resolver
+	DNS       []string `json:",omitempty"`
+	// HostDNS says that DNS are the daemon's resolvers: those on loopback are the host's.
+	HostDNS    bool `json:",omitempty"`
 	ExtraHosts []string
 	Bindings   []Binding
 }

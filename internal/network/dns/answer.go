@@ -27,6 +27,7 @@ type view struct {
 	nets      []*network
 	private   map[string]netip.Addr
 	upstreams []netip.Addr
+	hostLoop  bool // those on loopback are the host's
 	internal  bool
 	source    netip.Addr
 }
@@ -122,7 +123,7 @@ func (s *Server) viewLocked(src, at netip.Addr) (view, bool) {
 	v := view{source: src, internal: true}
 	if id, ok := s.sources[src]; ok {
 		c := s.conts[id]
-		v.upstreams = c.Upstreams
+		v.upstreams, v.hostLoop = c.Upstreams, c.HostLoopback
 		v.private = map[string]netip.Addr{}
 		for _, e := range c.Endpoints {
 			if n := s.nets[e.Network]; n != nil {
@@ -296,7 +297,7 @@ func (s *Server) upstreamsOf(v view) []netip.Addr {
 			inside = inside || contains(n.Network, a)
 		}
 		// A container's 127.0.0.1 is not the host's.
-		foreignLoop := len(v.upstreams) > 0 && a.IsLoopback()
+		foreignLoop := len(v.upstreams) > 0 && !v.hostLoop && a.IsLoopback()
 		if !ours && !foreignLoop && (!v.internal || inside) {
 			out = append(out, a)
 		}

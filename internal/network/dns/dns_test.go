@@ -91,6 +91,7 @@ func testServer(t testing.TB, u *upstream) *Server {
 			{ID: "c", Endpoints: []wire.Endpoint{{Network: "n2", IPv4: ip("10.0.1.2"), Names: []string{"gamma"}}}},
 			{ID: "d", Endpoints: []wire.Endpoint{{Network: "n3", IPv4: ip("10.0.2.2"), Names: []string{"delta"}}}},
 			{ID: "e", Endpoints: []wire.Endpoint{{Network: "n2", IPv4: ip("10.0.1.5"), Names: []string{"eps"}}}, Upstreams: []netip.Addr{ip("127.0.0.1"), ip("10.0.1.1")}},
+			{ID: "f", Endpoints: []wire.Endpoint{{Network: "n2", IPv4: ip("10.0.1.6"), Names: []string{"phi"}}}, Upstreams: []netip.Addr{ip("127.0.0.1")}, HostLoopback: true},
 		},
 	}})
 	s.mu.Unlock()
@@ -141,7 +142,8 @@ func TestAnswers(t *testing.T) {
 		{"192.0.2.9", "10.0.0.1", "alpha", dns.TypeA, "REFUSED", ""},                 // a stranger
 		{"192.0.2.9", "10.0.0.1", "example.com", dns.TypeA, "REFUSED", ""},
 		{"10.0.1.2", "10.0.1.1", "example.com", dns.TypeA, "NOERROR", "9.9.9.9"},
-		{"10.0.1.5", "10.0.1.1", "example.com", dns.TypeA, "SERVFAIL", ""}, // its servers are its own loopback and we
+		{"10.0.1.5", "10.0.1.1", "example.com", dns.TypeA, "SERVFAIL", ""},       // its servers are its own loopback and we
+		{"10.0.1.6", "10.0.1.1", "example.com", dns.TypeA, "NOERROR", "9.9.9.9"}, // the daemon's server, on the host's loopback
 	} {
 		rcode, got := ask(s, c.src, c.at, c.name, c.typ)
 		if rcode != c.rcode || strings.Join(got, " ") != c.want {

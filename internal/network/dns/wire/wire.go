@@ -73,6 +73,9 @@ type Container struct {
 	Endpoints []Endpoint `json:"endpoints"`
 	// Upstreams replace the host's resolvers.
 	Upstreams []netip.Addr `json:"upstreams,omitempty"`
+	// HostLoopback says that Upstreams on loopback addresses are the host's; a
+	// container's own are not asked.
+	HostLoopback bool `json:"hostLoopback,omitempty"`
 }
 
 // Endpoint is a container's place in one network.
