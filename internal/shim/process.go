@@ -97,12 +97,13 @@ func (p *process) start() (int, error) {
 			return 0, err
 		}
 	}
+	at := time.Now() // before the program runs: it may end before this goroutine goes on
 	if err := p.child.exec(); err != nil {
 		err = execError(p.name(), err)
 		p.failLocked(err)
 		return 0, err
 	}
-	p.startedAt = time.Now()
+	p.startedAt = at
 	p.status = taskv1.Status_STATUS_RUNNING
 	pid := p.child.pid()
 	p.c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_START, Id: p.c.id, ExecId: p.execID, Pid: uint32(pid), Time: p.startedAt.UnixNano()})
