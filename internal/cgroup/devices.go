@@ -197,6 +197,9 @@ func bpf(cmd uintptr, attr []byte) (int, error) {
 	return int(r), nil
 }
 
+// loadTries is how often an interrupted load is repeated.
+const loadTries = 100
+
 func loadProgram(p []bpfInsn) (int, error) {
 	buf := make([]byte, 0, len(p)*8)
 	for _, in := range p {
@@ -216,6 +219,13 @@ func loadProgram(p []bpfInsn) (int, error) {
 	*(*uintptr)(unsafe.Pointer(&attr[8])) = uintptr(unsafe.Pointer(&buf[0]))
 	*(*uintptr)(unsafe.Pointer(&attr[16])) = uintptr(unsafe.Pointer(&license[0]))
 	fd, err := bpf(bpfProgLoad, attr)
+	for range loadTries {
+		// A signal has interrupted the verifier; Go's scheduler sends some.
+		if err != unix.EAGAIN {
+			break
+		}
+		fd, err = bpf(bpfProgLoad, attr)
+	}
 	if err != nil {
 		return -1, fmt.Errorf("load the device program: %w", err)
 	}
