@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -60,9 +61,14 @@ func main() {
 	}
 }
 
-// heapPercent is where garbage is collected at the latest while little is used:
-// every resident page makes each fork of a container slower.
-const heapPercent = 50
+// Garbage is collected when it has grown to heapPercent of what is used. Little
+// is used, so that a ballast is counted with it, or each few containers would
+// pay for a collection: an address range that nobody touches, so that it takes
+// no memory. Once it is quiet the shim gives the garbage back (Shim.touch).
+const (
+	heapPercent = 50
+	ballastSize = 16 << 20
+)
 
 func serve(args []string) error {
 	fs := flag.NewFlagSet("tenon-shim serve", flag.ContinueOnError)
@@ -83,6 +89,8 @@ func serve(args []string) error {
 		return err
 	}
 	debug.SetGCPercent(heapPercent)
+	ballast := make([]byte, ballastSize)
+	defer runtime.KeepAlive(ballast)
 	var out io.Writer = os.Stderr
 	if *logFile != "" {
 		f, err := os.OpenFile(*logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)

@@ -309,10 +309,13 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	ctx, quit := context.WithCancel(ctx)
 	defer quit()
 	var down atomic.Bool // everything was taken down at a client's wish
+	quiet := keepHeap()
+	defer quiet.stop()
 	srv := server.New(server.Config{
 		Engine: d.engine, Images: d.images, Networks: d.networks, Version: version.Version,
-		Doctor: func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
-		Quit:   func() { down.Store(true); quit() }, Log: log,
+		Answered: quiet.touch,
+		Doctor:   func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
+		Quit:     func() { down.Store(true); quit() }, Log: log,
 	})
 	notify("READY=1")
 	log.Info("serving", "hosts", cfg.Hosts, "root", cfg.Root, "version", version.Version)

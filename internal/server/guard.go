@@ -29,6 +29,9 @@ func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.live.Add(1)
 		defer s.live.Done()
+		if s.cfg.Answered != nil {
+			defer s.cfg.Answered()
+		}
 		debugging := s.log.Enabled(r.Context(), slog.LevelDebug)
 		start := time.Time{}
 		var rec *recorder

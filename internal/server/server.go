@@ -49,6 +49,8 @@ type Config struct {
 	// down and the answer is on its way: it must make the daemon end. nil: the
 	// endpoint answers 501.
 	Quit func()
+	// Answered, if not nil, is called when a request has been answered.
+	Answered func()
 	// AllowedHosts are further names that a Host header may carry on TCP
 	// listeners, beside IP addresses, localhost and the certificate's names.
 	AllowedHosts []string

@@ -147,13 +147,13 @@ func (s *Shim) Serve(ctx context.Context, l net.Listener) error {
 }
 
 const (
-	tidyAfter = 3 * time.Second  // of quiet
-	tidyEvery = 10 * time.Second // at most
+	tidyAfter = time.Second     // of quiet
+	tidyEvery = 2 * time.Second // at most
 )
 
 // touch is called when something has been made or removed: some time later, if
-// it is quiet, what the Go runtime keeps for reuse goes back to the kernel.
-// Every resident page makes each fork slower, and memory is counted.
+// it is quiet, garbage is collected and what the Go runtime keeps for reuse goes
+// back to the kernel.
 func (s *Shim) touch() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
