@@ -17,19 +17,12 @@ import (
 )
 
 // files says where the shim finds a container's files: in the running task, or
-// in the root that it mounts for the purpose.
-func (e *Engine) files(ctx context.Context, c *ctr) (*task.Client, task.Files, error) {
-	f := task.Files{ID: c.id}
+// in the root that it mounts for the purpose. The caller releases them.
+func (e *Engine) files(ctx context.Context, c *ctr) (_ *task.Client, f task.Files, release func(), err error) {
+	f = task.Files{ID: c.id}
 	r := c.record()
-	if !onHost(r) && !r.Running() {
-		return nil, f, errdefs.ErrNotImplemented.WithMessage("the files of a stopped container of isolation vm can't be reached in this release; start it first")
-	}
-	client, err := e.client(ctx, c)
-	if err != nil {
-		return nil, f, err
-	}
 	if r.Facts.Removing || r.Facts.Dead {
-		return nil, f, conflict("container %s is being removed", c.id)
+		return nil, f, nil, conflict("container %s is being removed", c.id)
 	}
 	for _, m := range r.Mounts {
 		f.Skip = append(f.Skip, m.Destination)
@@ -37,22 +30,44 @@ func (e *Engine) files(ctx context.Context, c *ctr) (*task.Client, task.Files, e
 	for dest := range r.HostConfig.Tmpfs {
 		f.Skip = append(f.Skip, path.Clean(dest))
 	}
-	if g := c.onMachine(); g != nil {
-		f.Root = g.root
-		return client, f, nil
+	if !onHost(r) {
+		client, root, release, running, err := e.offlineFiles(ctx, c)
+		if running {
+			release = func() {}
+			if client, err = e.client(ctx, c); err == nil {
+				root = c.machineRoot()
+			}
+		}
+		f.Root = root
+		return client, f, release, err
+	}
+	client, err := e.client(ctx, c)
+	if err != nil {
+		return nil, f, nil, err
 	}
 	root, err := e.rootOf(ctx, r)
 	if err != nil {
-		return nil, f, err
+		return nil, f, nil, err
 	}
 	var mounts []spec.Mount
 	if !r.Running() {
 		if mounts, err = e.specMounts(r); err != nil {
-			return nil, f, err
+			return nil, f, nil, err
 		}
 	}
 	f.Root = e.rootMessage(r, root, mounts)
-	return client, f, nil
+	return client, f, func() {}, nil
+}
+
+// lent is a stream of a container's files, which are released with it.
+type lent struct {
+	io.ReadCloser
+	release func()
+}
+
+func (l lent) Close() error {
+	defer l.release()
+	return l.ReadCloser.Close()
 }
 
 // engineFiles are the mount points that every start makes in the root; they
@@ -72,10 +87,11 @@ func (e *Engine) StatPath(ctx context.Context, ref, p string) (*mobycontainer.Pa
 	if err != nil {
 		return nil, err
 	}
-	client, f, err := e.files(ctx, c)
+	client, f, release, err := e.files(ctx, c)
 	if err != nil {
 		return nil, err
 	}
+	defer release()
 	st, err := client.StatFile(ctx, f, p)
 	if err != nil {
 		return nil, pathError(c, p, err)
@@ -93,16 +109,17 @@ func (e *Engine) ReadArchive(ctx context.Context, ref, p string) (io.ReadCloser,
 	if err != nil {
 		return nil, nil, err
 	}
-	client, f, err := e.files(ctx, c)
+	client, f, release, err := e.files(ctx, c)
 	if err != nil {
 		return nil, nil, err
 	}
 	r, st, err := client.ReadFiles(ctx, f, p)
 	if err != nil {
+		release()
 		return nil, nil, pathError(c, p, err)
 	}
 	e.emit(c, events.ActionArchivePath, nil)
-	return r, pathStat(st), nil
+	return lent{r, release}, pathStat(st), nil
 }
 
 // WriteArchive unpacks a tar into a directory of a container.
@@ -111,10 +128,11 @@ func (e *Engine) WriteArchive(ctx context.Context, ref, p string, tar io.Reader,
 	if err != nil {
 		return err
 	}
-	client, f, err := e.files(ctx, c)
+	client, f, release, err := e.files(ctx, c)
 	if err != nil {
 		return err
 	}
+	defer release()
 	if err := writable(c.record(), path.Clean("/"+p)); err != nil {
 		return err
 	}
@@ -154,10 +172,11 @@ func (e *Engine) Changes(ctx context.Context, ref string) ([]mobycontainer.Files
 	if err != nil {
 		return nil, err
 	}
-	client, f, err := e.files(ctx, c)
+	client, f, release, err := e.files(ctx, c)
 	if err != nil {
 		return nil, err
 	}
+	defer release()
 	f.Skip = append(f.Skip, engineFiles...)
 	kinds := map[taskv1.Change_Kind]mobycontainer.ChangeType{
 		taskv1.Change_MODIFIED: mobycontainer.ChangeModify, taskv1.Change_ADDED: mobycontainer.ChangeAdd, taskv1.Change_DELETED: mobycontainer.ChangeDelete,
@@ -176,16 +195,17 @@ func (e *Engine) Export(ctx context.Context, ref string) (io.ReadCloser, error) 
 	if err != nil {
 		return nil, err
 	}
-	client, f, err := e.files(ctx, c)
+	client, f, release, err := e.files(ctx, c)
 	if err != nil {
 		return nil, err
 	}
 	r, err := client.Export(ctx, f)
 	if err != nil {
+		release()
 		return nil, err
 	}
 	e.emit(c, events.ActionExport, nil)
-	return r, nil
+	return lent{r, release}, nil
 }
 
 // Top is `ps` in a container.

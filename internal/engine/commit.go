@@ -24,10 +24,11 @@ func (e *Engine) Commit(ctx context.Context, ref string, o CommitOptions) (strin
 	}
 	defer c.op.unlock()
 	r := c.record()
-	client, f, err := e.files(ctx, c)
+	client, f, release, err := e.files(ctx, c)
 	if err != nil {
 		return "", err
 	}
+	defer release()
 	if !o.NoPause && r.Running() && !r.Facts.Paused {
 		if err := client.Pause(ctx, c.id); err != nil {
 			return "", err

@@ -101,7 +101,7 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if o.Request.HostConfig != nil {
 		asked = o.Request.HostConfig.Isolation
 	}
-	isolation, err := e.isolation(ctx, asked)
+	isolation, about, err := e.isolation(ctx, asked)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -161,7 +161,10 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 		return nil, nil, err
 	}
 	if !onHost(r) {
-		return r, warnings, checkMachine(r)
+		if about.Accel == "tcg" {
+			warnings = append(warnings, "This container's virtual machine is emulated (TCG), which is slow: KVM can't be had ("+about.AccelReason+").")
+		}
+		return r, warnings, e.checkMachine(r)
 	}
 	if err := e.planUserNS(r); err != nil {
 		return nil, nil, err

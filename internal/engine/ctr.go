@@ -18,6 +18,8 @@ type ctr struct {
 	id string
 	op lock // life-cycle operations, one at a time
 
+	offline *offline // for its files, while it does not run on a kernel of its own
+
 	rec atomic.Pointer[container.Record] // published; never changed in place
 
 	saveMu sync.Mutex // held while the record goes to the durable store, so that an older one never overwrites a newer
@@ -98,7 +100,7 @@ func (l lock) try() bool {
 func (l lock) unlock() { <-l }
 
 func newCtr(r *container.Record) *ctr {
-	c := &ctr{id: r.ID, op: newLock(), execs: map[string]*execution{}}
+	c := &ctr{id: r.ID, op: newLock(), offline: newOffline(), execs: map[string]*execution{}}
 	c.rec.Store(r)
 	return c
 }

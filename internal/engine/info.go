@@ -70,6 +70,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 	}
 	e.count(ctx, info)
 	e.describeDevices(info)
+	e.describeMachines(ctx, info)
 	if e.cfg.Describe != nil {
 		e.cfg.Describe(info)
 	}
@@ -194,6 +195,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 		errs = append(errs, client.Shutdown(ctx, true))
 	}
 	if e.cfg.Machines != nil {
+		e.endAllOffline(ctx)
 		errs = append(errs, e.cfg.Machines.Teardown(ctx))
 	}
 	errs = append(errs, e.cfg.Kernel.Teardown(ctx), e.cfg.Roots.Unmount())

@@ -2,9 +2,11 @@ package engine
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/system"
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/sandbox"
@@ -13,22 +15,20 @@ import (
 )
 
 // isolation is the kernel that a new container gets, by what it asks for and
-// the daemon's default. Nothing is made if it can't be had.
-func (e *Engine) isolation(ctx context.Context, asked mobycontainer.Isolation) (string, error) {
+// the daemon's default, and what is known of it if it is a machine's. Nothing is made if it can't be had.
+func (e *Engine) isolation(ctx context.Context, asked mobycontainer.Isolation) (string, sandbox.About, error) {
 	iso, err := spec.Isolation(asked)
 	if err == nil && iso == "" {
 		iso, err = spec.Isolation(mobycontainer.Isolation(e.cfg.DefaultIsolation))
 	}
 	switch {
 	case err != nil:
-		return "", err
+		return "", sandbox.About{}, err
 	case iso != sandbox.VM:
-		return sandbox.Process, nil
+		return sandbox.Process, sandbox.About{}, nil
 	}
-	if _, err := e.machines(ctx); err != nil {
-		return "", err
-	}
-	return sandbox.VM, nil
+	about, err := e.machines(ctx)
+	return sandbox.VM, about, err
 }
 
 // machines is what makes virtual machines, if they can be had.
@@ -82,4 +82,27 @@ func (e *Engine) client(ctx context.Context, c *ctr) (*task.Client, error) {
 		return nil, conflict("container %s is not running", c.id)
 	}
 	return m.link.get(ctx)
+}
+
+// describeMachines shows what virtual machines run on, once it is known.
+func (e *Engine) describeMachines(ctx context.Context, info *system.Info) {
+	if e.cfg.Machines == nil {
+		return
+	}
+	a, err := e.cfg.Machines.About(ctx)
+	switch {
+	case err != nil:
+		info.DriverStatus = append(info.DriverStatus, [2]string{"Virtual machines", "not reachable: " + err.Error()})
+		return
+	case a.Accel == "":
+		return // nobody has asked for one yet
+	}
+	accel := a.Accel
+	if a.AccelReason != "" {
+		accel += " (" + a.AccelReason + ")"
+	}
+	info.DriverStatus = append(info.DriverStatus,
+		[2]string{"Virtual machines", fmt.Sprintf("QEMU %s, %d in use, %d ready", a.QEMU, a.Machines, a.Ready)},
+		[2]string{"Virtual machines' accelerator", accel},
+		[2]string{"Virtual machines' kernel", a.Kernel + " (" + a.Origin + ")"})
 }

@@ -1,24 +1,19 @@
 package engine
 
 import (
-	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/moby/moby/api/types/mount"
 
 	"tenon.dev/tenon/internal/container"
-	"tenon.dev/tenon/internal/layered"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/sandbox"
@@ -56,6 +51,14 @@ func (c *ctr) onMachine() *guest {
 
 // onMachineLocked is onMachine with mu held.
 func (c *ctr) onMachineLocked() *guest { return c.guest }
+
+// machineRoot is the container's root as its machine sees it; nil: it has none.
+func (c *ctr) machineRoot() *taskv1.Root {
+	if g := c.onMachine(); g != nil {
+		return g.root
+	}
+	return nil
+}
 
 func (c *ctr) setMachine(g *guest) {
 	c.mu.Lock()
@@ -146,7 +149,7 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	if err != nil {
 		return nil, nil, err
 	}
-	q.Plumbing = plumbVM
+	q.Plumbing = network.PlumbVM
 	u.add("network", func(ctx context.Context) error {
 		c.setNetwork(nil)
 		return e.cfg.Networks.Disconnect(ctx, c.id)
@@ -264,7 +267,7 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 			}
 			taps = append(taps, tap)
 		}
-		plug, err := e.plugTap(ctx, c.id, ep.NetworkID, taps[i])
+		plug, err := e.cfg.Networks.PlugTap(ctx, c.id, ep.NetworkID, taps[i])
 		if err != nil {
 			return h, err
 		}
@@ -280,17 +283,25 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 	if p.mounts, err = e.specMounts(r); err != nil {
 		return h, err
 	}
-	for _, m := range p.mounts {
+	h.Shares, err = machineShares(p.mounts)
+	return h, err
+}
+
+// machineShares are the host's directories and files among the mounts, in their
+// order.
+func machineShares(mounts []spec.Mount) ([]sandbox.Share, error) {
+	var out []sandbox.Share
+	for _, m := range mounts {
 		if m.Type != "bind" {
 			continue
 		}
 		st, err := os.Stat(m.Source)
 		if err != nil {
-			return h, fmt.Errorf("bind mount: %w", err)
+			return nil, fmt.Errorf("bind mount: %w", err)
 		}
-		h.Shares = append(h.Shares, sandbox.Share{Path: m.Source, ReadOnly: m.ReadOnly, File: !st.IsDir()})
+		out = append(out, sandbox.Share{Path: m.Source, ReadOnly: m.ReadOnly, File: !st.IsDir()})
 	}
-	return h, nil
+	return out, nil
 }
 
 // machineFiles reads the engine's files of a container.
@@ -402,79 +413,6 @@ func (e *Engine) machineLost(c *ctr, rn *run, g *guest, why error) {
 	e.exited(nil, c, rn, exitFacts{code: 137, at: time.Now(), unknown: "the container's virtual machine ended: " + text})
 }
 
-// accounts are /etc/passwd and /etc/group of a container's root.
-type accounts struct{ passwd, group []byte }
-
-// machineAccounts reads them: from the image, or if the container may have
-// changed them, by its machine.
-func (e *Engine) machineAccounts(ctx context.Context, c *ctr, g *guest, client *task.Client) (*accounts, error) {
-	r := c.record()
-	if r.Facts.Run <= 1 && !r.Facts.Changed {
-		img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
-		if err != nil {
-			return nil, fmt.Errorf("container %s: its image: %w", r.ID, err)
-		}
-		layers, err := e.cfg.Images.Layers(ctx, img)
-		if err != nil {
-			return nil, err
-		}
-		a := new(accounts)
-		if a.passwd, err = readAccounts(layered.Stack(layers), "/etc/passwd"); err == nil {
-			a.group, err = readAccounts(layered.Stack(layers), "/etc/group")
-		}
-		return a, err
-	}
-	return readMachineAccounts(ctx, client, task.Files{ID: c.id, Root: g.root})
-}
-
-func readMachineAccounts(ctx context.Context, client *task.Client, f task.Files) (*accounts, error) {
-	a := new(accounts)
-	var err error
-	if a.passwd, err = readMachineFile(ctx, client, f, "/etc/passwd"); err == nil {
-		a.group, err = readMachineFile(ctx, client, f, "/etc/group")
-	}
-	return a, err
-}
-
-// readMachineFile reads a small file of a container by its shim, following
-// links; nil if there is none.
-func readMachineFile(ctx context.Context, client *task.Client, f task.Files, name string) ([]byte, error) {
-	for range 8 {
-		body, st, err := client.ReadFiles(ctx, f, name)
-		if errdefs.IsNotFound(err) {
-			return nil, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		if st.LinkTarget != "" {
-			body.Close()
-			to := st.LinkTarget
-			if !path.IsAbs(to) {
-				to = path.Join(path.Dir(name), to)
-			}
-			name = to
-			continue
-		}
-		b, err := readOneFile(body)
-		body.Close()
-		return b, err
-	}
-	return nil, nil // links without end: an image without accounts
-}
-
-func readOneFile(r io.Reader) ([]byte, error) {
-	t := tar.NewReader(r)
-	h, err := t.Next()
-	if err != nil {
-		return nil, fmt.Errorf("accounts: %w", err)
-	}
-	if h.Typeflag != tar.TypeReg {
-		return nil, nil
-	}
-	return spec.ReadAccounts(t)
-}
-
 // machineFacts are what a record keeps of the machine that its container runs
 // on.
 func (e *Engine) machineFacts(g *guest) *container.Machine {
@@ -482,192 +420,4 @@ func (e *Engine) machineFacts(g *guest) *container.Machine {
 	return &container.Machine{
 		ID: g.machine.ID(), Pid: p.Pid, Accel: p.Accel, Kernel: f.KernelRelease, KernelLog: p.KernelLog, HostBoot: e.cfg.Kernel.Facts().BootID,
 	}
-}
-
-// checkMachine refuses what a container on a kernel of its own can't have, or
-// not yet, before anything is made.
-func checkMachine(r *container.Record) error {
-	h := r.HostConfig
-	no := func(what string) error {
-		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had with --isolation vm in this release; nothing was started")
-	}
-	switch {
-	case h.Privileged:
-		return no("--privileged")
-	case len(h.Devices) > 0:
-		return no("--device (a device of the host)")
-	case len(h.DeviceRequests) > 0:
-		return no("--gpus and other device requests")
-	case len(h.BlkioDeviceReadBps)+len(h.BlkioDeviceWriteBps)+len(h.BlkioDeviceReadIOps)+len(h.BlkioDeviceWriteIOps)+len(h.BlkioWeightDevice) > 0:
-		return no("a limit of a block device")
-	case h.NetworkMode.IsHost():
-		return no("--network host")
-	case h.NetworkMode.IsContainer():
-		return no("--network container:… (the other container runs on another kernel)")
-	case h.PidMode != "":
-		return no("--pid " + string(h.PidMode))
-	case h.IpcMode.IsHost() || h.IpcMode.IsContainer():
-		return no("--ipc " + string(h.IpcMode))
-	case h.UTSMode.IsHost():
-		return no("--uts host")
-	case h.CgroupnsMode.IsHost():
-		return no("--cgroupns host")
-	case h.UsernsMode != "" && h.UsernsMode != "host":
-		return no("--userns " + string(h.UsernsMode))
-	case h.CgroupParent != "":
-		return no("--cgroup-parent")
-	case h.Runtime != "" && h.Runtime != "tenon":
-		return no("--runtime " + h.Runtime)
-	case h.Init != nil && *h.Init:
-		return no("--init")
-	}
-	for _, m := range r.Mounts {
-		switch {
-		case m.Type == mount.TypeTmpfs:
-		case m.Type == mount.TypeBind && strings.HasSuffix(string(m.Propagation), "private"), m.Type == mount.TypeVolume:
-			return no("a mount of the host's files (" + m.Destination + ")")
-		case m.Type == mount.TypeBind:
-			return no("mount propagation (" + m.Destination + ")")
-		default:
-			return no("a mount of type " + string(m.Type) + " (" + m.Destination + ")")
-		}
-	}
-	return nil
-}
-
-// foundMachine is what recovery knows of a container with a kernel of its own.
-type foundMachine struct {
-	verdict verdict
-	machine sandbox.Machine // nil: there is none
-	guest   *guest          // connected; nil: it does not answer, or there is none
-	client  *task.Client
-	task    *taskv1.Process
-	seq     uint64
-}
-
-// findMachines judges the containers with kernels of their own by the machines
-// that an earlier engine left; what belongs to nobody is removed.
-func (e *Engine) findMachines(ctx context.Context) map[*ctr]*foundMachine {
-	machines := map[string]sandbox.Machine{}
-	if e.cfg.Machines != nil {
-		list, err := e.cfg.Machines.List(ctx)
-		if err != nil {
-			e.log.Error("virtual machines are not known; containers on them are taken for lost", "err", err)
-		}
-		for _, m := range list {
-			machines[m.ID()] = m
-		}
-	}
-	out := map[*ctr]*foundMachine{}
-	for _, c := range e.all() {
-		if onHost(c.record()) {
-			continue
-		}
-		f := &foundMachine{machine: machines[machineID(c.id)]}
-		delete(machines, machineID(c.id))
-		if f.machine != nil && !isClosed(f.machine.Ended()) {
-			e.findTask(ctx, c, f)
-		}
-		f.verdict = decide(seen{record: c.record(), task: f.task, run: runOf(f.task)})
-		out[c] = f
-	}
-	for _, m := range machines {
-		e.log.Warn("virtual machine without a container is ended", "machine", m.ID())
-		if err := m.Remove(ctx); err != nil {
-			e.log.Error("virtual machine without a container is left", "machine", m.ID(), "err", err)
-		}
-	}
-	return out
-}
-
-// findTask asks a machine's shim for the container.
-func (e *Engine) findTask(ctx context.Context, c *ctr, f *foundMachine) {
-	ctx, cancel := context.WithTimeout(ctx, silentTime)
-	defer cancel()
-	g := e.newGuest(f.machine)
-	client, seq, err := g.connect(ctx)
-	var procs []*taskv1.Process
-	if err == nil {
-		procs, seq, err = client.List(ctx, "")
-	}
-	if err != nil {
-		e.log.Error("virtual machine does not answer", "container", c.id, "machine", f.machine.ID(), "err", err)
-		g.link.close()
-		return
-	}
-	f.guest, f.client, f.seq, f.task = g, client, seq, initTasks(procs)[c.id]
-	g.root = f.machine.Root(c.id, e.hasLayers(ctx, c.record()))
-}
-
-// hasLayers says whether a container's root has a disk for its image.
-func (e *Engine) hasLayers(ctx context.Context, r *container.Record) bool {
-	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
-	if err != nil {
-		return true
-	}
-	layers, err := e.cfg.Images.Layers(ctx, img)
-	return err != nil || len(layers) > 0
-}
-
-// applyMachines acts on the verdicts and returns when each has been acted on.
-func (e *Engine) applyMachines(ctx context.Context, found map[*ctr]*foundMachine) {
-	slots := make(chan struct{}, recoverParallel)
-	var wg sync.WaitGroup
-	for c, f := range found {
-		if f.verdict == settled && f.machine == nil {
-			continue
-		}
-		e.log.Info("container found again", "container", c.id, "name", c.record().Name, "isolation", sandbox.VM, "verdict", f.verdict.String())
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			if err := e.actMachine(ctx, c, f); err != nil {
-				e.log.Error("container could not be taken over", "container", c.id, "verdict", f.verdict.String(), "err", err)
-			}
-		})
-	}
-	wg.Wait()
-}
-
-// actMachine does what a verdict says for one container with a kernel of its
-// own.
-func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error {
-	if (f.verdict == adopt || f.verdict == exited) && f.guest != nil {
-		c.setMachine(f.guest)
-		if err := e.act(ctx, f.client, c, f.verdict, f.task); err != nil || f.verdict == exited {
-			return err
-		}
-		rn := c.runOrNew()
-		e.spawn(func() { e.watchMachine(c, rn, f.guest, f.client, f.seq) })
-		return nil
-	}
-	var reason string
-	if f.machine != nil {
-		reason = f.machine.End()
-		if f.guest != nil {
-			f.guest.link.close()
-		}
-		if err := f.machine.Remove(ctx); err != nil {
-			return err
-		}
-	}
-	if f.verdict == lost && reason != "" {
-		e.exited(nil, c, c.runOrNew(), exitFacts{code: 137, at: time.Now(), unknown: "the container's virtual machine ended: " + reason})
-		return nil
-	}
-	return e.act(ctx, nil, c, f.verdict, nil)
-}
-
-// plumbVM is the plumbing whose taps are plugged in one by one.
-const plumbVM network.Plumbing = "vm"
-
-// plugTap puts a machine's tap into a network's bridge.
-func (e *Engine) plugTap(ctx context.Context, id, networkID, tap string) (network.Plug, error) {
-	p, ok := any(e.cfg.Networks).(interface {
-		PlugTap(ctx context.Context, id, networkID, tap string) (network.Plug, error)
-	})
-	if !ok {
-		return network.Plug{}, errdefs.ErrNotImplemented.WithMessage("networks of virtual machines are not available in this release")
-	}
-	return p.PlugTap(ctx, id, networkID, tap)
 }

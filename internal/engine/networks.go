@@ -50,7 +50,12 @@ func (e *Engine) ConnectNetwork(ctx context.Context, net, ref string, cfg *mobyn
 		if err != nil {
 			return err
 		}
+		before := e.plugsOf(c)
 		if _, err := e.cfg.Networks.ConnectNetwork(ctx, c.id, q); err != nil {
+			return err
+		}
+		if err := e.replug(ctx, c, before); err != nil {
+			_ = e.cfg.Networks.DisconnectNetwork(ctx, c.id, n.Name, true) // what has failed is what to tell
 			return err
 		}
 		e.refreshNetwork(c)
@@ -94,7 +99,11 @@ func (e *Engine) DisconnectNetwork(ctx context.Context, net, ref string, force b
 		return conflict("container %s is not connected to the network %s", c.id, n.Name)
 	}
 	if r.Running() {
+		before := e.plugsOf(c)
 		if err := e.cfg.Networks.DisconnectNetwork(ctx, c.id, n.Name, force); err != nil {
+			return err
+		}
+		if err := e.replug(ctx, c, before); err != nil {
 			return err
 		}
 		e.refreshNetwork(c)
@@ -111,7 +120,11 @@ func (e *Engine) refreshNetwork(c *ctr) {
 		return
 	}
 	c.setNetwork(ns)
-	if err := rewriteHosts(e.runDir(c.id), ns); err != nil {
+	err = rewriteHosts(e.runDir(c.id), ns)
+	if err == nil {
+		err = e.refreshFiles(e.ctx, c)
+	}
+	if err != nil {
 		e.log.Warn("hosts file is out of date", "container", c.id, "err", err)
 	}
 }

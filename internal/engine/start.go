@@ -106,6 +106,10 @@ func (e *Engine) startLocked(ctx context.Context, c *ctr, o startOptions) (err e
 		c.backoff = backoff{}
 	}
 	c.mu.Unlock()
+	if err := e.endOffline(ctx, c, true); err != nil {
+		e.startFailed(c, rn, err)
+		return err
+	}
 	err = e.change(c, func(r *container.Record) {
 		f := &r.Facts
 		f.Run, f.Pending, f.Error, f.OOM, f.Stopped = rn.n, "start", "", false, false

@@ -121,7 +121,7 @@ func (e *Engine) populate(ctx context.Context, c *ctr, layers []string, dest str
 		return err
 	}
 	if !empty {
-		if err := e.copyUp(ctx, c, dest, v.Name, dir, u); err != nil {
+		if err := e.copyUp(ctx, c, layers, dest, v.Name, dir, u); err != nil {
 			return err
 		}
 	}
@@ -140,17 +140,23 @@ func (e *Engine) populate(ctx context.Context, c *ctr, layers []string, dest str
 }
 
 // copyUp copies the files.
-func (e *Engine) copyUp(ctx context.Context, c *ctr, dest, name, dir string, u *undo) error {
+func (e *Engine) copyUp(ctx context.Context, c *ctr, layers []string, dest, name, dir string, u *undo) error {
 	client, err := e.shim.get(ctx)
 	if err != nil {
 		return err
 	}
-	u.add("root file system", func(context.Context) error { return e.cfg.Roots.Remove(c.id) })
-	root, err := e.rootOf(ctx, c.record())
-	if err != nil {
-		return err
+	from := task.Files{ID: c.id}
+	if onHost(c.record()) {
+		u.add("root file system", func(context.Context) error { return e.cfg.Roots.Remove(c.id) })
+		root, err := e.rootOf(ctx, c.record())
+		if err != nil {
+			return err
+		}
+		from.Root = e.rootMessage(c.record(), root, nil)
+	} else {
+		v := e.cfg.Roots.View(layers)
+		from.Root = &taskv1.Root{Mounts: []*taskv1.Mount{{Type: v.Type, Source: v.Source, Options: v.Options}}}
 	}
-	from := task.Files{ID: c.id, Root: e.rootMessage(c.record(), root, nil)}
 	src, _, err := client.ReadFiles(ctx, from, dest)
 	if err != nil {
 		return err

@@ -90,6 +90,10 @@ type Machine interface {
 	// be mounted again by the shim's file operations. image says that it has a
 	// disk for its image.
 	Root(id string, image bool) *taskv1.Root
+	// Plug gives a container one more interface, or one that it had, Unplug takes
+	// it back; with remove the machine loses it.
+	Plug(ctx context.Context, id string, n NIC) error
+	Unplug(ctx context.Context, id string, n NIC, remove bool) error
 	// Files writes files again, in place.
 	Files(ctx context.Context, id string, files []File) error
 	// PowerOff ends its processes, writes disks back and waits for its end.
@@ -115,7 +119,7 @@ type File struct {
 type Share struct {
 	Path     string
 	ReadOnly bool
-	File     bool // not a directory
+	File     bool // Path is a file
 }
 
 // MachineHandover is what a container gets on a machine.

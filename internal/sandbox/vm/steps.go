@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"net/netip"
 	"path"
+	"slices"
 	"strings"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/network"
@@ -62,7 +65,11 @@ func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sand
 		if err != nil {
 			return out, err
 		}
-		out.Shares = append(out.Shares, step.GetShare().Target)
+		target := step.GetShare().Target
+		if s.File { // it is alone in a directory
+			target = path.Join(target, path.Base(s.Path))
+		}
+		out.Shares = append(out.Shares, target)
 		steps = append(steps, step)
 	}
 	return out, m.apply(ctx, steps)
@@ -131,6 +138,65 @@ func (m *machine) nicStep(ns string, n sandbox.NIC) (*taskv1.Step, error) {
 		}
 	}
 	return &taskv1.Step{Kind: &taskv1.Step_Interface{Interface: i}}, nil
+}
+
+// Plug gives a container one more interface.
+func (m *machine) Plug(ctx context.Context, id string, n sandbox.NIC) error {
+	s, err := m.nicStep(netns(id), n)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, plugTime)
+	defer cancel()
+	for {
+		err := m.apply(ctx, []*taskv1.Step{s})
+		if !errdefs.IsNotFound(err) {
+			return err
+		}
+		select { // the guest has not seen the new one yet
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// plugTime bounds how long a guest may take to see a new interface.
+const plugTime = 20 * time.Second
+
+// Unplug takes an interface out of a container's network namespace.
+func (m *machine) Unplug(ctx context.Context, id string, n sandbox.NIC, remove bool) error {
+	m.mu.Lock()
+	i := slices.IndexFunc(m.nics, func(x *vmv1.NIC) bool { return x.Tap == n.Tap })
+	m.mu.Unlock()
+	if i < 0 {
+		return fmt.Errorf("virtual machine %s: %s: %w", m.about.Id, n.Tap, errNoNIC)
+	}
+	mac := n.Plug.MAC.String()
+	err := m.apply(ctx, []*taskv1.Step{{Kind: &taskv1.Step_Interface{Interface: &taskv1.Interface{
+		Mac: mac, Netns: netns(id), Name: fmt.Sprintf("spare%d", i), Remove: true,
+	}}}})
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	nic := &vmv1.NIC{Id: m.nics[i].Id, Tap: n.Tap, Mac: mac} // it keeps the address that it got
+	m.nics[i] = nic
+	m.mu.Unlock()
+	if !remove || i == 0 { // the first is the template's: it waits for the next network
+		return nil
+	}
+	c, err := m.v.connect(ctx, false)
+	if err != nil || c == nil {
+		return m.gone(err)
+	}
+	if _, err := c.client.DetachNIC(ctx, &vmv1.DetachNICRequest{Id: m.about.Id, Nic: nic.Id}); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.nics = slices.DeleteFunc(m.nics, func(x *vmv1.NIC) bool { return x == nic })
+	m.mu.Unlock()
+	return nil
 }
 
 // Files writes files again, in place: they are mounted.

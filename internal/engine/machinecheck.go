@@ -1,0 +1,68 @@
+package engine
+
+import (
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/mount"
+
+	"tenon.dev/tenon/internal/container"
+)
+
+// checkMachine refuses what a container on a kernel of its own can't have, or
+// not yet, before anything is made.
+func (e *Engine) checkMachine(r *container.Record) error {
+	h := r.HostConfig
+	no := func(what string) error {
+		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had with --isolation vm in this release; nothing was started")
+	}
+	switch {
+	case h.Privileged:
+		return no("--privileged")
+	case len(h.Devices) > 0:
+		return no("--device (a device of the host)")
+	case len(h.DeviceRequests) > 0:
+		return no("--gpus and other device requests")
+	case len(h.BlkioDeviceReadBps)+len(h.BlkioDeviceWriteBps)+len(h.BlkioDeviceReadIOps)+len(h.BlkioDeviceWriteIOps)+len(h.BlkioWeightDevice) > 0:
+		return no("a limit of a block device")
+	case h.NetworkMode.IsHost():
+		return no("--network host")
+	case h.NetworkMode.IsContainer():
+		return no("--network container:… (the other container runs on another kernel)")
+	case h.PidMode != "":
+		return no("--pid " + string(h.PidMode))
+	case h.IpcMode.IsHost() || h.IpcMode.IsContainer():
+		return no("--ipc " + string(h.IpcMode))
+	case h.UTSMode.IsHost():
+		return no("--uts host")
+	case h.CgroupnsMode.IsHost():
+		return no("--cgroupns host")
+	case h.UsernsMode != "" && h.UsernsMode != "host":
+		return no("--userns " + string(h.UsernsMode))
+	case h.CgroupParent != "":
+		return no("--cgroup-parent")
+	case h.Runtime != "" && h.Runtime != "tenon":
+		return no("--runtime " + h.Runtime)
+	case h.Init != nil && *h.Init:
+		return no("--init")
+	}
+	for _, m := range r.Mounts {
+		switch {
+		case m.Type == mount.TypeTmpfs:
+		case m.Type == mount.TypeVolume:
+			if v, err := e.cfg.Volumes.Get(m.Name); err == nil && len(v.Options) > 0 {
+				return no("a volume with options of its own (" + m.Name + ")")
+			}
+		case m.Type == mount.TypeBind && m.Propagation != "" && !strings.HasSuffix(string(m.Propagation), "private"):
+			return no("mount propagation " + string(m.Propagation) + " (" + m.Destination + ")")
+		case m.Type == mount.TypeBind:
+			if st, err := os.Stat(m.Source); err == nil && !st.IsDir() && !st.Mode().IsRegular() {
+				return no("a socket or device of the host (" + m.Source + ")")
+			}
+		default:
+			return no("a mount of type " + string(m.Type) + " (" + m.Destination + ")")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,140 @@
+package engine
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+)
+
+// foundMachine is what recovery knows of a container with a kernel of its own.
+type foundMachine struct {
+	verdict verdict
+	machine sandbox.Machine // nil: there is none
+	guest   *guest          // connected; nil: it does not answer, or there is none
+	client  *task.Client
+	task    *taskv1.Process
+	seq     uint64
+}
+
+// findMachines judges the containers with kernels of their own by the machines
+// that an earlier engine left; what belongs to nobody is removed.
+func (e *Engine) findMachines(ctx context.Context) map[*ctr]*foundMachine {
+	machines := map[string]sandbox.Machine{}
+	if e.cfg.Machines != nil {
+		list, err := e.cfg.Machines.List(ctx)
+		if err != nil {
+			e.log.Error("virtual machines are not known; containers on them are taken for lost", "err", err)
+		}
+		for _, m := range list {
+			machines[m.ID()] = m
+		}
+	}
+	out := map[*ctr]*foundMachine{}
+	for _, c := range e.all() {
+		if onHost(c.record()) {
+			continue
+		}
+		f := &foundMachine{machine: machines[machineID(c.id)]}
+		delete(machines, machineID(c.id))
+		if f.machine != nil && !isClosed(f.machine.Ended()) {
+			e.findTask(ctx, c, f)
+		}
+		f.verdict = decide(seen{record: c.record(), task: f.task, run: runOf(f.task)})
+		out[c] = f
+	}
+	for _, m := range machines {
+		e.log.Warn("virtual machine without a container is ended", "machine", m.ID())
+		if isOffline(m) && !isClosed(m.Ended()) { // what was written to its disks is to stay
+			if err := powerOff(ctx, m); err != nil {
+				e.log.Error("what was written to a container's files may be lost", "machine", m.ID(), "err", err)
+			}
+		}
+		if err := m.Remove(ctx); err != nil {
+			e.log.Error("virtual machine without a container is left", "machine", m.ID(), "err", err)
+		}
+	}
+	return out
+}
+
+// findTask asks a machine's shim for the container.
+func (e *Engine) findTask(ctx context.Context, c *ctr, f *foundMachine) {
+	ctx, cancel := context.WithTimeout(ctx, silentTime)
+	defer cancel()
+	g := e.newGuest(f.machine)
+	client, seq, err := g.connect(ctx)
+	var procs []*taskv1.Process
+	if err == nil {
+		procs, seq, err = client.List(ctx, "")
+	}
+	if err != nil {
+		e.log.Error("virtual machine does not answer", "container", c.id, "machine", f.machine.ID(), "err", err)
+		g.link.close()
+		return
+	}
+	f.guest, f.client, f.seq, f.task = g, client, seq, initTasks(procs)[c.id]
+	g.root = f.machine.Root(c.id, e.hasLayers(ctx, c.record()))
+}
+
+// hasLayers says whether a container's root has a disk for its image.
+func (e *Engine) hasLayers(ctx context.Context, r *container.Record) bool {
+	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
+	if err != nil {
+		return true
+	}
+	layers, err := e.cfg.Images.Layers(ctx, img)
+	return err != nil || len(layers) > 0
+}
+
+// applyMachines acts on the verdicts and returns when each has been acted on.
+func (e *Engine) applyMachines(ctx context.Context, found map[*ctr]*foundMachine) {
+	slots := make(chan struct{}, recoverParallel)
+	var wg sync.WaitGroup
+	for c, f := range found {
+		if f.verdict == settled && f.machine == nil {
+			continue
+		}
+		e.log.Info("container found again", "container", c.id, "name", c.record().Name, "isolation", sandbox.VM, "verdict", f.verdict.String())
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			if err := e.actMachine(ctx, c, f); err != nil {
+				e.log.Error("container could not be taken over", "container", c.id, "verdict", f.verdict.String(), "err", err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// actMachine does what a verdict says for one container with a kernel of its
+// own.
+func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error {
+	if (f.verdict == adopt || f.verdict == exited) && f.guest != nil {
+		c.setMachine(f.guest)
+		if err := e.act(ctx, f.client, c, f.verdict, f.task); err != nil || f.verdict == exited {
+			return err
+		}
+		rn := c.runOrNew()
+		e.spawn(func() { e.watchMachine(c, rn, f.guest, f.client, f.seq) })
+		return nil
+	}
+	var reason string
+	if f.machine != nil {
+		reason = f.machine.End()
+		if f.guest != nil {
+			f.guest.link.close()
+		}
+		if err := f.machine.Remove(ctx); err != nil {
+			return err
+		}
+	}
+	if f.verdict == lost && reason != "" {
+		e.exited(nil, c, c.runOrNew(), exitFacts{code: 137, at: time.Now(), unknown: "the container's virtual machine ended: " + reason})
+		return nil
+	}
+	return e.act(ctx, nil, c, f.verdict, nil)
+}
