@@ -244,7 +244,7 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 		return Endpoint{}, fmt.Errorf("container cannot be connected to network %s besides others: %w", n.rec.Name, errdefs.ErrInvalidArgument)
 	}
 	ep := Endpoint{NetworkID: n.rec.ID, NetworkName: n.rec.Name, EndpointID: randomHex(64), Interface: "eth" + strconv.Itoa(i),
-		HostInterface: c.portName(port), MAC: req.MAC, Aliases: slices.Clone(req.Aliases), Links: slices.Clone(req.Links),
+		HostInterface: c.portName(port), HostIndex: c.index.next(), MAC: req.MAC, Aliases: slices.Clone(req.Aliases), Links: slices.Clone(req.Links),
 		DriverOpts: maps.Clone(req.DriverOpts), GwPriority: req.GwPriority, WantIPv4: req.IPv4, WantIPv6: req.IPv6, WantMAC: req.MAC != nil}
 	if name := req.DriverOpts[optIfname]; name != "" {
 		if !bridgePattern.MatchString(name) || name == "lo" || strings.HasPrefix(name, ".") {
@@ -392,7 +392,7 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 		if e.Segment > 0 {
 			bridge = c.segmentName(n.rec.ID, e.Segment)
 		}
-		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, Interface: e.Interface,
+		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, HostIndex: e.HostIndex, Interface: e.Interface,
 			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, LinkLocal: e.LinkLocal, Sysctls: splitSysctls(e.DriverOpts[optSysctls]), Isolated: !n.optBool(optICC, true)}
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]

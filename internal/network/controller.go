@@ -27,6 +27,7 @@ type Controller struct {
 	dns   *dnsClient
 	pool  *readyPool
 	keys  keyLock
+	index *indexes
 
 	hostRes hostResolv
 
@@ -61,7 +62,7 @@ func Open(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if err := cfg.fill(); err != nil {
 		return nil, fmt.Errorf("network: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	c := &Controller{cfg: cfg, log: cfg.Log, short: shortName(cfg.Name),
+	c := &Controller{cfg: cfg, log: cfg.Log, short: shortName(cfg.Name), index: newIndexes(),
 		nets: map[string]*netw{}, conts: map[string]*contRecord{}, names: map[string]string{}, ports: newPortTable()}
 	c.ctx, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {

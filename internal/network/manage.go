@@ -88,7 +88,7 @@ func newNetw(rec netRecord) (*netw, error) {
 
 // nft describes the network for the table.
 func (n *netw) nft() nft.Net {
-	out := nft.Net{Bridge: n.rec.Bridge, Internal: n.rec.Internal,
+	out := nft.Net{Bridge: n.rec.Bridge, Index: n.segments[0].index, Internal: n.rec.Internal,
 		NoMasquerade: !n.optBool(optMasquerade, true), NoICC: !n.optBool(optICC, true)}
 	for _, s := range n.subnets {
 		out.Subnets = append(out.Subnets, s.Prefix())

@@ -199,8 +199,9 @@ type Endpoint struct {
 	EndpointID  string
 	// Interface is the name inside the container, for example eth0.
 	Interface string
-	// HostInterface is the other end on the host.
+	// HostInterface is the other end on the host, HostIndex its index.
 	HostInterface string
+	HostIndex     int `json:"-"`
 	MAC           net.HardwareAddr
 	// IPv4 and IPv6 are the address with the subnet's prefix length; zero if
 	// the network has none.

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/network/link"
 	"tenon.dev/tenon/internal/network/nft"
@@ -25,8 +27,10 @@ type Plug struct {
 	BridgeIndex int
 	// Parent is the host's interface for a macvlan network.
 	Parent string
-	// HostInterface is the name of the end on the host (veth or tap).
+	// HostInterface is the name of the end on the host (veth or tap), HostIndex
+	// the index that it gets.
 	HostInterface string
+	HostIndex     int
 	// Interface is the name inside.
 	Interface string
 	MAC       net.HardwareAddr
@@ -41,7 +45,13 @@ type Plug struct {
 	Sysctls []string
 	// Isolated endpoints reach the host but not each other.
 	Isolated bool
+
+	index int // of Interface; 0: the kernel chooses it
 }
+
+// innerIndex is the index of the first interface of a new namespace. Some kernel
+// modules give each namespace interfaces, by which the first numbers are taken.
+const innerIndex = 64
 
 // v6 says whether the interface speaks IPv6.
 func (p *Plug) v6() bool {
@@ -75,6 +85,11 @@ func (p *netnsPlumber) path(ns string) string { return filepath.Join(p.dir, ns) 
 
 // Setup makes a network namespace with its interfaces.
 func (p *netnsPlumber) Setup(ctx context.Context, ns string, plugs []Plug) error {
+	for i := range plugs {
+		if plugs[i].Parent == "" {
+			plugs[i].index = innerIndex + i
+		}
+	}
 	return link.NewNetns(p.path(ns), p.from, func(fd int, s *link.Socket) error {
 		v6 := false
 		for _, pl := range plugs {
@@ -115,7 +130,8 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 			host.AddMacvlan(pl.HostInterface, links[i].Index, fd, pl.MAC, 4)
 			continue
 		}
-		host.AddVeth(link.Veth{Host: pl.HostInterface, Bridge: pl.BridgeIndex, NetnsFD: fd, Peer: pl.Interface, MAC: pl.MAC, MTU: pl.MTU})
+		host.AddVeth(link.Veth{Host: pl.HostInterface, HostIndex: pl.HostIndex, Bridge: pl.BridgeIndex,
+			NetnsFD: fd, Peer: pl.Interface, PeerIndex: pl.index, MAC: pl.MAC, MTU: pl.MTU})
 		if pl.Isolated {
 			host.SetPort(pl.HostInterface, link.Port{Isolated: true})
 		}
@@ -123,10 +139,12 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 	if err := p.rtnl.Do(&host); err != nil {
 		return err
 	}
-	// The kernel chooses the index of an interface that is made for another namespace.
-	links, err := s.Links()
-	if err != nil {
-		return err
+	var links []link.Info // in the namespace
+	if slices.ContainsFunc(plugs, func(pl Plug) bool { return pl.index == 0 }) {
+		var err error
+		if links, err = s.Links(); err != nil {
+			return err
+		}
 	}
 	if lo {
 		in.SetUp(1)
@@ -136,11 +154,14 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 		if pl.Parent != "" {
 			arrived = pl.HostInterface
 		}
-		i := slices.IndexFunc(links, func(l link.Info) bool { return l.Name == arrived })
-		if i < 0 {
-			return fmt.Errorf("interface %s did not arrive", arrived)
+		index := pl.index
+		if index == 0 {
+			i := slices.IndexFunc(links, func(l link.Info) bool { return l.Name == arrived })
+			if i < 0 {
+				return fmt.Errorf("interface %s did not arrive", arrived)
+			}
+			index = links[i].Index
 		}
-		index := links[i].Index
 		if pl.Parent != "" {
 			var b link.Batch
 			b.Rename(index, pl.Interface)
@@ -371,10 +392,30 @@ func (c *Controller) setup(ctx context.Context, p Plumber, nsid string, eps []En
 	if err := c.evict(eps); err != nil {
 		return err
 	}
-	if err := c.table.Guard(c.guards(eps)...); err != nil {
-		return err
+	for try := 0; ; try++ {
+		if err := c.table.Guard(c.guards(eps)...); err != nil {
+			return err
+		}
+		err := p.Setup(ctx, nsid, c.plugs(eps))
+		if !errors.Is(err, unix.EBUSY) || try == 3 {
+			return err
+		}
+		if err := c.renumber(eps); err != nil { // another interface has one of the indexes
+			return err
+		}
 	}
-	return p.Setup(ctx, nsid, c.plugs(eps))
+}
+
+// renumber gives endpoints that were not plugged in other indexes.
+func (c *Controller) renumber(eps []Endpoint) error {
+	var ports []string
+	c.mu.Lock()
+	for i := range eps {
+		eps[i].HostIndex = c.index.next()
+		ports = append(ports, eps[i].HostInterface)
+	}
+	c.mu.Unlock()
+	return c.table.Unguard(ports...)
 }
 
 // evict takes the ports of dead endpoints down whose addresses are used again:
@@ -400,10 +441,10 @@ func (c *Controller) guardsLocked(eps []Endpoint) []nft.Guarded {
 	var out []nft.Guarded
 	for _, e := range eps {
 		n := c.nets[e.NetworkID]
-		if n == nil || !n.isBridge() || e.HostInterface == "" || !n.optBool(optGuard, true) {
+		if n == nil || !n.isBridge() || e.HostInterface == "" || e.HostIndex == 0 || !n.optBool(optGuard, true) {
 			continue
 		}
-		g := nft.Guarded{Port: e.HostInterface, MAC: e.MAC}
+		g := nft.Guarded{Port: e.HostInterface, Index: e.HostIndex, MAC: e.MAC}
 		for _, p := range append([]netip.Prefix{e.IPv4, e.IPv6}, e.LinkLocal...) {
 			if p.IsValid() {
 				g.Addrs = append(g.Addrs, p.Addr())

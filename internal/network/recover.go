@@ -105,7 +105,7 @@ func (c *Controller) installTable() error {
 		if n.isBridge() {
 			nets = append(nets, n.nft())
 			for seg := 1; seg < len(n.segments); seg++ {
-				nets = append(nets, n.nftSegment(c.segmentName(n.rec.ID, seg)))
+				nets = append(nets, c.nftSegmentLocked(n, seg))
 			}
 		}
 	}
@@ -191,9 +191,14 @@ func (c *Controller) replug() error {
 	if err != nil {
 		return err
 	}
-	want := map[string]int{}
+	want, index := map[string]int{}, map[string]int{}
+	for _, l := range links {
+		index[l.Name] = l.Index
+	}
 	for _, r := range c.conts {
-		for _, e := range r.Endpoints {
+		for i := range r.Endpoints {
+			e := &r.Endpoints[i]
+			e.HostIndex = index[e.HostInterface] // 0: it is gone, there is nothing to guard
 			if n := c.nets[e.NetworkID]; n != nil && e.HostInterface != "" && n.segments[e.Segment].index != 0 {
 				want[e.HostInterface] = n.segments[e.Segment].index
 			}

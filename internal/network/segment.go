@@ -29,8 +29,9 @@ const segmentPorts = 960
 const maxSegments = 48
 
 type segment struct {
-	index int // of the bridge; 0 if it is not made yet
-	used  int // endpoints
+	index  int // of the bridge; 0 if it is not made yet
+	uplink int // index of its uplink's end in segment 0
+	used   int // endpoints
 }
 
 // placeLocked finds room for one more endpoint.
@@ -169,18 +170,27 @@ func (c *Controller) raiseSegment(n *netw, seg int) error {
 		return err
 	}
 	raiseNeighbours()
-	if err := c.table.AddNet(n.nftSegment(name)); err != nil {
-		return err
+	uplink := slices.IndexFunc(links, func(l link.Info) bool { return l.Name == up })
+	if uplink < 0 {
+		return fmt.Errorf("uplink %s vanished: %w", up, errdefs.ErrFailedPrecondition)
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	n.segments[seg].index = index
+	n.segments[seg].index, n.segments[seg].uplink = index, links[uplink].Index
+	desc := c.nftSegmentLocked(n, seg)
+	c.mu.Unlock()
+	if err := c.table.AddNet(desc); err != nil {
+		c.mu.Lock()
+		n.segments[seg].index = 0 // so that it is tried again
+		c.mu.Unlock()
+		return err
+	}
 	return nil
 }
 
-// nftSegment describes a segment for the table.
-func (n *netw) nftSegment(name string) nft.Net {
-	return nft.Net{Bridge: name, Segment: true}
+// nftSegmentLocked describes a segment for the table.
+func (c *Controller) nftSegmentLocked(n *netw, seg int) nft.Net {
+	s := n.segments[seg]
+	return nft.Net{Bridge: c.segmentName(n.rec.ID, seg), Index: s.index, Segment: true, Uplink: s.uplink}
 }
 
 // raiseNeighbours makes room for the neighbours of a large network: the

@@ -44,11 +44,16 @@ func (p tapPlumber) Attach(ctx context.Context, ns string, pl Plug) error {
 	if pl.Parent != "" {
 		return fmt.Errorf("a virtual machine on a macvlan network: %w", errdefs.ErrNotImplemented)
 	}
-	if err := link.MakeTap(pl.HostInterface, p.owner); err != nil {
+	var b link.Batch
+	b.DelLink(pl.HostInterface) // of a former try: it would keep its index
+	if err := p.rtnl.Do(&b); err != nil {
 		return err
 	}
-	var b link.Batch
-	b.PlugTap(pl.HostInterface, pl.BridgeIndex, pl.MTU)
+	if err := link.MakeTap(pl.HostInterface, pl.HostIndex, p.owner); err != nil {
+		return err
+	}
+	b = link.Batch{}
+	b.PlugTap(pl.HostInterface, pl.HostIndex, pl.BridgeIndex, pl.MTU)
 	if pl.Isolated {
 		b.SetPort(pl.HostInterface, link.Port{Isolated: true})
 	}

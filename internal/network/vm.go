@@ -71,10 +71,17 @@ func (c *Controller) PlugTap(ctx context.Context, containerID, networkID, tap st
 }
 
 func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
+	index, missing := link.IndexOf(tap)
+	if missing != nil && !link.IsMissing(missing) {
+		return Plug{}, missing
+	}
 	c.mu.Lock()
 	r, at, err := c.vmEndpointLocked(containerID, networkID)
 	if err == nil && (c.isPortName(tap) || !bridgePattern.MatchString(tap)) {
 		err = fmt.Errorf("bad name of a tap: %w", errdefs.ErrInvalidArgument)
+	}
+	if err == nil && missing != nil {
+		err = fmt.Errorf("no such tap: %w: %w", missing, errdefs.ErrNotFound)
 	}
 	if err == nil {
 		err = c.freeTapLocked(r, networkID, tap)
@@ -83,19 +90,20 @@ func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
 		c.mu.Unlock()
 		return Plug{}, err
 	}
-	before := r.Endpoints[at].HostInterface
-	r.Endpoints[at].HostInterface = tap
+	before, beforeIndex := r.Endpoints[at].HostInterface, r.Endpoints[at].HostIndex
+	r.Endpoints[at].HostInterface, r.Endpoints[at].HostIndex = tap, index
 	ep := r.Endpoints[at]
+	moved := before != tap || beforeIndex != index // a tap may have been made again
 	c.mu.Unlock()
 
 	undo := func(err error) (Plug, error) {
 		c.mu.Lock()
-		r.Endpoints[at].HostInterface = before
+		r.Endpoints[at].HostInterface, r.Endpoints[at].HostIndex = before, beforeIndex
 		c.mu.Unlock()
 		c.unplugTaps([]string{tap})
 		return Plug{}, err
 	}
-	if before != tap {
+	if moved {
 		c.unplugTaps([]string{before, tap}) // whatever was there
 	}
 	// First of all: what dies next, the next start finds the tap by its name.
@@ -107,13 +115,13 @@ func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
 	if i < 0 {
 		return undo(fmt.Errorf("network is gone: %w", errdefs.ErrNotFound))
 	}
-	if before != tap {
+	if moved {
 		if err := c.table.Guard(c.guards([]Endpoint{ep})...); err != nil {
 			return undo(err)
 		}
 	}
 	var b link.Batch
-	b.PlugTap(tap, plugs[i].BridgeIndex, plugs[i].MTU)
+	b.PlugTap(tap, index, plugs[i].BridgeIndex, plugs[i].MTU)
 	if plugs[i].Isolated {
 		b.SetPort(tap, link.Port{Isolated: true})
 	}

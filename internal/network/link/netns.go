@@ -43,11 +43,27 @@ func RemoveDir(dir string) error {
 // descriptor (closed afterwards) and a socket in it. If fn fails, the namespace
 // is let go.
 func NewNetns(path string, from *os.File, fn func(fd int, s *Socket) error) error {
+	return abroad(func() error { return newNetns(path, from, fn) })
+}
+
+// abroad calls fn on a thread of its own, which may leave its network namespace.
+func abroad(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		// The thread is not given back: it ends with this goroutine.
 		runtime.LockOSThread()
-		done <- newNetns(path, from, fn)
+		home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			done <- &os.PathError{Op: "open", Path: "/proc/thread-self/ns/net", Err: err}
+			return
+		}
+		defer unix.Close(home)
+		defer func() {
+			// A thread that is not back home ends with this goroutine.
+			if unix.Setns(home, unix.CLONE_NEWNET) == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
+		done <- fn()
 	}()
 	return <-done
 }
@@ -60,11 +76,11 @@ func newNetns(path string, from *os.File, fn func(fd int, s *Socket) error) (err
 	} else if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("make network namespace: %w", os.NewSyscallError("unshare", err))
 	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o600)
+	file, err := unix.Open(path, unix.O_CREAT|unix.O_EXCL|unix.O_RDONLY|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return fmt.Errorf("make network namespace: %w", err)
+		return fmt.Errorf("make network namespace: %w", &os.PathError{Op: "create", Path: path, Err: err})
 	}
-	f.Close()
+	unix.Close(file)
 	defer func() {
 		if err != nil {
 			_ = unix.Unmount(path, unix.MNT_DETACH)
@@ -89,27 +105,22 @@ func newNetns(path string, from *os.File, fn func(fd int, s *Socket) error) (err
 
 // InNetns calls fn on a thread that is in the namespace bound to path.
 func InNetns(path string, fn func(fd int, s *Socket) error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		done <- func() error {
-			fd, err := OpenNetns(path)
-			if err != nil {
-				return err
-			}
-			defer unix.Close(fd)
-			if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("enter %s: %w", path, os.NewSyscallError("setns", err))
-			}
-			s, err := Open()
-			if err != nil {
-				return err
-			}
-			defer s.Close()
-			return fn(fd, s)
-		}()
-	}()
-	return <-done
+	return abroad(func() error {
+		fd, err := OpenNetns(path)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter %s: %w", path, os.NewSyscallError("setns", err))
+		}
+		s, err := Open()
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		return fn(fd, s)
+	})
 }
 
 // OpenNetns opens the namespace bound to path; ErrNotNetns if it is only a file.
@@ -141,10 +152,14 @@ func ReleaseNetns(path string) error {
 
 // Sysctl writes a setting below /proc/sys for the calling thread's namespace.
 func Sysctl(name, value string) error {
-	f, err := os.OpenFile(filepath.Join("/proc/sys", name), os.O_WRONLY, 0)
+	path := filepath.Join("/proc/sys", name)
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	_, err = f.WriteString(value)
-	return errors.Join(err, f.Close())
+	defer unix.Close(fd)
+	if _, err := unix.Write(fd, []byte(value)); err != nil {
+		return &os.PathError{Op: "write", Path: path, Err: err}
+	}
+	return nil
 }

@@ -30,30 +30,33 @@ type Port struct {
 
 // Veth is a veth pair with one end in a bridge and the other in a namespace.
 type Veth struct {
-	// Host is the name of the end on the host.
-	Host string
+	// Host is the name of the end on the host, HostIndex its index (0: the
+	// kernel chooses).
+	Host      string
+	HostIndex int
 	// Bridge is the index of the bridge.
 	Bridge int
 	// NetnsFD is the namespace of the other end.
 	NetnsFD int
-	// Peer is the name of the other end.
-	Peer string
+	// Peer is the name of the other end, PeerIndex its index (0: the kernel chooses).
+	Peer      string
+	PeerIndex int
 	// MAC is the other end's address.
 	MAC net.HardwareAddr
 	MTU int
 }
 
 // AddVeth makes the pair, the host's end up and in the bridge. The other end
-// has to be brought up in its namespace.
+// has to be brought up in its namespace. EBUSY: an index is taken.
 func (b *Batch) AddVeth(v Veth) {
-	b.begin("add veth "+v.Host, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(0, 0, 0))
+	b.begin("add veth "+v.Host, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(v.HostIndex, 0, 0))
 	b.attrString(unix.IFLA_IFNAME, v.Host)
 	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
 	b.open(unix.IFLA_LINKINFO)
 	b.attrString(unix.IFLA_INFO_KIND, "veth")
 	b.open(unix.IFLA_INFO_DATA)
 	b.open(vethInfoPeer)
-	b.buf = append(b.buf, ifinfo(0, 0, 0)...)
+	b.buf = append(b.buf, ifinfo(v.PeerIndex, 0, 0)...)
 	b.attrString(unix.IFLA_IFNAME, v.Peer)
 	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
 	if v.MAC != nil {
@@ -63,22 +66,27 @@ func (b *Batch) AddVeth(v Veth) {
 	b.close()
 	b.close()
 	b.close()
+	if v.Bridge != 0 {
+		b.attr32(unix.IFLA_MASTER, uint32(v.Bridge))
+	}
 
-	// No link-local address on a bridge's port: said before it goes up, and
-	// the kernel takes it from an existing interface only.
-	b.begin("set up veth "+v.Host, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
-	b.attrString(unix.IFLA_IFNAME, v.Host)
+	// No link-local address on a bridge's port. The kernel takes that for an
+	// existing interface only, and looks at it when there is a carrier, that is
+	// when the other end is up.
+	b.begin("set up veth "+v.Host, unix.RTM_NEWLINK, 0, ifinfo(v.HostIndex, unix.IFF_UP, unix.IFF_UP))
+	if v.HostIndex == 0 {
+		b.attrString(unix.IFLA_IFNAME, v.Host)
+	}
+	b.portSettings()
+}
+
+// portSettings says that a port of a bridge has no address of its own.
+func (b *Batch) portSettings() {
 	b.open(unix.IFLA_AF_SPEC)
 	b.open(unix.AF_INET6)
 	b.attr8(unix.IFLA_INET6_ADDR_GEN_MODE, addrGenNone)
 	b.close()
 	b.close()
-
-	b.begin("plug veth "+v.Host+" into its bridge", unix.RTM_NEWLINK, 0, ifinfo(0, unix.IFF_UP, unix.IFF_UP))
-	b.attrString(unix.IFLA_IFNAME, v.Host)
-	if v.Bridge != 0 {
-		b.attr32(unix.IFLA_MASTER, uint32(v.Bridge))
-	}
 }
 
 // SetPort changes how the named interface sits in its bridge.

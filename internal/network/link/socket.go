@@ -41,8 +41,11 @@ func Open() (*Socket, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("bind rtnetlink socket: %w", err)
 	}
-	return &Socket{fd: fd, buf: make([]byte, 64<<10)}, nil
+	return &Socket{fd: fd, buf: *buffers.Get().(*[]byte)}, nil
 }
+
+// buffers for answers. Sockets in new namespaces live for a moment only.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 64<<10); return &b }}
 
 // Close frees the socket.
 func (s *Socket) Close() error {
@@ -53,6 +56,9 @@ func (s *Socket) Close() error {
 	}
 	err := unix.Close(s.fd)
 	s.fd = -1
+	buf := s.buf
+	buffers.Put(&buf)
+	s.buf = nil
 	return os.NewSyscallError("close", err)
 }
 
@@ -72,7 +78,7 @@ func (b *Batch) begin(what string, typ uint16, flags uint16, hdr []byte) {
 	b.cur = len(b.buf)
 	var h [unix.NLMSG_HDRLEN]byte
 	native.PutUint16(h[4:], typ)
-	native.PutUint16(h[6:], flags|unix.NLM_F_REQUEST|unix.NLM_F_ACK)
+	native.PutUint16(h[6:], flags|unix.NLM_F_REQUEST)
 	b.buf = append(b.buf, h[:]...)
 	b.buf = append(b.buf, hdr...)
 	b.pad()
@@ -136,9 +142,9 @@ func (b *Batch) end() {
 // Len is the number of requests in the batch.
 func (b *Batch) Len() int { return len(b.what) }
 
-// Do sends all requests in one system call and waits for their answers. The
-// kernel works on them in order and does not stop at an error; the first error
-// is returned.
+// Do sends all requests in one system call and waits for the last one's answer
+// and for the errors of the others, which come before. The kernel works on them
+// in order and does not stop at an error; the first error is returned.
 func (s *Socket) Do(b *Batch) error {
 	if b.Len() == 0 {
 		return nil
@@ -150,13 +156,16 @@ func (s *Socket) Do(b *Batch) error {
 	for at, i := 0, 0; at < len(b.buf); i++ {
 		s.seq++
 		native.PutUint32(b.buf[at+8:], s.seq)
+		if i == b.Len()-1 {
+			native.PutUint16(b.buf[at+6:], native.Uint16(b.buf[at+6:])|unix.NLM_F_ACK)
+		}
 		at += int(native.Uint32(b.buf[at:]))
 	}
 	if err := unix.Sendto(s.fd, b.buf, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("%s: %w", b.what[0], os.NewSyscallError("sendto", err))
 	}
 	var fail error
-	for acked := 0; acked < b.Len(); {
+	for done := false; !done; {
 		n, _, err := unix.Recvfrom(s.fd, s.buf, 0)
 		if err == unix.EINTR {
 			continue
@@ -174,7 +183,7 @@ func (s *Socket) Do(b *Batch) error {
 				i := int(seq - first)
 				errno := unix.Errno(-int32(native.Uint32(m[unix.NLMSG_HDRLEN:])))
 				if i < b.Len() {
-					acked++
+					done = done || i == b.Len()-1
 					if errno != 0 && errno != b.ignore[i] && fail == nil {
 						fail = fmt.Errorf("%s: %w", b.what[i], errno)
 					}

@@ -19,7 +19,7 @@ func BenchmarkTable(b *testing.B) {
 	defer tb.Remove()
 	b.Run("guard", func(b *testing.B) {
 		for i := range b.N {
-			if err := tb.Guard(Guarded{fmt.Sprintf("x%d", i), net.HardwareAddr{2, 66, 10, 199, 1, 2}, []netip.Addr{netip.MustParseAddr("10.199.1.2")}}); err != nil {
+			if err := tb.Guard(Guarded{fmt.Sprintf("x%d", i), 1<<20 + i, net.HardwareAddr{2, 66, 10, 199, 1, 2}, []netip.Addr{netip.MustParseAddr("10.199.1.2")}}); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -13,41 +13,64 @@ import (
 // The guard of the bridges' ports, as nft would show it:
 //
 //	table bridge NAME {
-//	  set ports { type ifname }                            # guarded ports
-//	  set macs  { type ifname . ether_addr }
-//	  set src4  { type ifname . ether_addr . ipv4_addr }   # who may speak there
-//	  set src6  { type ifname . ether_addr . ipv6_addr }
+//	  set uplinks { type iface_index }                     # from segments to their network's bridge
+//	  set ports { type iface_index; size N }               # guarded ports
+//	  set macs  { type iface_index . ether_addr; size N }
+//	  set src4  { type iface_index . ether_addr . ipv4_addr; size N }  # who may speak there
+//	  set src6  { type iface_index . ether_addr . ipv6_addr; size N }
 //	  chain guard { type filter hook prerouting priority -300
-//	    ether type ip udp sport 67 iifname @ports drop     # no DHCP server
-//	    ether type ip iifname . ether saddr . ip saddr @src4 accept  # nearly all frames end here
-//	    iifname != @ports accept
+//	    ether type ip ip daddr 127.0.0.0/8 drop            # route_localnet is on there
+//	    ether type ip udp sport 67 iif @ports drop         # no DHCP server
+//	    ether type ip meta pkttype other iif . ether saddr . ip saddr @src4 notrack accept  # to another container
+//	    ether type ip meta pkttype != other iif . ether saddr . ip saddr @src4 accept       # to the host
+//	    ether type ip6 ip6 daddr ::1 drop
+//	    meta pkttype other iif @uplinks notrack accept     # only with segments
+//	    iif != @ports accept
 //	    ether type ip drop
-//	    iifname . ether saddr != @macs drop
-//	    ether type arp iifname . arp saddr ether . arp saddr ip @src4 accept
+//	    iif . ether saddr != @macs drop
+//	    ether type arp iif . arp saddr ether . arp saddr ip @src4 accept
 //	    ether type ip6 icmpv6 type { 134, 137 } drop       # no router
-//	    ether type ip6 icmpv6 type 136 jump advert         # only for its own address
-//	    ether type ip6 iifname . ether saddr . ip6 saddr @src6 accept
+//	    ether type ip6 icmpv6 type 136 goto advert         # only for its own address
+//	    ether type ip6 meta pkttype other iif . ether saddr . ip6 saddr @src6 notrack accept
+//	    ether type ip6 iif . ether saddr . ip6 saddr @src6 accept
 //	    ether type ip6 ip6 saddr fe80::/10 accept
 //	    ether type ip6 ip6 saddr :: accept                 # duplicate detection
 //	    drop                                               # no spanning tree, no VLAN, nothing else
 //	  }
 //	  chain advert {
-//	    iifname . ether saddr . TARGET @src6 accept
+//	    iif . ether saddr . TARGET @src6 accept
 //	    TARGET fe80::/10 accept
 //	    drop
 //	  }
 //	}
+//
+// Frames to loopback addresses are dropped whatever bridge they come by: they are
+// nobody's (RFC 1122), not every kernel can say here which bridge it is, and a
+// chain in the IP families would cost all of the host's packets.
+//
+// The packet type is "other" where the frame is for none of the host's own
+// addresses: it can only be bridged, never be taken in or routed by the host.
+// Where br_netfilter is on, such a frame would be looked up in the connection
+// table for nothing (that is what costs most there): it is decided here who
+// speaks with whom, so it is not tracked. Frames for the host are, because
+// published ports are turned there.
+//
+// The keys are indexes and not names, which are looked up faster. The
+// controller chooses the indexes of its ports from a range where the kernel
+// takes none by itself, and no index twice (see network.indexes).
 const (
-	setPorts = "ports"
-	setMACs  = "macs"
-	setSrc   = "src"
+	setPorts   = "ports"
+	setMACs    = "macs"
+	setSrc     = "src"
+	setUplinks = "uplinks"
 )
 
 // Guarded is a bridge's port and who may speak there.
 type Guarded struct {
-	// Port is the name of the interface on the host.
-	Port string
-	MAC  net.HardwareAddr
+	// Port is the name of the interface on the host, Index its index.
+	Port  string
+	Index int
+	MAC   net.HardwareAddr
 	// Addrs are the addresses that may be a source.
 	Addrs []netip.Addr
 }
@@ -63,6 +86,9 @@ func (t *Table) Guard(list ...Guarded) error {
 	for _, g := range list {
 		t.guards[g.Port] = g
 		batch.guard(g)
+	}
+	if t.shapeLocked() != t.shape {
+		return t.installLocked()
 	}
 	if err := t.apply(batch, t.conn.SetAddElements); err != nil {
 		return err
@@ -93,7 +119,7 @@ func (t *Table) Unguard(ports ...string) error {
 }
 
 func (e elements) guard(g Guarded) {
-	port := ifname(g.Port)
+	port := ifindex(g.Index)
 	e.add(setPorts, nftables.SetElement{Key: port})
 	e.add(setMACs, nftables.SetElement{Key: pad4(port, g.MAC)})
 	for _, a := range g.Addrs {
@@ -107,11 +133,12 @@ func (t *Table) guardRules() {
 		_ = t.conn.AddSet(s, nil) // without elements it cannot fail
 		t.sets[s.Name] = s
 	}
-	ifn, mac := nftables.TypeIFName, nftables.TypeEtherAddr
-	add(&nftables.Set{Name: setPorts, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
-	add(&nftables.Set{Name: setMACs, KeyType: concat(ifn, mac), Concatenation: true})
-	add(&nftables.Set{Name: setSrc + "4", KeyType: concat(ifn, mac, nftables.TypeIPAddr), Concatenation: true})
-	add(&nftables.Set{Name: setSrc + "6", KeyType: concat(ifn, mac, nftables.TypeIP6Addr), Concatenation: true})
+	idx, mac := nftables.TypeIFIndex, nftables.TypeEtherAddr
+	add(&nftables.Set{Name: setUplinks, KeyType: idx, KeyByteOrder: binaryutil.NativeEndian, Size: t.shape.nets})
+	add(&nftables.Set{Name: setPorts, KeyType: idx, KeyByteOrder: binaryutil.NativeEndian, Size: t.shape.guards})
+	add(&nftables.Set{Name: setMACs, KeyType: concat(idx, mac), Concatenation: true, Size: t.shape.guards})
+	add(&nftables.Set{Name: setSrc + "4", KeyType: concat(idx, mac, nftables.TypeIPAddr), Concatenation: true, Size: t.shape.guards})
+	add(&nftables.Set{Name: setSrc + "6", KeyType: concat(idx, mac, nftables.TypeIP6Addr), Concatenation: true, Size: t.shape.guards})
 	accept := nftables.ChainPolicyAccept
 	prio := nftables.ChainPriority(-300)
 	c := t.conn.AddChain(&nftables.Chain{Name: "guard", Table: t.bridge, Type: nftables.ChainTypeFilter,
@@ -127,9 +154,16 @@ func (t *Table) guardRules() {
 	acc, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	ip, arp, ip6 := etherType(unix.ETH_P_IP), etherType(unix.ETH_P_ARP), etherType(unix.ETH_P_IPV6)
 
-	rule(c, ip, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), t.iif(setPorts), drop)
-	rule(c, ip, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), acc)
-	rule(c, t.notIif(setPorts), acc)
+	bridged, notrack := packetType(expr.CmpOpEq), []expr.Any{&expr.Notrack{}}
+	rule(c, ip, v4.loop(v4.dst), drop)
+	rule(c, ip, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), t.port(setPorts, false), drop)
+	rule(c, ip, bridged, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), notrack, acc)
+	rule(c, ip, packetType(expr.CmpOpNeq), t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), acc)
+	rule(c, ip6, v6.loop(v6.dst), drop)
+	if t.shape.segments {
+		rule(c, bridged, t.port(setUplinks, false), notrack, acc)
+	}
+	rule(c, t.port(setPorts, true), acc)
 	rule(c, ip, drop)
 	rule(c, t.mayNot(), drop)
 	rule(c, arp, t.speaker("4", &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 6},
@@ -139,6 +173,7 @@ func (t *Table) guardRules() {
 		rule(c, ip6, icmp6, byteAt(expr.PayloadBaseTransportHeader, 0, typ), drop)
 	}
 	rule(c, ip6, icmp6, byteAt(expr.PayloadBaseTransportHeader, 0, 136), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: adv.Name}})
+	rule(c, ip6, bridged, t.speaker("6", etherSrc, v6.load(v6.src, regAddr)), notrack, acc)
 	rule(c, ip6, t.speaker("6", etherSrc, v6.load(v6.src, regAddr)), acc)
 	rule(c, ip6, linkLocal(v6.src), acc)
 	rule(c, ip6, []expr.Any{v6.load(v6.src, reg1), &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: make([]byte, 16)}}, acc)
@@ -152,8 +187,8 @@ func (t *Table) guardRules() {
 
 // Registers of the key port . hardware address . address.
 const (
-	regMAC  = reg32 + 4
-	regAddr = reg32 + 6
+	regMAC  = reg32 + 1
+	regAddr = reg32 + 3
 )
 
 var etherSrc = &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}
@@ -161,15 +196,25 @@ var etherSrc = &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseLLHeade
 // speaker matches if the port may speak with the loaded addresses.
 func (t *Table) speaker(v string, mac, addr expr.Any) []expr.Any {
 	s := t.sets[setSrc+v]
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, mac, addr,
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg32}, mac, addr,
 		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID}}
 }
 
 // mayNot matches if the port may not speak with the frame's source.
 func (t *Table) mayNot() []expr.Any {
 	s := t.sets[setMACs]
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1}, etherSrc,
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg32}, etherSrc,
 		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID, Invert: true}}
+}
+
+// port matches if the port is in a set of indexes, or is not.
+func (t *Table) port(set string, invert bool) []expr.Any {
+	return t.name16(expr.MetaKeyIIF, set, invert)
+}
+
+// packetType compares with PACKET_OTHERHOST.
+func packetType(op expr.CmpOp) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPKTTYPE, Register: reg1}, &expr.Cmp{Op: op, Register: reg1, Data: []byte{unix.PACKET_OTHERHOST}}}
 }
 
 func etherType(p uint16) []expr.Any {

@@ -24,8 +24,9 @@ import (
 
 // Net is a bridge network as the table knows it.
 type Net struct {
-	// Bridge is the interface's name.
+	// Bridge is the interface's name, Index its index.
 	Bridge string
+	Index  int
 	// Subnets are the network's prefixes, Gateways the host's addresses in them.
 	Subnets  []netip.Prefix
 	Gateways []netip.Addr
@@ -34,7 +35,9 @@ type Net struct {
 	// NoMasquerade leaves the source address of outgoing packets alone.
 	NoMasquerade bool
 	// Segment is a further bridge of a network: frames only pass through it.
+	// Uplink is the index of the port by which it hangs on the network's bridge.
 	Segment bool
+	Uplink  int
 	// NoICC forbids traffic between the network's own endpoints.
 	NoICC bool
 }
@@ -63,6 +66,30 @@ type Table struct {
 	dnsTo  map[netip.Addr]uint16
 	nets   map[string]Net
 	ports  map[portKey]netip.AddrPort
+	shape  shape
+}
+
+// shape is what the rules depend on.
+type shape struct {
+	internal, segments bool   // there are such networks
+	nets, guards       uint32 // room in the sets
+}
+
+// shapeLocked is the shape that the contents ask for. Room never shrinks.
+func (t *Table) shapeLocked() shape {
+	s := shape{nets: max(t.shape.nets, 64), guards: max(t.shape.guards, 256)}
+	for _, n := range t.nets {
+		s.internal = s.internal || n.Internal
+		s.segments = s.segments || n.Segment
+	}
+	// An element that is deleted counts until the kernel has forgotten it.
+	for int(s.nets) < len(t.nets)*2 {
+		s.nets *= 2
+	}
+	for int(s.guards) < len(t.guards)*2 {
+		s.guards *= 2
+	}
+	return s
 }
 
 type portKey struct {
@@ -159,6 +186,7 @@ func (t *Table) Repair() error {
 }
 
 func (t *Table) installLocked() error {
+	t.shape = t.shapeLocked()
 	for _, tb := range t.tables() {
 		t.conn.AddTable(tb)
 		t.conn.DelTable(tb)
@@ -194,16 +222,24 @@ func (t *Table) AddNet(n Net) error {
 	if t.t == nil {
 		return nil // Install is to come, with all networks
 	}
-	batch := elements{}
-	batch.net(n)
-	if err := t.apply(batch, t.conn.SetAddElements); err != nil {
-		return err
-	}
-	if err := t.flush("add network " + n.Bridge); err != nil {
-		return err
-	}
+	was, had := t.nets[n.Bridge]
 	t.nets[n.Bridge] = n
-	return nil
+	var err error
+	if t.shapeLocked() != t.shape || had {
+		err = t.installLocked()
+	} else {
+		batch := elements{}
+		batch.net(n)
+		if err = t.apply(batch, t.conn.SetAddElements); err == nil {
+			err = t.repairAfter(t.flush("add network " + n.Bridge))
+		}
+	}
+	if err != nil {
+		if delete(t.nets, n.Bridge); had {
+			t.nets[n.Bridge] = was
+		}
+	}
+	return err
 }
 
 // RemoveNet removes the network of a bridge; one that is not there is no error.
@@ -215,6 +251,9 @@ func (t *Table) RemoveNet(bridge string) error {
 		return nil
 	}
 	delete(t.nets, bridge)
+	if t.shapeLocked() != t.shape {
+		return t.installLocked()
+	}
 	batch := elements{}
 	batch.net(n)
 	if err := t.apply(batch, t.conn.SetDeleteElements); err != nil {
@@ -343,14 +382,17 @@ func (e elements) net(n Net) {
 	br := ifname(n.Bridge)
 	if n.Segment {
 		e.add(setSegments, nftables.SetElement{Key: br})
+		if n.Uplink != 0 {
+			e.add(setUplinks, nftables.SetElement{Key: ifindex(n.Uplink)})
+		}
 		return
 	}
 	e.add(setBridges, nftables.SetElement{Key: br})
 	if n.Internal {
 		e.add(setInternal, nftables.SetElement{Key: br})
 	}
-	if !n.NoICC {
-		e.add(setSame, nftables.SetElement{Key: append(ifname(n.Bridge), br...)})
+	if !n.NoICC && n.Index != 0 {
+		e.add(setSame, nftables.SetElement{Key: pad4(ifindex(n.Index), ifindex(n.Index))})
 	}
 	for _, p := range n.Subnets {
 		lo, hi := interval(p)
@@ -403,6 +445,8 @@ func ifname(n string) []byte {
 	return b
 }
 
+func ifindex(i int) []byte { return binary.NativeEndian.AppendUint32(nil, uint32(i)) }
+
 // interval is a prefix as first address and the one after the last.
 func interval(p netip.Prefix) (lo, hi []byte) {
 	p = p.Masked()
@@ -429,7 +473,14 @@ func (t *Table) Intact() bool {
 		rules, err := t.conn.GetRules(tb, &nftables.Chain{Name: chain, Table: tb})
 		return !errors.Is(err, unix.ENOENT) && (err != nil || len(rules) > 0)
 	}
-	for _, name := range []string{"fwd", "pre", "post", "out", "in"} {
+	chains := []string{"fwd", "pre", "post", "out"}
+	if t.shape.internal {
+		chains = append(chains, "in")
+	}
+	if t.shape.segments {
+		chains = append(chains, "guard")
+	}
+	for _, name := range chains {
 		if !check(t.t, name) {
 			return false
 		}

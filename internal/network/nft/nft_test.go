@@ -2,6 +2,7 @@ package nft
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -47,7 +48,7 @@ func TestRootTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tb.Close()
-	n := Net{Bridge: "tnt0", Subnets: []netip.Prefix{netip.MustParsePrefix("10.199.1.0/24"), netip.MustParsePrefix("fd00:7::/64")},
+	n := Net{Bridge: "tnt0", Index: 77, Subnets: []netip.Prefix{netip.MustParsePrefix("10.199.1.0/24"), netip.MustParsePrefix("fd00:7::/64")},
 		Gateways: []netip.Addr{netip.MustParseAddr("10.199.1.1"), netip.MustParseAddr("fd00:7::1")}}
 	ports := []Port{
 		{6, netip.MustParseAddr("0.0.0.0"), 8080, netip.MustParseAddrPort("10.199.1.2:80")},
@@ -55,12 +56,12 @@ func TestRootTable(t *testing.T) {
 		{6, netip.MustParseAddr("::"), 8080, netip.MustParseAddrPort("[fd00:7::2]:80")},
 		{6, netip.MustParseAddr("::1"), 8081, netip.MustParseAddrPort("[fd00:7::2]:80")},
 	}
-	if err := tb.Install([]Net{n}, ports, []Guarded{{"tntv0", net.HardwareAddr{2, 66, 10, 199, 1, 2}, []netip.Addr{netip.MustParseAddr("10.199.1.2"), netip.MustParseAddr("fd00:7::2")}}}); err != nil {
+	if err := tb.Install([]Net{n}, ports, []Guarded{{"tntv0", 1 << 20, net.HardwareAddr{2, 66, 10, 199, 1, 2}, []netip.Addr{netip.MustParseAddr("10.199.1.2"), netip.MustParseAddr("fd00:7::2")}}}); err != nil {
 		t.Fatal(err)
 	}
 	all := ruleset(t)
 	for _, want := range []string{"table inet tnt", "tcp . 8080 : 10.199.1.2 . 80", "127.0.0.1 . udp . 53 : 10.199.1.2 . 53",
-		"tcp . 8080 : fd00:7::2 . 80", "::1 . tcp . 8081 : fd00:7::2 . 80", "10.199.1.0/24", `"tntv0" . 02:42:0a:c7:01:02 . 10.199.1.2`, "\"tnt0\" . \"tnt0\""} {
+		"tcp . 8080 : fd00:7::2 . 80", "::1 . tcp . 8081 : fd00:7::2 . 80", "10.199.1.0/24", "1048576 . 02:42:0a:c7:01:02 . 10.199.1.2", "77 . 77"} {
 		if !strings.Contains(all, want) {
 			t.Errorf("%q is missing in\n%s", want, all)
 		}
@@ -70,6 +71,12 @@ func TestRootTable(t *testing.T) {
 	}
 	if err := tb.AddNet(Net{Bridge: "tnt1", Subnets: []netip.Prefix{netip.MustParsePrefix("10.199.2.0/24")}, Internal: true}); err != nil {
 		t.Fatal(err)
+	}
+	if got := ruleset(t); !strings.Contains(got, "chain in {") || !strings.Contains(got, "iifname @internal drop") {
+		t.Fatalf("rules of internal networks are missing in\n%s", got)
+	}
+	if !tb.Intact() {
+		t.Fatal("not intact")
 	}
 	many := []Port{}
 	for p := range uint16(2000) {
@@ -84,7 +91,7 @@ func TestRootTable(t *testing.T) {
 	if err := tb.Unpublish(many); err != nil {
 		t.Fatal(err)
 	}
-	if err := tb.Guard(Guarded{"tntv1", net.HardwareAddr{2, 66, 10, 199, 1, 3}, []netip.Addr{netip.MustParseAddr("10.199.1.3")}}); err != nil {
+	if err := tb.Guard(Guarded{"tntv1", 1<<20 + 1, net.HardwareAddr{2, 66, 10, 199, 1, 3}, []netip.Addr{netip.MustParseAddr("10.199.1.3")}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := tb.Unguard("tntv1", "tntv7"); err != nil {
@@ -95,6 +102,9 @@ func TestRootTable(t *testing.T) {
 	}
 	if got := ruleset(t); got != all {
 		t.Fatalf("adding and removing left something:\n%s\nbefore:\n%s", got, all)
+	}
+	if strings.Contains(all, "hook input priority filter") || strings.Contains(all, "chain guard {\n\t\ttype filter hook prerouting priority raw") {
+		t.Errorf("chains that nobody needs:\n%s", all)
 	}
 	if out, err := exec.Command("nft", "flush", "ruleset").CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)
@@ -112,6 +122,37 @@ func TestRootTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := ruleset(t); strings.Contains(got, "tnt") {
+		t.Fatalf("left:\n%s", got)
+	}
+}
+
+// TestRootGrow: more ports than a set has room for.
+func TestRootGrow(t *testing.T) {
+	tb, err := Open("tng", Loop{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tb.Close()
+	if err := tb.Install(nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	defer tb.Remove()
+	const n = 1500
+	var names []string
+	for i := range n {
+		a := netip.AddrFrom4([4]byte{10, 199, byte(i >> 8), byte(i)})
+		names = append(names, fmt.Sprintf("tng%d", i))
+		if err := tb.Guard(Guarded{names[i], 1<<20 + i, net.HardwareAddr{2, 66, 10, 199, byte(i >> 8), byte(i)}, []netip.Addr{a}}); err != nil {
+			t.Fatalf("port %d: %v", i, err)
+		}
+	}
+	if got := strings.Count(ruleset(t), " . 10.199."); got != n {
+		t.Fatalf("%d of %d ports are guarded", got, n)
+	}
+	if err := tb.Unguard(names...); err != nil {
+		t.Fatal(err)
+	}
+	if got := ruleset(t); strings.Contains(got, " . 10.199.") {
 		t.Fatalf("left:\n%s", got)
 	}
 }

@@ -13,7 +13,7 @@ import (
 //	  set bridges  { type ifname }            # our bridges
 //	  set internal { type ifname }            # those of internal networks
 //	  set segments { type ifname }            # further bridges of large networks
-//	  set same     { type ifname . ifname }   # bridge . itself, unless icc is off
+//	  set same     { type iface_index . iface_index; size N }  # bridge . itself, unless icc is off
 //	  set net4     { type ipv4_addr; flags interval }  # our subnets
 //	  set masq4    { type ipv4_addr; flags interval }  # those that are masqueraded
 //	  set dns4     { type ipv4_addr }         # gateways, where our DNS listens
@@ -21,11 +21,6 @@ import (
 //	  map dnsto4   { … }                      # port 53 of a gateway to another one of it
 //	  map any4     { type inet_proto . inet_service : ipv4_addr . inet_service }
 //
-//	  chain guard { type filter hook prerouting priority raw
-//	    ip daddr 127.0.0.0/8 iifname @bridges drop    # route_localnet is on there
-//	    iifname @segments notrack                     # seen only with br_netfilter: all is
-//	                                                  # decided on the network's own bridge
-//	  }
 //	  chain pre { type nat hook prerouting priority dstnat
 //	    ip daddr 127.0.0.0/8 return                   # loopback only from inside
 //	    iifname @bridges dnat ip to ip daddr . meta l4proto . th dport map @dnsto4
@@ -47,15 +42,19 @@ import (
 //	    oifname != @bridges ip saddr @masq4 masquerade
 //	  }
 //	  chain fwd { type filter hook forward priority filter; policy accept
-//	    iifname . oifname @same accept
-//	    iifname @segments accept
-//	    iifname @internal drop
-//	    oifname @internal drop
-//	    oifname @bridges ct state established,related accept
+//	    ct state established,related accept           # only while no network is internal
+//	    iif . oif @same accept                        # seen only with br_netfilter
+//	    iifname @segments accept                      # likewise, only with segments
+//	    iifname @internal drop                        # only with internal networks
+//	    oifname @internal drop                        # likewise
+//	    oifname @bridges ct state established,related accept      # likewise
 //	    oifname @bridges ct status dnat accept        # published
 //	    oifname @bridges drop                         # nobody else gets in
 //	  }
-//	  chain in { type filter hook input priority filter; policy accept
+//	  chain guard { type filter hook prerouting priority raw      # only with segments
+//	    iifname @segments notrack                     # all is decided on the network's own bridge
+//	  }
+//	  chain in { type filter hook input priority filter; policy accept  # only with internal networks
 //	    iifname != @internal accept                   # nearly all packets end here
 //	    ct state established,related accept
 //	    th dport 53 ip daddr @dns4 accept
@@ -66,14 +65,26 @@ import (
 //	}
 //
 //	table ip NAME {                                   # and table ip6 NAME
-//	  chain late { type filter hook input priority 200
+//	  chain late { type nat hook input priority 50
 //	    ct mark & 1<<30 != 0 dup to 169.254.0.1 device LOOP'
 //	    ct mark & 1<<30 != 0 drop
 //	  }
 //	}
 //
+// Every chain of type filter costs each packet at its hook 50 to 100 ns even if
+// it does nothing, on all of the host's interfaces. So there are few, and those
+// that only some networks need are there only with such a network; with the
+// first and the last of a kind the table is replaced. Chains of type nat see
+// only the first packet of a flow.
+//
 // What is compared with a constant comes before what is looked up: a look-up of
-// a name costs each packet about 50 ns, a comparison a tenth of that.
+// a name costs each packet about 50 ns, a comparison a tenth of that. Sets that
+// packets of running flows come by have numbers as keys and a size: the kernel
+// keeps these in a plain hash table. They are made anew, larger, when they fill.
+//
+// An established flow is accepted first only while no network is internal:
+// entries of the connection table outlive a network, and the next one with its
+// addresses might be internal.
 //
 // An accept here ends only our own chain: a drop in any other table's chain
 // at the same hook still wins.
@@ -83,10 +94,12 @@ import (
 // A packet that was turned to a container by dstnat never comes by the input
 // hook, so the first packet of a flow from outside is not turned at first but
 // goes to the input hook as if the host had the service. If it gets through
-// there, chain late sends it through a pair of interfaces back to prerouting,
-// where it is turned; conntrack then knows the flow and all further packets
-// take the short way. The dup statement does not exist in the inet family,
-// hence the two small tables.
+// there (the kernel has nat chains of that hook at priority 100, behind the
+// filters), chain late sends it through a pair of interfaces back to
+// prerouting, where it is turned; conntrack then knows the flow and all further
+// packets take the short way. The flow that is dropped is never confirmed, so
+// what follows before that is a first packet as well. The dup statement does not
+// exist in the inet family, hence the two small tables.
 const (
 	setBridges  = "bridges"
 	setInternal = "internal"
@@ -128,7 +141,8 @@ func (t *Table) rules() {
 	t.addSet(&nftables.Set{Name: setBridges, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
 	t.addSet(&nftables.Set{Name: setInternal, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
 	t.addSet(&nftables.Set{Name: setSegments, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
-	t.addSet(&nftables.Set{Name: setSame, KeyType: concat(ifn, ifn), Concatenation: true})
+	idx := nftables.TypeIFIndex
+	t.addSet(&nftables.Set{Name: setSame, KeyType: concat(idx, idx), Concatenation: true, Size: t.shape.nets})
 	for i, typ := range []nftables.SetDatatype{nftables.TypeIPAddr, nftables.TypeIP6Addr} {
 		v := []string{"4", "6"}[i]
 		t.addSet(&nftables.Set{Name: setNet + v, KeyType: typ, Interval: true})
@@ -142,16 +156,13 @@ func (t *Table) rules() {
 			KeyType: concat(proto, svc), DataType: concat(typ, svc)})
 	}
 
-	guard := t.chain("guard", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
 	pre := t.chain("pre", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
 	out := t.chain("out", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 	post := t.chain("post", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
 	fwd := t.chain("fwd", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
-	in := t.chain("in", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
 
 	ask := t.conn.AddChain(&nftables.Chain{Name: "ask", Table: t.t})
 	for _, f := range []fam{v4, v6} {
-		t.rule(guard, f.is(), f.loop(f.dst), t.iif(setBridges), verdict(expr.VerdictDrop))
 		t.rule(pre, f.is(), f.loop(f.dst), verdict(expr.VerdictReturn))
 		t.rule(pre, t.iif(setBridges), f.is(), t.lookup(f, mapDNS), []expr.Any{f.dnat()})
 		t.rule(pre, f.is(), t.dport53(), t.addrIn(f, f.dst, setDNS), verdict(expr.VerdictReturn))
@@ -172,15 +183,32 @@ func (t *Table) rules() {
 		t.rule(post, t.notOif(setBridges), f.is(), t.addrIn(f, f.src, setMasq), masquerade())
 	}
 
-	t.rule(guard, t.iif(setSegments), []expr.Any{&expr.Notrack{}})
+	if !t.shape.internal {
+		t.rule(fwd, established(), verdict(expr.VerdictAccept))
+	}
 	t.rule(fwd, t.sameBridge(), verdict(expr.VerdictAccept))
-	t.rule(fwd, t.iif(setSegments), verdict(expr.VerdictAccept))
-	t.rule(fwd, t.iif(setInternal), verdict(expr.VerdictDrop))
-	t.rule(fwd, t.oif(setInternal), verdict(expr.VerdictDrop))
-	t.rule(fwd, t.oif(setBridges), established(), verdict(expr.VerdictAccept))
+	if t.shape.segments {
+		t.rule(fwd, t.iif(setSegments), verdict(expr.VerdictAccept))
+		guard := t.chain("guard", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
+		t.rule(guard, t.iif(setSegments), []expr.Any{&expr.Notrack{}})
+	}
+	if t.shape.internal {
+		t.rule(fwd, t.iif(setInternal), verdict(expr.VerdictDrop))
+		t.rule(fwd, t.oif(setInternal), verdict(expr.VerdictDrop))
+		t.rule(fwd, t.oif(setBridges), established(), verdict(expr.VerdictAccept))
+		t.inputRules()
+	}
 	t.rule(fwd, t.oif(setBridges), dnatted(), verdict(expr.VerdictAccept))
 	t.rule(fwd, t.oif(setBridges), verdict(expr.VerdictDrop))
+	if t.loop.In != "" {
+		t.lateRules()
+	}
+	t.guardRules()
+}
 
+// inputRules keep internal networks from the host's services.
+func (t *Table) inputRules() {
+	in := t.chain("in", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
 	t.rule(in, t.notIif(setInternal), verdict(expr.VerdictAccept))
 	t.rule(in, established(), verdict(expr.VerdictAccept))
 	for _, f := range []fam{v4, v6} {
@@ -189,18 +217,14 @@ func (t *Table) rules() {
 	t.rule(in, dnatted(), verdict(expr.VerdictAccept)) // only names are turned to the host
 	t.rule(in, l4proto(unix.IPPROTO_ICMPV6), verdict(expr.VerdictAccept))
 	t.rule(in, verdict(expr.VerdictDrop))
-	if t.loop.In != "" {
-		t.lateRules()
-	}
-	t.guardRules()
 }
 
 // lateRules are the tables of chain late.
 func (t *Table) lateRules() {
 	accept := nftables.ChainPolicyAccept
-	prio := nftables.ChainPriority(200)
+	prio := nftables.ChainPriority(50)
 	for i, gw := range [][]byte{{169, 254, 0, 1}, {0xfe, 0x80, 15: 1}} {
-		c := t.conn.AddChain(&nftables.Chain{Name: "late", Table: t.late[i], Type: nftables.ChainTypeFilter,
+		c := t.conn.AddChain(&nftables.Chain{Name: "late", Table: t.late[i], Type: nftables.ChainTypeNAT,
 			Hooknum: nftables.ChainHookInput, Priority: &prio, Policy: &accept})
 		dup := append(ctBits(expr.CtKeyMARK, ctMarkAsk),
 			&expr.Immediate{Register: reg1, Data: gw},
@@ -298,8 +322,8 @@ func (t *Table) notOif(set string) []expr.Any { return t.name16(expr.MetaKeyOIFN
 
 func (t *Table) sameBridge() []expr.Any {
 	s := t.sets[setSame]
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg1},
-		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg2},
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg32},
+		&expr.Meta{Key: expr.MetaKeyOIF, Register: reg32 + 1},
 		&expr.Lookup{SourceRegister: reg1, SetName: s.Name, SetID: s.ID}}
 }
 
