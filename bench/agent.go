@@ -29,11 +29,13 @@ type Request struct {
 }
 
 // Result is the answer: the time from the first start to the last exit, the
-// first exit status that was not 0, and the output.
+// first exit status that was not 0, the output, and the processor time of all
+// runs: of the command and of what it waited for, not of a daemon.
 type Result struct {
-	NS  int64
-	RC  int
-	Out string
+	NS    int64
+	CPUNS int64
+	RC    int
+	Out   string
 }
 
 // Elapsed is the measured time.
@@ -84,8 +86,9 @@ func serve(r Request) Result {
 	for range parallel {
 		wg.Go(func() {
 			for i := range numbers {
-				text, rc := one(r, i)
+				text, rc, cpu := one(r, i)
 				mu.Lock()
+				res.CPUNS += cpu.Nanoseconds()
 				if rc != 0 && res.RC == 0 || count == 1 {
 					res.RC, res.Out = rc, text
 				}
@@ -102,7 +105,7 @@ func serve(r Request) Result {
 	return res
 }
 
-func one(r Request, i int) (string, int) {
+func one(r Request, i int) (out string, rc int, cpu time.Duration) {
 	argv := make([]string, len(r.Argv))
 	for k, a := range r.Argv {
 		argv[k] = strings.ReplaceAll(a, "{i}", strconv.Itoa(i))
@@ -115,14 +118,17 @@ func one(r Request, i int) (string, int) {
 		cmd.WaitDelay = 10 * time.Second // a helper that keeps the pipe must not hang the bench
 	}
 	err := cmd.Run()
+	if s := cmd.ProcessState; s != nil {
+		cpu = s.UserTime() + s.SystemTime()
+	}
 	var exit *exec.ExitError
 	switch {
 	case err == nil || errors.Is(err, exec.ErrWaitDelay):
-		return buf.String(), 0
+		return buf.String(), 0, cpu
 	case errors.As(err, &exit):
-		return buf.String(), exit.ExitCode()
+		return buf.String(), exit.ExitCode(), cpu
 	default:
-		return fmt.Sprint(err), 127
+		return fmt.Sprint(err), 127, cpu
 	}
 }
 

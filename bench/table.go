@@ -20,19 +20,21 @@ type Case struct {
 }
 
 // measure runs the cases interleaved (A B C A B C …), after warm-up rounds,
-// and prints medians. Ratios are to the case named base.
+// and prints medians; the processor time is that of one command, as agent.go
+// counts it. Ratios are to the case named base.
 func (b *Bench) measure(base string, warm, n int, cases []*Case) {
 	times := make([][]time.Duration, len(cases))
+	cpu := make([][]time.Duration, len(cases))
 	for round := range warm + n {
 		for i, c := range cases {
 			if c.Err != nil {
 				continue
 			}
-			d, err := c.once(round)
+			d, used, err := c.once(round)
 			if err != nil {
 				c.Err = err
 			} else if round >= warm {
-				times[i] = append(times[i], d)
+				times[i], cpu[i] = append(times[i], d), append(cpu[i], used)
 			}
 		}
 	}
@@ -43,18 +45,18 @@ func (b *Bench) measure(base string, warm, n int, cases []*Case) {
 		}
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(w, "\tmedian\tp10\tp90\tratio to %s\t\n", base)
+	fmt.Fprintf(w, "\tmedian\tp10\tp90\tratio to %s\tcommand's CPU\t\n", base)
 	for i, c := range cases {
 		if c.Err != nil {
-			fmt.Fprintf(w, "%s\t–\t\t\t\t\n", c.Name)
+			fmt.Fprintf(w, "%s\t–\t\t\t\t\t\n", c.Name)
 			continue
 		}
 		ratio := "–"
 		if baseline > 0 {
 			ratio = fmt.Sprintf("%.2f", float64(quantile(times[i], 0.5))/float64(baseline))
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t\n", c.Name,
-			ms(quantile(times[i], 0.5)), ms(quantile(times[i], 0.1)), ms(quantile(times[i], 0.9)), ratio)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", c.Name,
+			ms(quantile(times[i], 0.5)), ms(quantile(times[i], 0.1)), ms(quantile(times[i], 0.9)), ratio, ms(quantile(cpu[i], 0.5)))
 	}
 	w.Flush()
 	for _, c := range cases {
@@ -65,10 +67,10 @@ func (b *Bench) measure(base string, warm, n int, cases []*Case) {
 	fmt.Println()
 }
 
-func (c *Case) once(i int) (time.Duration, error) {
+func (c *Case) once(i int) (elapsed, cpu time.Duration, err error) {
 	if c.Before != nil {
 		if err := c.Before(i); err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 	}
 	r := c.Request(i)
@@ -79,7 +81,7 @@ func (c *Case) once(i int) (time.Duration, error) {
 			err = aerr
 		}
 	}
-	return res.Elapsed(), err
+	return res.Elapsed(), time.Duration(res.CPUNS) / time.Duration(max(r.Count, 1)), err
 }
 
 func quantile(d []time.Duration, q float64) time.Duration {
