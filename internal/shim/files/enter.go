@@ -1,9 +1,11 @@
 package files
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,8 +92,17 @@ func (s *session) mountRoot(write, volumes bool) error {
 	if r == nil || len(r.Mounts) == 0 {
 		return fmt.Errorf("the container does not run, and its root is not given: %w", errdefs.ErrFailedPrecondition)
 	}
-	dir := s.r.Dir
+	dir, scratch := s.r.Dir, ""
+	if volumes && !write && len(r.Volumes) > 0 && r.Mounts[0].Type == "overlay" {
+		var err error
+		if dir, scratch, err = s.places(dir); err != nil {
+			return err
+		}
+	}
 	for _, m := range r.Mounts {
+		if scratch != "" && m.Type == "overlay" && (m.Target == "" || m.Target == "/") {
+			m = &taskv1.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: append(slices.Clone(m.Options), "lowerdir+="+scratch)}
+		}
 		target := dir
 		if m.Target != "" && m.Target != "/" {
 			fd, err := targetIn(dir, m, false)
@@ -111,7 +122,7 @@ func (s *session) mountRoot(write, volumes bool) error {
 				return err
 			}
 			if fd < 0 {
-				continue // not there, and nobody wants to write: nothing to see
+				continue // hidden by something else: nothing to see
 			}
 			err = mount(v, fmt.Sprintf("/proc/self/fd/%d", fd), true)
 			unix.Close(fd)
@@ -130,6 +141,33 @@ func (s *session) mountRoot(write, volumes bool) error {
 		return os.NewSyscallError("umount", err)
 	}
 	return os.NewSyscallError("chdir", unix.Chdir("/"))
+}
+
+// places makes the places of the volumes in a directory that is to be the lowest
+// layer of the root: a container that was never started has none of its own. It
+// lies in a file system that goes with the thread, as does root, where the root is
+// to be mounted.
+func (s *session) places(dir string) (root, layer string, err error) {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=755"); err != nil {
+		return "", "", pathError("mount tmpfs on", dir, err)
+	}
+	root, layer = path.Join(dir, "root"), path.Join(dir, "places")
+	for _, d := range []string{root, layer} {
+		if err := unix.Mkdir(d, 0o755); err != nil {
+			return "", "", pathError("mkdir", d, err)
+		}
+	}
+	for _, v := range s.f.Root.Volumes {
+		fd, err := targetIn(layer, v, true)
+		if errors.Is(err, unix.ENOTDIR) {
+			continue // below another volume's file
+		}
+		if err != nil {
+			return "", "", err
+		}
+		unix.Close(fd)
+	}
+	return root, layer, nil
 }
 
 // targetIn opens the place of a mount in the root at dir, making it if create
