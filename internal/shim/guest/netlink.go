@@ -310,7 +310,7 @@ func (n *netlink) byMAC(mac string) (link, error) {
 // brings it back.
 func setInterface(o *taskv1.Interface) error {
 	if o.Remove {
-		self, err := os.Open("/proc/self/ns/net")
+		self, err := os.Open("/proc/thread-self/ns/net") // the main thread may be one that in has left elsewhere
 		if err != nil {
 			return err
 		}
