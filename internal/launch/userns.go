@@ -161,9 +161,9 @@ func (c *compiler) asMappedRoot(call func()) {
 const secbitNoSetuidFixup = 1 << 2
 
 // openOverlay mounts spec.Mounts[i], if it is an overlay of idmapped layers,
-// nowhere yet: a user namespace could not open the layers. They are given one
-// by one (Linux 6.8), for mount(2) would need a place. It comes after the
-// binds, whose sources must not be found covered.
+// nowhere yet: a user namespace could not open the layers. mount(2) needs a place,
+// which /proc is for the moment; only more layers than its page holds are given one
+// by one (Linux 6.8). It comes after the binds, whose sources must not be found covered.
 func (c *compiler) openOverlay(i int) error {
 	m := &c.spec.Mounts[i]
 	if m.Type != "overlay" {
@@ -178,7 +178,15 @@ func (c *compiler) openOverlay(i int) error {
 	}
 	tree := c.builder.slot()
 	c.step("mount overlay for "+m.Destination, o.describe())
-	c.asMappedRoot(func() { c.overlayByParts(m.Source, o).out(tree) })
+	if data := strings.Join(o.data, ","); len(data) <= maxMountData {
+		c.asMappedRoot(func() {
+			c.call(unix.SYS_MOUNT, c.str(m.Source), c.str("/proc"), c.str(m.Type), num(uint64(o.flags)), c.str(data))
+		})
+		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str("/proc"), num(treeFlags)).out(tree)
+		c.call(unix.SYS_UMOUNT2, c.str("/proc"), num(unix.MNT_DETACH))
+	} else {
+		c.asMappedRoot(func() { c.overlayByParts(m.Source, o).out(tree) })
+	}
 	if c.sources == nil {
 		c.sources = map[*specs.Mount]slot{}
 	}
