@@ -13,6 +13,7 @@ import (
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/userns"
 	"tenon.dev/tenon/internal/vm/accel"
 )
 
@@ -183,6 +184,31 @@ func namespaces(context.Context, Options) Check {
 	if err == nil && strings.TrimSpace(string(b)) == "0" {
 		c.Status, c.Remedy = Warn, "sysctl user.max_user_namespaces=15000 (for --userns)"
 	}
+	return c
+}
+
+// userNamespaces makes one, and asks the kernel to map a mount of the state root to
+// its ids. Only containers with --userns need it.
+func userNamespaces(_ context.Context, o Options) Check {
+	const remedy = "only --userns auto needs it: "
+	c := Check{Name: "userns", Status: OK}
+	ns, err := userns.New(userns.Range{Start: 1 << 30, Size: 1}, false)
+	if err != nil {
+		c.Status, c.Detail = Warn, err.Error()
+		c.Remedy = remedy + "sysctl user.max_user_namespaces=15000, and a kernel with CONFIG_USER_NS"
+		return c
+	}
+	defer ns.Close()
+	root := o.Root
+	for root != "/" && !exists(root) {
+		root = filepath.Dir(filepath.Join("/", root))
+	}
+	if err := ns.OverlayMappable(root); err != nil {
+		c.Status, c.Detail = Warn, err.Error()
+		c.Remedy = remedy + "Linux 5.19 or newer, and --root on ext4, xfs or btrfs"
+		return c
+	}
+	c.Detail = "user namespaces, and overlays of idmapped layers under " + root + " (for --userns auto)"
 	return c
 }
 
