@@ -125,7 +125,7 @@ func (r *Remote) Close() error {
 }
 
 // Receive keeps in w what a Remote sends over c, until it ends. What comes is
-// not trusted. It closes neither.
+// not trusted. It closes neither. With w nil, it is discarded.
 func Receive(c io.ReadWriter, w *Writer) error {
 	streams := map[Source]*Stream{Stdout: w.Stream(Stdout), Stderr: w.Stream(Stderr)}
 	defer func() {
@@ -147,7 +147,9 @@ func Receive(c io.ReadWriter, w *Writer) error {
 		s := streams[Source(h[1])]
 		switch {
 		case h[0] == frameSync && n == 0:
-			w.Sync()
+			if w != nil {
+				w.Sync()
+			}
 			if _, err := c.Write([]byte{0}); err != nil {
 				return fmt.Errorf("log stream: %w", err)
 			}

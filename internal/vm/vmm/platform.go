@@ -128,7 +128,7 @@ func (m *Manager) getTemplate(ctx context.Context) (*platform, *template.Templat
 			return nil, err
 		}
 		defer v.free()
-		if err := v.warm(ctx, templateTurns); err != nil {
+		if err := v.warm(ctx, templateTurns, false); err != nil {
 			return nil, fmt.Errorf("warm-up: %w", v.explain(err))
 		}
 		if err := v.quiet(ctx); err != nil {

@@ -140,7 +140,7 @@ func (v *machine) ready(ctx context.Context) error {
 	if err := v.proc.Cont(ctx); err != nil {
 		return err
 	}
-	if err := v.warm(ctx, cloneTurns); err != nil {
+	if err := v.warm(ctx, cloneTurns, true); err != nil {
 		return err
 	}
 	return v.proc.Stop(ctx)

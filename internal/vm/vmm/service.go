@@ -91,7 +91,9 @@ func (s *Service) Create(ctx context.Context, r *vmv1.CreateRequest) (_ *vmv1.Cr
 	if err != nil {
 		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
 	}
-	if err := v.use(ctx, r); err != nil {
+	uctx, cancel := context.WithTimeout(ctx, bootTime) // a guest that hangs
+	defer cancel()
+	if err := v.use(uctx, r); err != nil {
 		err = v.explain(err)
 		v.free()
 		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)

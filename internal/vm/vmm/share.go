@@ -181,6 +181,9 @@ func (v *machine) serveShare(c channel.Conn, tag string) error {
 	return nil
 }
 
+// serverStart bounds a server's start.
+const serverStart = 20 * time.Second
+
 // serverEnd is how long a server may take to end after its guest.
 const serverEnd = 2 * time.Second
 
@@ -208,9 +211,16 @@ func (v *machine) startServer(s *share) (*server, *bytes.Buffer, error) {
 	}
 	tree := os.NewFile(uintptr(fd), "tree")
 	defer tree.Close()
+	ready, done, err := os.Pipe()
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	defer ready.Close()
+	defer done.Close()
 	said := new(bytes.Buffer)
 	cmd := exec.Command(v.m.cfg.Self, ShareArg, arg)
-	cmd.ExtraFiles, cmd.Stderr, cmd.Env, cmd.Dir = []*os.File{theirs, tree}, &bounded{said, maxSaid}, []string{}, "/"
+	cmd.ExtraFiles, cmd.Stderr, cmd.Env, cmd.Dir = []*os.File{theirs, tree, done}, &bounded{said, maxSaid}, []string{}, "/"
 	cmd.WaitDelay = time.Second
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID, Setsid: true,
@@ -218,6 +228,14 @@ func (v *machine) startServer(s *share) (*server, *bytes.Buffer, error) {
 	if err := v.m.launcher.Run(cmd); err != nil {
 		conn.Close()
 		return nil, nil, fmt.Errorf("server: %w", err)
+	}
+	done.Close()                                           // so that its end is seen
+	_ = ready.SetReadDeadline(time.Now().Add(serverStart)) // pipes have deadlines
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		conn.Close()
+		_ = cmd.Process.Kill() // it may have ended
+		_ = cmd.Wait()
+		return nil, nil, fmt.Errorf("server: did not start: %v: %s", err, bytes.TrimSpace(said.Bytes()))
 	}
 	return &server{cmd: cmd, conn: conn}, said, nil
 }

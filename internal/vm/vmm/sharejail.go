@@ -25,6 +25,7 @@ const ShareArg = "share"
 const (
 	streamFD = 3 // to the guest
 	treeFD   = 4 // a detached copy of the mounts of what is shared
+	readyFD  = 5 // written to and closed when it is shut up
 )
 
 // shareJail is what a share's server is told.
@@ -67,6 +68,11 @@ func Shared(args []string) error {
 	}
 	f.Close()
 	log.SetOutput(io.Discard)
+	ready := os.NewFile(readyFD, "ready")
+	_, err = ready.Write([]byte{'\n'})
+	if err := errors.Join(err, ready.Close()); err != nil {
+		return fmt.Errorf("share: %w", err)
+	}
 	return hostfs.Serve(conn, hostfs.Options{Root: root, ReadOnly: j.ReadOnly, Cache: j.Cache})
 }
 

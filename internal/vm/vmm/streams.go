@@ -172,7 +172,14 @@ const logTurn = 10 * time.Second
 func (v *machine) keepLog(c channel.Conn, id string) error {
 	v.mu.Lock()
 	l := v.logs[id]
+	warming := v.id == ""
 	v.mu.Unlock()
+	if warming {
+		if err := channel.WriteMessage(c, new(taskv1.StreamReply)); err != nil {
+			return nil // nobody to tell
+		}
+		return logs.Receive(c, nil)
+	}
 	if l == nil {
 		return fmt.Errorf("log of container %q: %w", id, errdefs.ErrNotFound)
 	}

@@ -90,7 +90,8 @@ type Manager struct {
 	wg       sync.WaitGroup
 	pool     *pool
 
-	setup sync.Mutex // held while found is found
+	setup sync.Mutex // held while found is found, and for empty
+	empty *os.File   // see emptyFS
 	found atomic.Pointer[platform]
 
 	mu       sync.Mutex
@@ -164,6 +165,9 @@ func (m *Manager) Close() error {
 	}
 	wg.Wait()
 	m.launcher.Close()
+	if m.empty != nil {
+		m.empty.Close()
+	}
 	return errors.Join(m.removeParent(), m.lock.Close())
 }
 

@@ -1,20 +1,29 @@
 package vmm
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/logs"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
+	"tenon.dev/tenon/internal/vm/qemu"
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "1"
+const warmVersion = "2"
 
 const (
 	templateTurns = 3
@@ -23,40 +32,182 @@ const (
 	warmID   = "warm"
 	warmDir  = "/run/tenon/warm"
 	warmNet  = "/run/tenon/netns/warm"
+	warmMAC  = "52:54:00:74:6e:ff"
 	warmTime = 2 * time.Minute // on a busy host, emulated
 )
 
 // warm runs what every container does: its code is then in memory, in the state
-// in which it is quickest, and an emulator has translated it.
-func (v *machine) warm(ctx context.Context, turns int) error {
+// in which it is quickest, and an emulator has translated it. A machine of which
+// no copies will be made is given an identity too.
+func (v *machine) warm(ctx context.Context, turns int, identity bool) error {
 	ctx, cancel := context.WithTimeout(ctx, warmTime)
 	defer cancel()
 	for range turns {
-		if err := v.warmTurn(ctx); err != nil {
+		if err := v.warmTurn(ctx, identity); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (v *machine) warmTurn(ctx context.Context) error {
-	_, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{
-		{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/lower/bin/w", Mode: 0o755, Data: tinyProgram()}}},
-		{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/upper", Mode: 0o755}}},
-		{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/work", Mode: 0o755}}},
-		{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}}}},
-	}})
-	if err != nil {
+func (v *machine) warmTurn(ctx context.Context, identity bool) error {
+	if err := v.warmDisks(ctx); err != nil {
+		return err
+	}
+	var steps []*taskv1.Step
+	if identity { // with a seed of its own, or all copies would have the same boot ID
+		var err error
+		if steps, err = identify(&vmv1.CreateRequest{Hostname: warmID}); err != nil {
+			return err
+		}
+	}
+	steps = append(steps,
+		mountStep("erofs", qemu.DiskSerial(0), warmDir+"/lower", unix.MS_RDONLY, ""),
+		mountStep("ext4", qemu.DiskSerial(1), warmDir+"/rw", unix.MS_NOATIME, "noinit_itable,discard,errors=remount-ro"),
+		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/upper", Mode: 0o755}}},
+		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/work", Mode: 0o755}}},
+		&taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/hosts", Mode: 0o644, Data: []byte("127.0.0.1 localhost\n")}}},
+		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}}}},
+		interfaceStep(&taskv1.Interface{
+			Mac: qemu.NICMAC(0), NewMac: warmMAC, Netns: warmNet, Name: "eth0", Mtu: 1500, Addresses: []string{"169.254.77.2/30"},
+			Routes: []*taskv1.Interface_Route{{Gateway: "169.254.77.1"}},
+		}),
+	)
+	if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: steps}); err != nil {
 		return err
 	}
 	if err := v.warmContainer(ctx); err != nil {
 		return err
 	}
-	_, err = v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{
+	unmount := func(path string) *taskv1.Step {
+		return &taskv1.Step{Kind: &taskv1.Step_Unmount{Unmount: &taskv1.Unmount{Target: path}}}
+	}
+	if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{
+		interfaceStep(&taskv1.Interface{Mac: warmMAC, Netns: warmNet, Name: "eth0", Remove: true}),
+		interfaceStep(&taskv1.Interface{Mac: warmMAC, NewMac: qemu.NICMAC(0)}),
 		{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Remove: true}}},
+		unmount(warmDir + "/rw"), unmount(warmDir + "/lower"),
 		{Kind: &taskv1.Step_Remove{Remove: &taskv1.Remove{Path: warmDir}}},
-	}})
-	return err
+	}}); err != nil {
+		return err
+	}
+	// Unmounting is lazy, and a disk that is still in use must not become another.
+	for i, other := range []string{"ext4", "erofs"} {
+		if err := v.released(ctx, qemu.DiskSerial(i), other); err != nil {
+			return err
+		}
+		if err := v.proc.Empty(ctx, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func mountStep(fstype, serial, target string, flags uint64, data string) *taskv1.Step {
+	return &taskv1.Step{Kind: &taskv1.Step_Mount{Mount: &taskv1.GuestMount{Type: fstype, Source: "serial:" + serial, Target: target, Flags: flags, Data: data}}}
+}
+
+func interfaceStep(i *taskv1.Interface) *taskv1.Step {
+	return &taskv1.Step{Kind: &taskv1.Step_Interface{Interface: i}}
+}
+
+// released returns when no file system has the disk any more: mounting it as
+// what it is not then fails because of that.
+func (v *machine) released(ctx context.Context, serial, other string) error {
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		_, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{mountStep(other, serial, warmDir, unix.MS_RDONLY, "")}})
+		switch {
+		case err == nil:
+			return fmt.Errorf("disk %s can be mounted as %s", serial, other)
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case strings.Contains(err.Error(), unix.EINVAL.Error()):
+			return nil
+		case !strings.Contains(err.Error(), unix.EBUSY.Error()):
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// warmDisks gives the machine two small disks.
+func (v *machine) warmDisks(ctx context.Context) error {
+	image, err := memoryFile(int64(len(tinyImage())), bytes.NewReader(tinyImage()))
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	lower, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", image.Fd())) // QEMU wants one that can only be read
+	if err != nil {
+		return err
+	}
+	defer lower.Close() // QEMU has it
+	empty, err := v.m.emptyFS(ctx)
+	if err != nil {
+		return err
+	}
+	upper, err := memoryFile(emptySize, io.NewSectionReader(empty, 0, emptySize))
+	if err != nil {
+		return err
+	}
+	defer upper.Close() // QEMU has it
+	if err := v.proc.Fill(ctx, 0, qemu.Disk{File: lower, ReadOnly: true}); err != nil {
+		return err
+	}
+	return v.proc.Fill(ctx, 1, qemu.Disk{File: upper, Volatile: true})
+}
+
+// memoryFile is a file of size bytes with what r gives.
+func memoryFile(size int64, r io.Reader) (*os.File, error) {
+	fd, err := unix.MemfdCreate("tenon-warm", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "warm")
+	if err = f.Truncate(size); err == nil {
+		_, err = io.Copy(f, r)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("disk for warming: %w", err)
+	}
+	return f, nil
+}
+
+// emptySize is the size of the file system that containers that warm a machine
+// write to, in bytes.
+const emptySize = 4 << 20
+
+// emptyFS is an empty ext4, made once.
+func (m *Manager) emptyFS(ctx context.Context) (*os.File, error) {
+	m.setup.Lock()
+	defer m.setup.Unlock()
+	if m.empty != nil {
+		return m.empty, nil
+	}
+	f, err := os.CreateTemp(m.cfg.RunDir, ".ext4-")
+	if err != nil {
+		return nil, fmt.Errorf("disk for warming: %w", err)
+	}
+	defer os.Remove(f.Name())
+	if err = f.Truncate(emptySize); err == nil {
+		cmd := exec.CommandContext(ctx, "mke2fs", "-q", "-F", "-t", "ext4", f.Name())
+		cmd.WaitDelay = time.Second
+		var out []byte
+		if out, err = cmd.CombinedOutput(); err != nil {
+			err = fmt.Errorf("mke2fs (install e2fsprogs): %w: %s", err, bytes.TrimSpace(out))
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("disk for warming: %w", err)
+	}
+	m.empty = f
+	return f, nil
 }
 
 func (v *machine) warmContainer(ctx context.Context) error {
@@ -65,13 +216,16 @@ func (v *machine) warmContainer(ctx context.Context) error {
 		return err
 	}
 	defer c.Close()
-	spec, err := json.Marshal(warmSpec())
+	sp := warmSpec()
+	sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/hosts", Type: "bind", Source: warmDir + "/hosts", Options: []string{"rbind"}})
+	spec, err := json.Marshal(sp)
 	if err != nil {
 		return err
 	}
 	if _, err := c.Create(ctx, task.CreateRequest{
-		ID: warmID, Spec: spec, Rootfs: []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
-			"lowerdir=" + warmDir + "/lower", "upperdir=" + warmDir + "/upper", "workdir=" + warmDir + "/work"}}},
+		ID: warmID, Spec: spec, Log: &taskv1.Log{Driver: logs.Local, Path: "/dev/null"},
+		Rootfs: []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+			"lowerdir=" + warmDir + "/lower", "upperdir=" + warmDir + "/rw/upper", "workdir=" + warmDir + "/rw/work", "index=off"}}},
 	}); err != nil {
 		return err
 	}
@@ -128,7 +282,7 @@ func warmSpec() *specs.Spec {
 	return &specs.Spec{
 		Version: specs.Version, Hostname: warmID, Root: &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{
-			Args: []string{"/bin/w"}, Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOSTNAME=" + warmID}, Cwd: "/",
+			Args: []string{"/w"}, Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOSTNAME=" + warmID}, Cwd: "/",
 			Capabilities: &specs.LinuxCapabilities{Bounding: caps, Effective: caps, Permitted: caps},
 		},
 		Mounts: []specs.Mount{
@@ -193,4 +347,45 @@ func tinyProgram() []byte {
 		b = le.AppendUint64(b, n)
 	}
 	return append(b, code...)
+}
+
+// tinyImage is a file system of one block (Linux's Documentation/filesystems/
+// erofs.rst) with the tiny program in its root, as /w.
+func tinyImage() []byte {
+	const (
+		block, super, slot = 4096, 1024, 32
+		root               = super + 128 // behind the super block
+		file               = root + 3*slot
+		inline             = 2 << 1 // a small inode, its data behind it
+	)
+	le := binary.LittleEndian
+	b := make([]byte, block)
+	le.PutUint32(b[super:], 0xe0f5e1e2)
+	b[super+12] = 12 // the block's bits
+	le.PutUint16(b[super+14:], root/slot)
+	le.PutUint64(b[super+16:], 2) // inodes
+	le.PutUint32(b[super+36:], 1) // blocks
+	inode := func(at int, mode, links uint16, data []byte) {
+		le.PutUint16(b[at:], inline)
+		le.PutUint16(b[at+4:], mode)
+		le.PutUint16(b[at+6:], links)
+		le.PutUint32(b[at+8:], uint32(len(data)))
+		le.PutUint32(b[at+20:], uint32(at/slot))
+		copy(b[at+slot:], data)
+	}
+	var dir []byte
+	names := ". .. w"
+	for i, e := range []struct {
+		nid  uint64
+		kind byte
+	}{{root / slot, 2}, {root / slot, 2}, {file / slot, 1}} {
+		dir = le.AppendUint64(dir, e.nid)
+		dir = le.AppendUint16(dir, uint16(3*12+i)) // after ".", ".."
+		dir = append(dir, e.kind, 0)
+	}
+	le.PutUint16(dir[2*12+8:], 3*12+3)
+	dir = append(dir, strings.ReplaceAll(names, " ", "")...)
+	inode(root, unix.S_IFDIR|0o755, 2, dir)
+	inode(file, unix.S_IFREG|0o755, 1, tinyProgram())
+	return b
 }
