@@ -111,6 +111,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 		return nil, nil, err
 	}
 	cfg := mergeImage(o.Request.Config, &img.Config.Config)
+	if name, err := os.Hostname(); err == nil && cfg.Hostname == name && h.UTSMode.IsHost() {
+		cfg.Hostname = "" // as inspect shows it: clients make containers anew from that
+	}
 	if err := spec.Validate(cfg, h); err != nil {
 		return nil, nil, err
 	}

@@ -120,6 +120,32 @@ try:
 finally:
     f.remove(force=True)
 
+# A container made anew from what inspect shows, as Portainer and Watchtower do it.
+for n, o in enumerate((
+        dict(network_mode='bridge', restart_policy={'Name': 'always'}, ports={'80/tcp': ('127.0.0.1', None)}, mem_limit='64m'),
+        dict(uts_mode='host', pid_mode='host', ipc_mode='shareable'), dict(network_mode='host'), dict(network_mode='none', privileged=True),
+        dict(volumes={'/tmp': {'bind': '/y', 'mode': 'ro'}}, tmpfs={'/t': 'size=1m'}, security_opt=['no-new-privileges'], hostname='hh',
+             dns=['192.0.2.1'], extra_hosts={'a': '192.0.2.2'}, cap_add=['NET_ADMIN'], init=True, mac_address='02:42:ac:11:00:77'))):
+    old = c.containers.run('busybox', 'sleep 1000', detach=True, name=name + '-old', **o)
+    new = None
+    try:
+        old.reload()
+        config = dict(old.attrs['Config'], HostConfig=old.attrs['HostConfig'],
+                      NetworkingConfig={'EndpointsConfig': old.attrs['NetworkSettings']['Networks']})
+        old.stop(timeout=0)
+        new = c.containers.get(c.api.create_container_from_config(config, name + '-new')['Id'])
+        old.remove()
+        new.start()
+        new.reload()
+        assert new.status == 'running' and new.attrs['HostConfig'] == config['HostConfig'], (n, new.attrs, config)
+        assert new.attrs['Config'] == old.attrs['Config'], (n, new.attrs['Config'], old.attrs['Config'])
+    finally:
+        for x in (new, old):
+            try:
+                x and x.remove(force=True, v=True)
+            except docker.errors.NotFound:
+                pass
+
 w = c.containers.create('busybox', 'sh', stdin_open=True, tty=True)
 try:
     w.start()
