@@ -109,6 +109,7 @@ func TestSame(t *testing.T) {
 	for name, answer := range map[string]string{
 		"nothing":       "",
 		"no HTTP":       "what?\r\n\r\n",
+		"no endpoint":   "HTTP/1.1 404 Not Found\r\nContent-Length: 20\r\n\r\n" + `{"message":"no page"}`[:20],
 		"an error":      "HTTP/1.1 409 Conflict\r\nContent-Length: 20\r\n\r\n" + `{"message":"in use"}`,
 		"success":       agreed + created + out + errs + frame(runproto.Exit, `{"code":0}`),
 		"a code":        agreed + created + frame(runproto.Exit, `{"code":42}`),
@@ -320,6 +321,28 @@ func TestFullOutput(t *testing.T) {
 		cmd.Stderr = &stderr
 		if _ = cmd.Run(); cmd.ProcessState.ExitCode() != 125 || !strings.Contains(stderr.String(), "no space left") {
 			t.Errorf("%q: %v, %s", args, cmd.ProcessState, stderr.String())
+		}
+	}
+}
+
+// TestClosedDescriptors: output that goes nowhere does not go to the daemon.
+func TestClosedDescriptors(t *testing.T) {
+	t.Parallel()
+	path, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := daemon(t, func(c net.Conn, br *bufio.Reader) {
+		io.WriteString(c, agreed+frame(runproto.Created, `{"id":"a"}`)+frame(runproto.Stdout, "x\n")+frame(runproto.Stderr, "y\n")+frame(runproto.Exit, `{"code":5}`))
+		if b, err := io.ReadAll(br); len(b) > 0 {
+			t.Errorf("the daemon got %q, %v", b, err)
+		}
+	})
+	for _, closed := range []string{"<&-", ">&-", "2>&-", "<&- >&- 2>&-"} {
+		cmd := tenon(t, host)
+		cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", path + " exec x y " + closed}
+		if err := cmd.Run(); cmd.ProcessState.ExitCode() != 5 {
+			t.Errorf("%s: %v", closed, err)
 		}
 	}
 }

@@ -132,12 +132,14 @@ func dial(path string) int {
 	if errno != 0 {
 		return -1
 	}
-	_, _, errno = syscall.RawSyscall(syscall.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&sa)), uintptr(len(path)+3))
-	if errno != 0 {
-		shut(int(fd))
-		return -1
+	if int(fd) > syscall.Stderr { // else one of the three is closed; Go puts /dev/null there
+		_, _, errno = syscall.RawSyscall(syscall.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&sa)), uintptr(len(path)+3))
+		if errno == 0 {
+			return int(fd)
+		}
 	}
-	return int(fd)
+	shut(int(fd))
+	return -1
 }
 
 func shut(fd int) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
