@@ -60,6 +60,7 @@ type Config struct {
 type VM struct {
 	Accel      string `toml:"accel" comment:"auto (KVM if it works here), kvm (nothing else will do) or tcg"`
 	Kernel     string `toml:"kernel" comment:"guests' kernel: auto, debian (fetched), host, or the path of an image"`
+	KernelDir  string `toml:"kernel-dir" comment:"where fetched kernels are unpacked; empty: vm/kernel below root"`
 	Memory     string `toml:"memory" comment:"of a machine whose container has no greater limit; 0: 512m"`
 	CPUs       int    `toml:"cpus" comment:"of a machine; 0: the host's"`
 	Pool       int    `toml:"pool" comment:"machines that wait for the next containers"`
@@ -226,6 +227,9 @@ func (c *Config) Validate() error {
 	case k == "auto", k == "debian", k == "host", filepath.IsAbs(k):
 	default:
 		bad("vm.kernel %q: use auto, debian, host, or the absolute path of a kernel", k)
+	}
+	if c.VM.KernelDir != "" && !filepath.IsAbs(c.VM.KernelDir) {
+		bad("vm.kernel-dir %q must be an absolute path", c.VM.KernelDir)
 	}
 	if c.VM.CPUs < 0 || c.VM.Pool < 0 {
 		bad("vm.cpus and vm.pool can't be negative")

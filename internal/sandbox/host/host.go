@@ -25,6 +25,8 @@ import (
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	"tenon.dev/tenon/internal/version"
 )
 
 // Config says where the shim is and where it works.
@@ -139,13 +141,29 @@ func (h *Host) Connect(ctx context.Context) (*task.Client, bool, error) {
 
 func (h *Host) connect(ctx context.Context) (*task.Client, bool, error) {
 	if c, err := task.Dial(ctx, h.Socket()); err == nil {
-		if _, err := c.Info(ctx); err == nil {
+		info, err := c.Info(ctx)
+		if err == nil && (info.ShimVersion == version.Version || !h.retire(ctx, c, info)) {
 			return c, false, nil
 		}
 		c.Close()
 	}
 	c, err := h.start(ctx)
 	return c, err == nil, err
+}
+
+// retire ends the shim of another build, unless it has containers: they keep it.
+func (h *Host) retire(ctx context.Context, c *task.Client, info *taskv1.InfoResponse) bool {
+	if err := c.Shutdown(ctx, false); err != nil {
+		h.cfg.Log.Info("containers keep the shim of another build; a start of the daemon without any replaces it", "pid", info.ShimPid, "version", info.ShimVersion)
+		return false
+	}
+	select {
+	case <-c.Closed():
+	case <-ctx.Done():
+	case <-time.After(startTime):
+	}
+	h.cfg.Log.Info("the shim of another build had no containers, and makes place", "pid", info.ShimPid, "version", info.ShimVersion)
+	return true
 }
 
 // start runs the shim in a session of its own, so that neither the daemon's

@@ -43,6 +43,8 @@ type Config struct {
 	Accel string
 	// Kernel of the guests: "auto", "debian", "host", or the path of an image.
 	Kernel string
+	// KernelDir is where fetched kernels are unpacked; empty: below Root.
+	KernelDir string
 	// Memory (bytes) and CPUs of a machine; 0: tenon-vmm's own defaults.
 	Memory int64
 	CPUs   int
@@ -257,7 +259,7 @@ func (v *VMs) start(ctx context.Context) error {
 	logPath := filepath.Join(v.cfg.RunRoot, "vmm.log")
 	cmd := exec.Command(v.cfg.Program, "serve", "--socket", v.Socket(), "--run-dir", filepath.Join(v.cfg.RunRoot, "vms"),
 		"--state-dir", filepath.Join(v.cfg.Root, "vm"), "--name", v.cfg.Name, "--shim", v.cfg.Shim, "--ready-fd", "3", "--log", logPath)
-	for flag, value := range map[string]string{"--accel": v.cfg.Accel, "--kernel": v.cfg.Kernel, "--memory": number(v.cfg.Memory),
+	for flag, value := range map[string]string{"--accel": v.cfg.Accel, "--kernel": v.cfg.Kernel, "--kernel-dir": v.cfg.KernelDir, "--memory": number(v.cfg.Memory),
 		"--cpus": number(int64(v.cfg.CPUs)), "--pool": number(int64(v.cfg.Pool)), "--pool-memory": number(v.cfg.PoolMemory)} {
 		if value != "" {
 			cmd.Args = append(cmd.Args, flag, value)
