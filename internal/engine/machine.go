@@ -115,7 +115,7 @@ func (e *Engine) endTask(ctx context.Context, client *task.Client, c *ctr) error
 		}
 	}
 	if g != nil {
-		errs = append(errs, e.endMachine(ctx, c, g, client != nil && !c.record().HostConfig.AutoRemove))
+		errs = append(errs, e.endMachine(ctx, c, g, client != nil && (!c.record().HostConfig.AutoRemove || c.held()))) // a restart finds its files again
 	}
 	return errors.Join(errs...)
 }
@@ -189,6 +189,9 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	p.kernel = mp.Prepared
 	for i := range p.files {
 		p.files[i].Source = mp.Files[i]
+	}
+	if len(mp.Files) > len(p.files) {
+		p.init = mp.Files[len(p.files)]
 	}
 	shares := mp.Shares
 	for i := range p.mounts {
@@ -279,6 +282,17 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 	}
 	if h.Files, err = machineFiles(p.files); err != nil {
 		return h, err
+	}
+	if r.HostConfig.Init != nil && *r.HostConfig.Init {
+		program, err := e.cfg.Kernel.Init()
+		if err != nil {
+			return h, err
+		}
+		b, err := os.ReadFile(program)
+		if err != nil {
+			return h, fmt.Errorf("init: %w", err)
+		}
+		h.Files = append(h.Files, sandbox.File{Name: "init", Mode: 0o755, Data: b})
 	}
 	if p.mounts, err = e.specMounts(r); err != nil {
 		return h, err

@@ -44,15 +44,14 @@ func (e *Engine) checkMachine(r *container.Record) error {
 		return no("--cgroup-parent")
 	case h.Runtime != "" && h.Runtime != "tenon":
 		return no("--runtime " + h.Runtime)
-	case h.Init != nil && *h.Init:
-		return no("--init")
 	}
 	for _, m := range r.Mounts {
 		switch {
 		case m.Type == mount.TypeTmpfs:
 		case m.Type == mount.TypeVolume:
-			if v, err := e.cfg.Volumes.Get(m.Name); err == nil && len(v.Options) > 0 {
-				return no("a volume with options of its own (" + m.Name + ")")
+			v, err := e.cfg.Volumes.Mount(m.Name)
+			if err == nil && v.Type != "bind" && v.Type != "tmpfs" { // a new one is a directory
+				return no("a volume of type " + v.Type + " (" + m.Name + ")")
 			}
 		case m.Type == mount.TypeBind && m.Propagation != "" && !strings.HasSuffix(string(m.Propagation), "private"):
 			return no("mount propagation " + string(m.Propagation) + " (" + m.Destination + ")")

@@ -93,7 +93,7 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 			return in, err
 		}
 	}
-	if h.Init != nil && *h.Init {
+	if in.Init = p.init; h.Init != nil && *h.Init && p.init == "" {
 		if in.Init, err = kernel.Init(); err != nil {
 			return in, err
 		}

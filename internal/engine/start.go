@@ -295,6 +295,7 @@ type prepared struct {
 	shm    string
 
 	accounts *accounts // nil: root has them
+	init     string    // of --init, on the kernel; empty: the kernel knows
 
 	userns     *userns.Namespace
 	usernsPath string

@@ -94,6 +94,8 @@ type Machine interface {
 	// it back; with remove the machine loses it.
 	Plug(ctx context.Context, id string, n NIC) error
 	Unplug(ctx context.Context, id string, n NIC, remove bool) error
+	// Grow gives it the memory that its containers need, in bytes, if it has less.
+	Grow(ctx context.Context, memory int64) error
 	// Files writes files again, in place.
 	Files(ctx context.Context, id string, files []File) error
 	// PowerOff ends its processes, writes disks back and waits for its end.

@@ -72,7 +72,11 @@ func (m *machine) ID() string { return m.about.Id }
 func (m *machine) Isolation() string { return sandbox.VM }
 
 // Facts are of the guest's kernel.
-func (m *machine) Facts() sandbox.Facts { return m.facts }
+func (m *machine) Facts() sandbox.Facts {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.facts
+}
 
 // Proof is what the VMM's host sees of it.
 func (m *machine) Proof() sandbox.Proof {
@@ -183,6 +187,25 @@ func (m *machine) PowerOff(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("virtual machine %s does not power off: %w", m.about.Id, context.Cause(ctx))
 	}
+}
+
+// Grow plugs in memory.
+func (m *machine) Grow(ctx context.Context, memory int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if memory+guestMemory <= m.facts.Memory {
+		return nil
+	}
+	c, err := m.v.connect(ctx, false)
+	if err != nil || c == nil {
+		return m.gone(err)
+	}
+	r, err := c.client.Resize(ctx, &vmv1.ResizeRequest{Id: m.about.Id, Memory: machineMemory(memory)})
+	if err != nil {
+		return fmt.Errorf("more memory for the virtual machine: %w", err)
+	}
+	m.facts.Memory = r.Memory
+	return nil
 }
 
 // Remove ends it and takes everything of it away.

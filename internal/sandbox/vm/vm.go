@@ -380,7 +380,7 @@ func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Mac
 		Disks: []*vmv1.Disk{{Path: r.Disks.Image, ReadOnly: true}, {Path: r.Disks.Upper, Volatile: r.Disks.Volatile}},
 	}
 	if r.Memory > 0 && r.Memory+guestMemory > info.MachineMemory {
-		req.Memory = (r.Memory + guestMemory + 127<<20) &^ (128<<20 - 1)
+		req.Memory = machineMemory(r.Memory)
 	}
 	a, err := c.client.Create(ctx, req)
 	if errdefs.IsAlreadyExists(err) { // of an earlier run, whose end could not be cleaned up
@@ -403,6 +403,12 @@ func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Mac
 
 // guestMemory is what a guest needs for itself, in bytes.
 const guestMemory = 96 << 20
+
+// machineMemory is what a machine needs whose containers may use some.
+func machineMemory(containers int64) int64 {
+	const step = 128 << 20 // that memory is plugged in by
+	return (containers + guestMemory + step - 1) / step * step
+}
 
 // List returns the machines of a tenon-vmm that runs.
 func (v *VMs) List(ctx context.Context) ([]sandbox.Machine, error) {
