@@ -33,7 +33,7 @@ func (w *Writer) rotateLocked() error {
 	if err := os.Rename(path, name); err != nil {
 		return err
 	}
-	f, err := openAppend(path)
+	f, err := openAppend(path, os.O_CREATE)
 	if err != nil {
 		if back := os.Rename(name, path); back != nil {
 			w.seq = seq

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"sync"
 	"time"
@@ -29,7 +30,7 @@ type Writer struct {
 	onError func(error)
 
 	mu     sync.Mutex
-	f      *os.File
+	f      *os.File // nil until there is something in it
 	size   int64
 	seq    uint64 // of the last rotated file
 	lineID uint64
@@ -42,8 +43,9 @@ type Writer struct {
 // errorInterval is the least time between two reports of failed writes.
 const errorInterval = 10 * time.Second
 
-// Open opens a log for appending and creates it if need be. A torn record at
-// its end is cut off. onError, if not nil, is told of output that could not be
+// Open opens a log for appending; one that is not there is created when there is
+// something to write, in a directory that must be there. A torn record at its end
+// is cut off. onError, if not nil, is told of output that could not be
 // kept, at most every ten seconds.
 func Open(c Config, onError func(error)) (*Writer, error) {
 	if err := c.check(); err != nil {
@@ -57,17 +59,20 @@ func Open(c Config, onError func(error)) (*Writer, error) {
 	if w.conf.MaxFiles < 1 {
 		w.conf.MaxFiles = 1
 	}
-	if w.f, err = openAppend(c.Path); err != nil {
+	if w.f, err = openAppend(c.Path, 0); err == nil {
+		if w.size, err = mend(w.f, c.Driver); err != nil {
+			w.f.Close()
+			return nil, err
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	if w.size, err = mend(w.f, c.Driver); err != nil {
-		w.f.Close()
-		return nil, err
-	}
-	if c.MaxSize > 0 {
+	if c.MaxSize > 0 || w.f == nil {
 		list, err := listRotated(c.Path)
 		if err != nil {
-			w.f.Close()
+			if w.f != nil {
+				w.f.Close()
+			}
 			return nil, err
 		}
 		if n := len(list); n > 0 {
@@ -77,8 +82,8 @@ func Open(c Config, onError func(error)) (*Writer, error) {
 	return w, nil
 }
 
-func openAppend(path string) (*os.File, error) {
-	return os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
+func openAppend(path string, create int) (*os.File, error) {
+	return os.OpenFile(path, create|os.O_RDWR|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
 }
 
 // mend cuts off a torn last record and returns the size.
@@ -317,6 +322,14 @@ func (w *Writer) writeLocked(b []byte) {
 	if w.closed {
 		return
 	}
+	if w.f == nil {
+		f, err := openAppend(w.conf.Path, os.O_CREATE)
+		if err != nil {
+			w.report(err)
+			return
+		}
+		w.f = f
+	}
 	n, err := w.f.Write(b)
 	if err != nil {
 		if n > 0 {
@@ -360,5 +373,8 @@ func (w *Writer) Close() error {
 		return nil
 	}
 	w.closed = true
+	if w.f == nil {
+		return nil
+	}
 	return w.f.Close()
 }
