@@ -78,10 +78,8 @@ func (s *Store) limitedPair(ctx context.Context, r *Root, dir string, opts Optio
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return err
 	}
-	for _, d := range []string{filepath.Join(dir, diskDir), r.Merged} {
-		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
+	if err := os.Mkdir(filepath.Join(dir, diskDir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
 	}
 	s.disks.Lock()
 	defer s.disks.Unlock()

@@ -3,19 +3,20 @@
 //
 //	<root>/containers/<id>/rootfs/upper   what the container has changed
 //	<root>/containers/<id>/rootfs/work    overlay's own
-//	<root>/containers/<id>/rootfs/merged  where the root may be mounted
 //	<root>/containers/<id>/rootfs/disk…   a file system with the pair in it, if
 //	                                      its size is limited
 //	<root>/containers/<id>/rootfs/vm.img  the writable disk, on a virtual machine
-//	<root>/pool/…                         pairs made ahead
+//	<root>/containers/<id>/log            empty, for the caller
+//	<root>/pool/…                         such directories made ahead
 //	<root>/disks/…                        empty disks of each size
-//	<root>/trash/…                        removed pairs until they are deleted
+//	<root>/trash/…                        removed ones until they are deleted or made new
+//	<root>/base                           the lowest layer of all roots: mount points
 //	<root>/empty                          an empty directory, below views of single layers
 //
 // The pair is not a snapshot: there is no database and no transaction, it is
 // found again by listing. Nothing here waits for the disk, and a container
-// usually gets its pair by one rename from the pool. The rest of
-// <root>/containers/<id> is the caller's.
+// usually gets its directory by one rename from the pool and loses it by another
+// to the trash.
 package rootfs
 
 import (
@@ -27,6 +28,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -42,6 +44,10 @@ import (
 // ones are being made.
 const poolSize = 16
 
+// poolLow is when new ones are made: above it, those that come back from removed
+// containers are enough.
+const poolLow = 8
+
 // Config configures a Store.
 type Config struct {
 	// Root is the state directory; see the package comment for what is in it.
@@ -56,7 +62,7 @@ type Store struct {
 	cfg   Config
 	kick  chan struct{} // there is something in the trash
 	pool  chan string   // directories as a container's, with a pair in them
-	done  chan string   // containers' directories to remove if empty
+	low   chan struct{} // the pool may be
 	stop  chan struct{}
 	wg    sync.WaitGroup
 	close sync.Once
@@ -86,9 +92,9 @@ type Options struct {
 type Root struct {
 	Mounts []Mount
 	// Upper and Work are the overlay's directories, Lower its lower ones,
-	// topmost first. Merged is an empty directory to mount on, if one is needed.
-	Upper, Work, Merged string
-	Lower               []string
+	// topmost first.
+	Upper, Work string
+	Lower       []string
 }
 
 // Open opens the store and starts deleting what lies in the trash.
@@ -102,7 +108,7 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), done: make(chan string, 64), stop: make(chan struct{})}
+	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), low: make(chan struct{}, 1), stop: make(chan struct{})}
 	for _, d := range []string{s.containers(), s.trash(), s.ahead(), s.empty(), s.templates()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("rootfs store: %w", err)
@@ -111,6 +117,9 @@ func Open(cfg Config) (*Store, error) {
 	layer.SpreadChildren(s.containers())
 	layer.SpreadChildren(s.ahead())
 	if err := s.cleanTemplates(); err != nil {
+		return nil, fmt.Errorf("rootfs store: %w", err)
+	}
+	if err := makeBase(s.base()); err != nil {
 		return nil, fmt.Errorf("rootfs store: %w", err)
 	}
 	if err := s.reuse(); err != nil {
@@ -132,6 +141,7 @@ func (s *Store) Close() error {
 
 func (s *Store) containers() string { return filepath.Join(s.cfg.Root, "containers") }
 func (s *Store) trash() string      { return filepath.Join(s.cfg.Root, "trash") }
+func (s *Store) base() string       { return filepath.Join(s.cfg.Root, "base") }
 func (s *Store) ahead() string      { return filepath.Join(s.cfg.Root, "pool") }
 func (s *Store) templates() string  { return filepath.Join(s.cfg.Root, "disks") }
 func (s *Store) empty() string      { return filepath.Join(s.cfg.Root, "empty") }
@@ -144,7 +154,7 @@ func (s *Store) reuse() error {
 	}
 	for _, e := range ents {
 		path := filepath.Join(s.ahead(), e.Name())
-		if _, err := os.Lstat(path + "/rootfs/merged"); err == nil && len(s.pool) < poolSize {
+		if _, err := os.Lstat(path + "/rootfs/work"); err == nil && len(s.pool) < poolSize {
 			s.pool <- path
 		} else if err := os.Rename(path, filepath.Join(s.trash(), rand.Text())); err != nil {
 			return err
@@ -153,12 +163,22 @@ func (s *Store) reuse() error {
 	return nil
 }
 
-// fill keeps the pool full.
+// fill keeps the pool from getting empty.
 func (s *Store) fill() {
 	defer s.wg.Done()
 	for {
+		for len(s.pool) >= poolLow {
+			select {
+			case <-s.low:
+			case <-s.stop:
+				return
+			}
+		}
 		path := filepath.Join(s.ahead(), rand.Text())
 		err := os.Mkdir(path, 0o710)
+		if err == nil {
+			err = os.Mkdir(path+"/log", 0o700)
+		}
 		if err == nil {
 			err = makePair(path + "/rootfs")
 		}
@@ -181,12 +201,12 @@ func (s *Store) fill() {
 	}
 }
 
-// makePair makes the directories; merged comes last and says that all are there.
+// makePair makes the directories; work comes last and says that all are there.
 func makePair(dir string) error {
 	for _, d := range []struct {
 		path string
 		mode os.FileMode
-	}{{dir, 0o700}, {dir + "/upper", 0o755}, {dir + "/work", 0o700}, {dir + "/merged", 0o700}} {
+	}{{dir, 0o700}, {dir + "/upper", 0o755}, {dir + "/work", 0o700}} {
 		if err := os.Mkdir(d.path, d.mode); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -213,7 +233,10 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 	if err != nil {
 		return nil, err
 	}
-	r := &Root{Upper: dir + "/upper", Work: dir + "/work", Merged: dir + "/merged", Lower: lower}
+	if len(lower) > 0 {
+		lower = append(slices.Clone(lower), s.base())
+	}
+	r := &Root{Upper: dir + "/upper", Work: dir + "/work", Lower: lower}
 	if opts.SizeLimit != 0 {
 		r.Upper, r.Work = filepath.Join(dir, diskDir, "upper"), filepath.Join(dir, diskDir, "work")
 	}
@@ -229,7 +252,7 @@ func (s *Store) pair(ctx context.Context, r *Root, dir string, opts Options) err
 	if opts.SizeLimit != 0 {
 		return s.limitedPair(ctx, r, dir, opts)
 	}
-	if _, err := os.Lstat(r.Merged); err == nil {
+	if _, err := os.Lstat(r.Work); err == nil {
 		return nil
 	}
 	if err := s.take(dir); err != nil {
@@ -266,6 +289,9 @@ func likeImage(upper string, lower []string) error {
 func (s *Store) take(dir string) error {
 	select {
 	case path := <-s.pool:
+		if len(s.pool) < poolLow {
+			wake(s.low)
+		}
 		// One rename, if the container's directory is not there or empty.
 		if err := os.Rename(path, filepath.Dir(dir)); err == nil {
 			return nil
@@ -320,9 +346,9 @@ func (s *Store) View(lower []string) Mount {
 	return Mount{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + strings.Join(lower, ":"), "ro"}}
 }
 
-// Remove takes the container's writable layer away at once and deletes it in
-// the background. It is not an error if there is none. Nothing may be mounted
-// on it any more.
+// Remove takes the container's directory away at once, with its writable layer
+// and log, and deletes it in the background. It is not an error if there is none.
+// Nothing may be mounted on it any more.
 func (s *Store) Remove(id string) error {
 	dir, err := s.dir(id)
 	if err != nil {
@@ -331,50 +357,21 @@ func (s *Store) Remove(id string) error {
 	if err := unmountDisk(dir); err != nil {
 		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
 	}
-	if err := os.Rename(dir, filepath.Join(s.trash(), rand.Text())); err != nil {
+	if err := os.Rename(filepath.Dir(dir), filepath.Join(s.trash(), rand.Text())); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
 	}
-	select {
-	case s.done <- filepath.Dir(dir):
-	default: // it stays, empty
-	}
-	select {
-	case s.kick <- struct{}{}:
-	default:
-	}
+	wake(s.kick)
 	return nil
 }
 
-// sweep empties the trash.
-func (s *Store) sweep() {
-	defer s.wg.Done()
-	for {
-		select {
-		case <-s.stop:
-			return
-		case <-s.kick:
-		}
-		for range len(s.done) {
-			_ = os.Remove(<-s.done) // unless the caller has more in it
-		}
-		ents, err := os.ReadDir(s.trash())
-		if err != nil {
-			s.cfg.Log.Warn("trash not read", "err", err)
-			continue
-		}
-		for _, e := range ents {
-			select {
-			case <-s.stop:
-				return
-			default:
-			}
-			if err := os.RemoveAll(filepath.Join(s.trash(), e.Name())); err != nil {
-				s.cfg.Log.Warn("writable layer not deleted", "path", e.Name(), "err", err)
-			}
-		}
+// wake tells the receiver of c that there is something to do.
+func wake(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }
 

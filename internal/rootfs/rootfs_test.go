@@ -82,23 +82,24 @@ func TestPrepareMountRemove(t *testing.T) {
 	ctx := context.Background()
 	s, images := open(t)
 	img := testImage(t, images)
+	at := t.TempDir()
 	for _, volatile := range []bool{false, true} {
 		r, err := s.Prepare(ctx, "c1", img, Options{Volatile: volatile})
 		if err != nil {
 			t.Fatal(err)
 		}
-		mount(t, r.Mounts[0], r.Merged)
+		mount(t, r.Mounts[0], at)
 		var st unix.Stat_t
-		if err := unix.Stat(r.Merged, &st); err != nil || st.Mode&0o7777 != 0o711 || st.Uid != 12 {
+		if err := unix.Stat(at, &st); err != nil || st.Mode&0o7777 != 0o711 || st.Uid != 12 {
 			t.Errorf("root is %o of %d: %v", st.Mode, st.Uid, err)
 		}
-		if err := os.WriteFile(r.Merged+"/d/new", make([]byte, 100_000), 0o644); err != nil {
+		if err := os.WriteFile(at+"/d/new", make([]byte, 100_000), 0o644); err != nil {
 			t.Error(err)
 		}
-		if err := os.Remove(r.Merged + "/d/f"); err != nil {
+		if err := os.Remove(at + "/d/f"); err != nil {
 			t.Error(err)
 		}
-		if err := unix.Unmount(r.Merged, 0); err != nil {
+		if err := unix.Unmount(at, 0); err != nil {
 			t.Fatal(err)
 		}
 		if n, inodes, err := s.Usage(ctx, "c1"); err != nil || n < 100_000 || inodes < 3 {
@@ -112,14 +113,14 @@ func TestPrepareMountRemove(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			mount(t, again.Mounts[0], again.Merged)
-			if _, err := os.Stat(again.Merged + "/d/new"); err != nil {
+			mount(t, again.Mounts[0], at)
+			if _, err := os.Stat(at + "/d/new"); err != nil {
 				t.Error(err)
 			}
-			if err := os.WriteFile(again.Merged+"/x", nil, 0o644); !errors.Is(err, unix.EROFS) {
+			if err := os.WriteFile(at+"/x", nil, 0o644); !errors.Is(err, unix.EROFS) {
 				t.Errorf("read-only root: %v", err)
 			}
-			if err := unix.Unmount(again.Merged, 0); err != nil {
+			if err := unix.Unmount(at, 0); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -182,8 +183,9 @@ func TestHalfMade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mount(t, r.Mounts[0], r.Merged)
-	if err := unix.Unmount(r.Merged, 0); err != nil {
+	at := t.TempDir()
+	mount(t, r.Mounts[0], at)
+	if err := unix.Unmount(at, 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Lstat(filepath.Join(root, "pool/x")); !errors.Is(err, fs.ErrNotExist) {
@@ -206,11 +208,12 @@ func TestScratch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mount(t, r.Mounts[0], r.Merged)
-	if err := os.WriteFile(r.Merged+"/x", nil, 0o644); err != nil {
+	at := t.TempDir()
+	mount(t, r.Mounts[0], at)
+	if err := os.WriteFile(at+"/x", nil, 0o644); err != nil {
 		t.Error(err)
 	}
-	if err := unix.Unmount(r.Merged, 0); err != nil {
+	if err := unix.Unmount(at, 0); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -1,0 +1,41 @@
+package rootfs
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// baseDirs and baseFiles are the mount points that every container needs and few
+// images have. They lie in a layer of their own below all of the image's, which
+// hide it where they have the same: so that nothing has to be made in each
+// container's writable layer, and copied up for it, before it can be mounted on.
+var (
+	baseDirs  = []string{"dev", "etc", "proc", "sys"}
+	baseFiles = []string{"etc/hostname", "etc/hosts", "etc/resolv.conf"}
+)
+
+// makeBase makes the lowest layer, or completes it.
+func makeBase(dir string) error {
+	for _, d := range append([]string{"."}, baseDirs...) {
+		path := filepath.Join(dir, d)
+		if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := os.Chmod(path, 0o755); err != nil { // whatever the daemon's umask
+			return err
+		}
+	}
+	for _, name := range baseFiles {
+		path := filepath.Join(dir, name)
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(f.Chmod(0o644), f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
