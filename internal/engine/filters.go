@@ -172,7 +172,7 @@ func (s *selector) match(r *container.Record, ports []mobycontainer.PortSummary)
 		s.images != nil && !s.images[r.Image.ID],
 		!s.before.IsZero() && !r.Created.Before(s.before),
 		!s.since.IsZero() && !r.Created.After(s.since),
-		!s.health(r), !s.volume(r), !s.network(r), !s.published(ports), !s.exposed(r),
+		!s.health(r), !s.volume(r), !s.network(r), !s.published(r, ports), !s.exposed(r),
 		len(f["is-task"]) > 0 && f["is-task"][0] != "false" && f["is-task"][0] != "0",
 		len(f["isolation"]) > 0 && !slices.Contains(f["isolation"], r.Isolation):
 		return false
@@ -209,8 +209,15 @@ func (s *selector) network(r *container.Record) bool {
 	})
 }
 
-func (s *selector) published(ports []mobycontainer.PortSummary) bool {
+// published matches ports of the container that are to be published, as Docker
+// does, and those of the host.
+func (s *selector) published(r *container.Record, ports []mobycontainer.PortSummary) bool {
 	want := s.ports["publish"]
+	for p := range r.HostConfig.PortBindings {
+		if slices.ContainsFunc(want, func(w mobynet.PortRange) bool { return p.Num() >= w.Start() && p.Num() <= w.End() && p.Proto() == w.Proto() }) {
+			return true
+		}
+	}
 	return len(want) == 0 || slices.ContainsFunc(ports, func(p mobycontainer.PortSummary) bool {
 		return slices.ContainsFunc(want, func(r mobynet.PortRange) bool {
 			return p.PublicPort >= r.Start() && p.PublicPort <= r.End() && p.PublicPort != 0 && p.Type == string(r.Proto())
