@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	"tenon.dev/tenon/internal/version"
 )
 
 // Version is the version of the protocol between daemon and shim.
@@ -28,7 +29,7 @@ func (k *kernelService) Info(context.Context, *taskv1.InfoRequest) (*taskv1.Info
 		return nil, os.NewSyscallError("uname", err)
 	}
 	r := &taskv1.InfoResponse{
-		ShimVersion: Version, ShimPid: int64(os.Getpid()),
+		ShimVersion: version.Version, ShimPid: int64(os.Getpid()),
 		KernelRelease: unix.ByteSliceToString(u.Release[:]), Machine: unix.ByteSliceToString(u.Machine[:]),
 		CgroupVersion: cgroupVersion(),
 	}

@@ -1,17 +1,23 @@
 package host
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/version"
 )
 
 func newHost(t *testing.T) *Host {
@@ -102,5 +108,52 @@ func TestSharedMemory(t *testing.T) {
 	}
 	if got := h.NamespacePath(7, specs.IPCNamespace); got != "/proc/7/ns/ipc" {
 		t.Error(got)
+	}
+}
+
+// TestUpgrade: a shim of another build that has no containers is replaced.
+func TestUpgrade(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	dir := t.TempDir()
+	name := fmt.Sprintf("hostup%d", os.Getpid())
+	run := filepath.Join(dir, "run")
+	var pids []int64
+	for _, v := range []string{"old", version.Version} {
+		bin := filepath.Join(dir, "shim-"+v)
+		build := exec.CommandContext(ctx, "go", "build", "-ldflags", "-s -w -X tenon.dev/tenon/internal/version.Version="+v, "-o", bin, "tenon.dev/tenon/cmd/tenon-shim")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("go build: %v\n%s", err, out)
+		}
+		h, err := New(Config{Shim: bin, RunRoot: run, Name: name, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, started, err := h.Connect(ctx)
+		if err != nil || !started {
+			t.Fatalf("%s: started %v, %v", v, started, err)
+		}
+		defer c.Close()
+		info, err := c.Info(ctx)
+		if err != nil || info.ShimVersion != v {
+			t.Fatalf("%s: %v, %v", v, info, err)
+		}
+		pids = append(pids, info.ShimPid)
+		t.Cleanup(func() { _ = h.Teardown(context.Background()) })
+		if v == version.Version {
+			again, started, err := h.Connect(ctx)
+			if err != nil || started {
+				t.Errorf("one of this build: started %v, %v", started, err)
+			} else {
+				again.Close()
+			}
+			if err := c.Shutdown(ctx, true); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if pids[0] == pids[1] {
+		t.Error("the old shim is still there")
 	}
 }
