@@ -346,3 +346,16 @@ func TestClosedDescriptors(t *testing.T) {
 		}
 	}
 }
+
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	want, err := tenon(t, "", "-v=true").Output()
+	if err != nil || !strings.HasPrefix(string(want), "Tenon version ") {
+		t.Fatalf("%s, %v", want, err)
+	}
+	for _, flag := range []string{"-v", "--version"} {
+		if got, err := tenon(t, "", flag).Output(); err != nil || string(got) != string(want) {
+			t.Errorf("%s: %s, %v", flag, got, err)
+		}
+	}
+}
