@@ -14,6 +14,7 @@ var allowed = []string{
 	"tenon.dev/tenon/internal/channel",
 	"tenon.dev/tenon/internal/launch",
 	"tenon.dev/tenon/internal/logs",
+	"tenon.dev/tenon/internal/version",
 	"tenon.dev/tenon/internal/safepath",
 	"tenon.dev/tenon/internal/shim",
 	"tenon.dev/tenon/internal/task",
