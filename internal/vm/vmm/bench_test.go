@@ -30,13 +30,22 @@ func benchmark(b *testing.B, pool int) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	var made, private time.Duration
+	var made, cpu time.Duration
+	var private uint64
 	for i := 0; b.Loop(); i++ {
 		b.StopTimer()
 		if _, err := e.client.Prepare(limited(b), &vmv1.PrepareRequest{}); err != nil {
 			b.Fatal(err)
 		}
 		e.disks(fmt.Sprint("m", i))
+		var before uint64
+		if w := e.m.pool.waiting; len(w) > 0 { // nobody else is there
+			st, err := w[0].group.Stats()
+			if err != nil {
+				b.Fatal(err)
+			}
+			before = st.CPU.Usage
+		}
 		b.StartTimer()
 		begin := time.Now()
 		v := e.create(fmt.Sprint("m", i)).Machine
@@ -64,12 +73,14 @@ func benchmark(b *testing.B, pool int) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		private += time.Duration(u.Usages[0].PrivateBytes)
+		private += u.Usages[0].PrivateBytes
+		cpu += time.Duration(u.Usages[0].Cpu - before)
 		conn.Close()
 		t.Close()
 		e.remove(v.Id)
 		b.StartTimer()
 	}
 	b.ReportMetric(float64(made.Milliseconds())/float64(b.N), "ms-made/op")
+	b.ReportMetric(float64(cpu.Milliseconds())/float64(b.N), "ms-CPU/op")
 	b.ReportMetric(float64(private)/float64(b.N)/(1<<20), "MiB-private")
 }

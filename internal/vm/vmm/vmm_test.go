@@ -570,8 +570,10 @@ func TestDeath(t *testing.T) {
 	if _, err := e.client.Shutdown(limited(t), &vmv1.ShutdownRequest{}); err != nil {
 		t.Error(err)
 	}
+	late := time.AfterFunc(limit, func() { _ = second.Process.Kill() })
+	defer late.Stop()
 	if err := second.Wait(); err != nil {
-		t.Error(err)
+		t.Errorf("the end after Shutdown: %v", err)
 	}
 	e.nothingLeft(c)
 }
