@@ -139,6 +139,11 @@ func (e *Engine) WriteArchive(ctx context.Context, ref, p string, tar io.Reader,
 	if err := client.WriteFiles(ctx, f, p, tar, noOverwriteDirNonDir, copyUIDGID); err != nil {
 		return pathError(c, p, err)
 	}
+	if r := c.record(); !onHost(r) && !r.Facts.Changed {
+		if err := e.change(c, func(r *container.Record) { r.Facts.Changed = true }); err != nil {
+			return err
+		}
+	}
 	e.emit(c, events.ActionExtractToDir, nil)
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 )
 
@@ -154,11 +155,13 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if err := e.checkCPUs(&h.Resources, facts); err != nil {
 		return nil, nil, err
 	}
-	if _, err := e.planDevices(h); err != nil {
-		return nil, nil, err
-	}
-	if err := e.injectDevices(&specs.Spec{}, h.DeviceRequests); err != nil { // they are there
-		return nil, nil, err
+	if isolation == sandbox.Process { // a machine's devices are known when it runs
+		if _, err := e.planDevices(h); err != nil {
+			return nil, nil, err
+		}
+		if err := e.injectDevices(&specs.Spec{}, h.DeviceRequests); err != nil { // they are there
+			return nil, nil, err
+		}
 	}
 	if r.Mounts, err = e.planMounts(r); err != nil {
 		return nil, nil, err

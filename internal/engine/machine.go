@@ -208,6 +208,9 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := machineDevices(ctx, client, r.HostConfig, p); err != nil {
+		return nil, nil, err
+	}
 	e.spawn(func() { e.watchMachine(c, rn, g, client, seq) })
 	return p, client, nil
 }

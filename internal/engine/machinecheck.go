@@ -2,6 +2,7 @@ package engine
 
 import (
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -18,10 +19,6 @@ func (e *Engine) checkMachine(r *container.Record) error {
 		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had with --isolation vm in this release; nothing was started")
 	}
 	switch {
-	case h.Privileged:
-		return no("--privileged")
-	case len(h.Devices) > 0:
-		return no("--device (a device of the host)")
 	case len(h.DeviceRequests) > 0:
 		return no("--gpus and other device requests")
 	case len(h.BlkioDeviceReadBps)+len(h.BlkioDeviceWriteBps)+len(h.BlkioDeviceReadIOps)+len(h.BlkioDeviceWriteIOps)+len(h.BlkioWeightDevice) > 0:
@@ -44,6 +41,11 @@ func (e *Engine) checkMachine(r *container.Record) error {
 		return no("--cgroup-parent")
 	case h.Runtime != "" && h.Runtime != "tenon":
 		return no("--runtime " + h.Runtime)
+	}
+	for _, d := range h.Devices {
+		if !slices.Contains(guestDevices, d.PathOnHost) {
+			return no("--device " + d.PathOnHost + " (a device of the host; those of the container's own kernel are " + strings.Join(guestDevices, ", ") + ")")
+		}
 	}
 	for _, m := range r.Mounts {
 		switch {

@@ -85,10 +85,12 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	if err := usernsInput(&in, r, p); err != nil {
 		return in, err
 	}
-	if in.Devices, err = e.planDevices(r.HostConfig); err != nil {
+	if !onHost(r) {
+		in.Devices, in.AllDevices = p.devices, p.allDevices
+	} else if in.Devices, err = e.planDevices(r.HostConfig); err != nil {
 		return in, err
 	}
-	if h.Privileged {
+	if h.Privileged && onHost(r) {
 		if in.AllDevices, err = kernel.AllDevices(); err != nil {
 			return in, err
 		}

@@ -295,7 +295,9 @@ type prepared struct {
 	shm    string
 
 	accounts *accounts // nil: root has them
-	init     string    // of --init, on the kernel; empty: the kernel knows
+	// devices and allDevices are a machine's that its container gets.
+	devices, allDevices []spec.Device
+	init                string // of --init, on the kernel; empty: the kernel knows
 
 	userns     *userns.Namespace
 	usernsPath string
