@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -214,7 +215,14 @@ func TestSignals(t *testing.T) {
 			}
 		}
 		// It blocks signals soon after it has sent its request.
-		for deadline := time.Now().Add(limit); status(t, cmd.Process.Pid, "SigBlk") == "0000000000000000"; {
+		for deadline := time.Now().Add(limit); ; {
+			mask, err := strconv.ParseUint(status(t, cmd.Process.Pid, "SigBlk"), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if mask&(1<<(syscall.SIGUSR1-1)) != 0 {
+				break
+			}
 			if time.Now().After(deadline) {
 				t.Fatal("signals are not caught")
 			}
