@@ -58,3 +58,15 @@ need_go() {
 	PATH=$dir/bin:$PATH
 	go version >/dev/null || die "the Go toolchain in $dir does not work"
 }
+
+# need_docker puts Docker's CLI 28 or newer into PATH, which the tests' flags are of: the
+# one that is there, or one that is built into $TENON_TEST_TOOLS.
+need_docker() {
+	local have
+	have=$(docker --version 2>/dev/null | sed -n 's/^Docker version \([0-9]*\).*/\1/p') || true
+	[ "${have:-0}" -lt 28 ] || return 0
+	say "Docker's CLI, from source: the tests need 28 or newer"
+	sh test/tools/docker.sh "$TENON_TEST_TOOLS" >/dev/null
+	PATH=$TENON_TEST_TOOLS:$PATH
+}
+export TENON_TEST_TOOLS=${TENON_TEST_TOOLS:-${TENON_CACHE:-/var/cache/tenon-test}/tools}

@@ -1,10 +1,10 @@
 #!/bin/bash
 # Runs a project of Docker Compose (v5, built from source; its build takes a
 # minute or two and is kept) against the engine at $DOCKER_HOST, which must have
-# the image busybox (tenon image bootstrap busybox). Not part of make test.
+# the image busybox (tenon image bootstrap busybox). TestCompose of test/e2e runs it.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-program=$(sh "$here/../tools/compose.sh")
+program=$(sh "$here/../tools/compose.sh" ${TENON_TEST_TOOLS:+"$TENON_TEST_TOOLS"})
 : "${DOCKER_HOST:?the engine, such as unix:///run/tenon/docker.sock}"
 compose() { timeout 120 "$program" -p tenon-compose-$$ -f "$here/compose/compose.yaml" --progress quiet "$@"; }
 trap 'compose --profile debug down -v -t 1 >/dev/null 2>&1 || true' EXIT
