@@ -7,7 +7,9 @@ import (
 	"compress/gzip"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -232,6 +234,43 @@ func TestDiskUsage(t *testing.T) {
 	}
 	if s, b := d.call(t, "GET", "/system/df?type=x", "", nil); s != 400 {
 		t.Errorf("type=x: %d %s", s, b)
+	}
+}
+
+// TestKeepAlive: a request with a body that nobody reads (SDKs repeat the query in
+// it) leaves its connection to the next request, and so does an archive.
+func TestKeepAlive(t *testing.T) {
+	d := daemon(t)
+	c, err := net.Dial("unix", d.sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
+	br := bufio.NewReader(c)
+	empty := make([]byte, 20<<10) // an archive's end and more
+	for _, r := range []struct {
+		method, path, body string
+		status             int
+	}{
+		{"POST", "/images/create?fromImage=127.0.0.1:1/x", `{"fromImage":"127.0.0.1:1/x"}`, 503},
+		{"POST", "/images/127.0.0.1:1/x/push", `{"auths":null}`, 404},
+		{"POST", "/images/create?fromSrc=-&repo=keepalive", string(empty), 200},
+		{"DELETE", "/images/keepalive", `{}`, 200},
+		{"GET", "/_ping", "", 200},
+	} {
+		if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: d\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", r.method, r.path, len(r.body), r.body); err != nil {
+			t.Fatalf("%s: %v", r.path, err)
+		}
+		res, err := http.ReadResponse(br, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", r.path, err)
+		}
+		b, err := io.ReadAll(res.Body)
+		_ = res.Body.Close()
+		if err != nil || res.StatusCode != r.status || res.Close {
+			t.Fatalf("%s: %s %q %v, closed %v", r.path, res.Status, b, err, res.Close)
+		}
 	}
 }
 

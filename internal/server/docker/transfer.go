@@ -42,15 +42,24 @@ func Message(p image.Progress) jsonstream.Message {
 
 // messages answers with a stream of JSON messages.
 type messages struct {
-	s   *wire.Stream
-	enc *json.Encoder
+	c    *call
+	s    *wire.Stream
+	enc  *json.Encoder
+	body bool
 }
 
-func (c *call) messages() *messages {
-	// Messages go out while the body (an archive) still comes in.
-	_ = http.NewResponseController(c.w).EnableFullDuplex() // HTTP/1 always can
+// maxRest is what is read of a request's body though nobody needs it, so that its
+// connection can serve the next one.
+const maxRest = 1 << 20
+
+// messages begins an answer. With body messages go out while the request's body (an
+// archive) still comes in.
+func (c *call) messages(body bool) *messages {
+	if body {
+		_ = http.NewResponseController(c.w).EnableFullDuplex() // HTTP/1 always can
+	}
 	s := wire.NewStream(c.w, "application/json", true)
-	return &messages{s, json.NewEncoder(s)}
+	return &messages{c, s, json.NewEncoder(s), body}
 }
 
 func (m *messages) send(msg jsonstream.Message) {
@@ -63,8 +72,14 @@ func (m *messages) progress(p image.Progress) { m.send(Message(p)) }
 // status, a later one is the last message.
 func (m *messages) end(err error) error {
 	if err != nil && !m.s.Began() {
+		if m.body { // net/http closes the connection, and does not say so
+			m.c.w.Header().Set("Connection", "close")
+		}
 		m.s.Close(false)
 		return err
+	}
+	if m.body && err == nil {
+		_, _ = io.CopyN(io.Discard, m.c.r.Body, maxRest) // what follows an archive's end
 	}
 	if err != nil {
 		text := wire.Message(err)
@@ -93,7 +108,7 @@ func (a *API) imageCreate(c *call) error {
 			return err
 		}
 	}
-	m := c.messages()
+	m := c.messages(false)
 	for _, ref := range refs {
 		if _, err = a.images.Pull(c.ctx, ref, image.PullOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}); err != nil {
 			break
@@ -167,7 +182,7 @@ func (a *API) imageImport(c *call) error {
 	if err != nil {
 		return err
 	}
-	m := c.messages()
+	m := c.messages(src == "-")
 	body := io.Reader(c.r.Body)
 	if src != "-" {
 		resp, err := fetch(c.ctx, src)
@@ -228,7 +243,7 @@ func (a *API) imagePush(c *call) error {
 			return err
 		}
 	}
-	m := c.messages()
+	m := c.messages(false)
 	for _, ref := range refs {
 		if err = a.images.Push(c.ctx, ref, image.PushOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}); err != nil {
 			break
@@ -264,7 +279,7 @@ func (a *API) imageLoad(c *call) error {
 	if err != nil {
 		return err
 	}
-	m := c.messages()
+	m := c.messages(true)
 	o := image.LoadOptions{Platform: p}
 	if !c.flagOr("quiet", true) {
 		o.Progress = m.progress

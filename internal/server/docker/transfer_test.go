@@ -27,7 +27,7 @@ func TestMessagesDuplex(t *testing.T) {
 	const size = 2 << 20
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c := &call{w: w, r: r, ctx: r.Context(), v: MaxVersion, q: r.URL.Query()}
-		m := c.messages()
+		m := c.messages(true)
 		m.send(jsonstream.Message{Status: "begun"})
 		n, err := io.Copy(io.Discard, r.Body)
 		if err == nil && n != size {

@@ -23,6 +23,9 @@ var ErrClientGone = errors.New("the client has closed the connection")
 // reset.
 const lingerTime = 2 * time.Second
 
+// maxBody is the longest body of an upgrade that is not taken for its stream.
+const maxBody = 1 << 20
+
 // Session is a connection taken over from HTTP. Its context ends when the
 // request's does or when the client is gone. End must be called.
 type Session struct {
@@ -43,6 +46,10 @@ type Session struct {
 // Hijack takes the request's connection over. intro is the answer's header,
 // which Begin sends (Accept, Refuse or the first write call it).
 func Hijack(w http.ResponseWriter, r *http.Request, intro string) (*Session, context.Context, error) {
+	// A body of its own is not the stream: some clients repeat the query in it.
+	if n := r.ContentLength; n > 0 && n <= maxBody {
+		_, _ = io.CopyN(io.Discard, r.Body, n) // what is missing shows in the stream
+	}
 	conn, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return nil, nil, fmt.Errorf("take over the connection: %w", err)

@@ -205,6 +205,27 @@ func TestSessionApart(t *testing.T) {
 	}
 }
 
+// TestSessionBody: a request's body is not the stream.
+func TestSessionBody(t *testing.T) {
+	dial := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		s, _, err := Hijack(w, r, testIntro)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer s.End()
+		_, _ = io.Copy(s, s)
+	})
+	c := dial()
+	_, _ = io.WriteString(c, strings.Replace(request, "\r\n\r\n", "\r\nContent-Length: 4\r\n\r\nbody", 1)+"stream")
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(c); err != nil || string(b) != testIntro+"stream" {
+		t.Errorf("got %q, %v", b, err)
+	}
+}
+
 // TestSessionUnreadInput: the client sees an end of file, not a reset, when the
 // session ends with input unread.
 func TestSessionUnreadInput(t *testing.T) {
