@@ -45,6 +45,9 @@ type Plug struct {
 	Sysctls []string
 	// Isolated endpoints reach the host but not each other.
 	Isolated bool
+	// Static endpoints have one hardware address: the guard sees to that, and
+	// the bridge need not learn it from each frame.
+	Static bool
 
 	index int // of Interface; 0: the kernel chooses it
 }
@@ -132,9 +135,7 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 		}
 		host.AddVeth(link.Veth{Host: pl.HostInterface, HostIndex: pl.HostIndex, Bridge: pl.BridgeIndex,
 			NetnsFD: fd, Peer: pl.Interface, PeerIndex: pl.index, MAC: pl.MAC, MTU: pl.MTU})
-		if pl.Isolated {
-			host.SetPort(pl.HostInterface, link.Port{Isolated: true})
-		}
+		setPort(&host, pl, false)
 	}
 	if err := p.rtnl.Do(&host); err != nil {
 		return err
@@ -197,6 +198,14 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 		}
 	}
 	return s.Do(&in)
+}
+
+// setPort says how an endpoint sits in its bridge.
+func setPort(b *link.Batch, pl Plug, hairpin bool) {
+	b.SetPort(pl.HostInterface, link.Port{Isolated: pl.Isolated, Static: pl.Static, Hairpin: hairpin})
+	if pl.Static {
+		b.AddStatic(pl.HostIndex, pl.MAC)
+	}
 }
 
 // Attach plugs one more interface into a namespace in use.
@@ -324,12 +333,11 @@ func (p *readyPool) run() {
 		case <-p.kick:
 		}
 		for p.c.ctx.Err() == nil && len(p.full) < cap(p.full) {
-			r, err := p.c.makeReady()
-			if err != nil {
+			// cannot block: nobody else sends
+			if err := p.c.makeReady(cap(p.full)-len(p.full), func(r *ready) { p.full <- r }); err != nil {
 				p.c.log.Warn("no namespace could be made ahead", "err", err)
 				break
 			}
-			p.full <- r // cannot block: nobody else sends
 		}
 		p.mu.Lock()
 		pending := len(p.release) > 0
@@ -359,22 +367,37 @@ func (p *readyPool) reap() {
 	}
 }
 
-// makeReady makes a namespace on the default bridge.
-func (c *Controller) makeReady() (*ready, error) {
-	nsid := randomHex(8)
+// makeReady makes n namespaces on the default bridge, guarded in one
+// transaction, and calls each as soon as one is ready.
+func (c *Controller) makeReady(n int, each func(*ready)) error {
+	var list []*ready
+	var eps []Endpoint
+	var full error
 	c.mu.Lock()
-	n := c.byNameLocked(defaultNetwork)
-	ep, err := c.allocateLocked(n, EndpointRequest{}, nsid, 0)
+	for range n {
+		r := &ready{nsid: randomHex(8)}
+		if r.ep, full = c.allocateLocked(c.byNameLocked(defaultNetwork), EndpointRequest{}, r.nsid, 0); full != nil {
+			break
+		}
+		list, eps = append(list, r), append(eps, r.ep)
+	}
 	c.mu.Unlock()
-	if err != nil {
-		return nil, err
+	if len(list) == 0 {
+		return full
 	}
-	r := &ready{nsid: nsid, ep: ep}
-	if err := c.setup(c.ctx, c.plumber(), nsid, []Endpoint{ep}); err != nil {
-		c.freeReady(r)
-		return nil, err
+	err := c.prepare(c.ctx, eps)
+	for i, r := range list {
+		if err == nil {
+			err = c.plugIn(c.ctx, c.plumber(), r.nsid, eps[i:i+1])
+			r.ep = eps[i]
+		}
+		if err != nil {
+			c.freeReady(r)
+			continue
+		}
+		each(r)
 	}
-	return r, nil
+	return errors.Join(err, full)
 }
 
 func (c *Controller) freeReady(r *ready) {
@@ -386,21 +409,34 @@ func (c *Controller) freeReady(r *ready) {
 
 // setup plugs a container's endpoints in, their ports guarded before.
 func (c *Controller) setup(ctx context.Context, p Plumber, nsid string, eps []Endpoint) error {
+	if err := c.prepare(ctx, eps); err != nil {
+		return err
+	}
+	return c.plugIn(ctx, p, nsid, eps)
+}
+
+// prepare makes everything ready for endpoints to be plugged in.
+func (c *Controller) prepare(ctx context.Context, eps []Endpoint) error {
 	if err := c.raiseSegments(ctx, eps); err != nil {
 		return err
 	}
 	if err := c.evict(eps); err != nil {
 		return err
 	}
+	return c.table.Guard(c.guards(eps)...)
+}
+
+// plugIn plugs a container's endpoints in that are prepared.
+func (c *Controller) plugIn(ctx context.Context, p Plumber, nsid string, eps []Endpoint) error {
 	for try := 0; ; try++ {
-		if err := c.table.Guard(c.guards(eps)...); err != nil {
-			return err
-		}
 		err := p.Setup(ctx, nsid, c.plugs(eps))
 		if !errors.Is(err, unix.EBUSY) || try == 3 {
 			return err
 		}
 		if err := c.renumber(eps); err != nil { // another interface has one of the indexes
+			return err
+		}
+		if err := c.table.Guard(c.guards(eps)...); err != nil {
 			return err
 		}
 	}

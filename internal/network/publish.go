@@ -116,7 +116,7 @@ func (c *Controller) hairpin(r *contRecord) error {
 	var b link.Batch
 	for _, p := range c.plugs(r.Endpoints) {
 		if p.Parent == "" && !c.unplugged(r, p.HostInterface) {
-			b.SetPort(p.HostInterface, link.Port{Isolated: p.Isolated, Hairpin: true})
+			setPort(&b, p, true)
 		}
 	}
 	return c.rtnl.Do(&b)

@@ -191,7 +191,7 @@ func (c *Controller) replug() error {
 	if err != nil {
 		return err
 	}
-	want, index := map[string]int{}, map[string]int{}
+	want, index, ports := map[string]int{}, map[string]int{}, map[string]Plug{}
 	for _, l := range links {
 		index[l.Name] = l.Index
 	}
@@ -203,12 +203,17 @@ func (c *Controller) replug() error {
 				want[e.HostInterface] = n.segments[e.Segment].index
 			}
 		}
+		for _, pl := range c.plugs(r.Endpoints) {
+			ports[pl.HostInterface] = pl
+		}
 	}
+	hairpin := brNetfilter("iptables") || brNetfilter("ip6tables")
 	var b link.Batch
 	for _, l := range links {
 		if idx, ok := want[l.Name]; ok && (l.Kind == "veth" || l.Kind == "tun") {
 			if l.Master != idx {
 				b.SetMaster(l.Name, idx)
+				setPort(&b, ports[l.Name], hairpin)
 			}
 			continue
 		}

@@ -1,11 +1,13 @@
 package network
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -107,4 +109,86 @@ func TestRootSpoofing(t *testing.T) {
 		}
 		wantNothing(t, evil.Path, "tcp", addr4(a, 0)+":80")
 	}
+}
+
+// udpFrame is a datagram from port 9 to port 7777, without checksums for UDP.
+func udpFrame(dst, src net.HardwareAddr, from, to netip.Addr, word string) []byte {
+	f := append(append(append([]byte(nil), dst...), src...), 8, 0)
+	ip := []byte{0x45, 0, 0, byte(28 + len(word)), 0, 1, 0, 0, 64, unix.IPPROTO_UDP, 0, 0}
+	ip = append(append(ip, from.AsSlice()...), to.AsSlice()...)
+	var sum uint32
+	for i := 0; i < len(ip); i += 2 {
+		sum += uint32(ip[i])<<8 | uint32(ip[i+1])
+	}
+	sum = sum>>16 + sum&0xffff
+	sum += sum >> 16
+	ip[10], ip[11] = byte(^sum>>8), byte(^sum)
+	return append(append(append(f, ip...), 0, 9, 0x1e, 0x61, 0, byte(8+len(word)), 0, 0), word...)
+}
+
+// TestRootLinkLocalFrames: an internal network's frames to the hardware addresses that a bridge takes
+// for itself do not lead past the rules, nor do anybody's frames to loopback
+// addresses or with another's.
+func TestRootLinkLocalFrames(t *testing.T) {
+	n := openTest(t)
+	yes := true
+	for _, internal := range []bool{true, false} {
+		name := fmt.Sprintf("net%v", internal)
+		n.create(name, func(r *CreateRequest) { r.Internal = internal; r.EnableIPv6 = &yes })
+		evil := n.connect("e"+name, Request{Endpoints: []EndpointRequest{{Network: name}}})
+		e := evil.Endpoints[0]
+		gw := n.networkGateway(name)
+		pc, err := net.ListenPacket("udp4", ":7777")
+		if err != nil {
+			t.Fatal(err)
+		}
+		bridge, err := net.InterfaceByName(n.bridgeOf(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, last := range []byte{0x00, 0x02, 0x03, 0x0e, 0x0f} {
+			if !internal {
+				break // they may reach the host, by the bridge
+			}
+			mac := net.HardwareAddr{0x01, 0x80, 0xc2, 0, 0, last}
+			sendFrame(t, evil.Path, udpFrame(mac, e.MAC, e.IPv4.Addr(), gw, mac.String()))
+		}
+		for _, mac := range []net.HardwareAddr{bridge.HardwareAddr, {0xff, 0xff, 0xff, 0xff, 0xff, 0xff}} {
+			sendFrame(t, evil.Path, udpFrame(mac, e.MAC, e.IPv4.Addr(), netip.MustParseAddr("127.0.0.1"), "evil"))
+			sendFrame(t, evil.Path, udpFrame(mac, net.HardwareAddr{2, 66, 9, 9, 9, 9}, e.IPv4.Addr(), gw, "evil"))
+			sendFrame(t, evil.Path, udpFrame(mac, e.MAC, e.IPv4.Addr().Next(), gw, "evil"))
+		}
+		if internal {
+			sendFrame(t, evil.Path, udpFrame(bridge.HardwareAddr, e.MAC, e.IPv4.Addr(), gw, "evil"))
+		}
+		// Frames arrive in order, and this one after them.
+		c, err := net.Dial("udp4", "127.0.0.1:7777")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Write([]byte("good")); err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		buf := make([]byte, 64)
+		if err := pc.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if got, from, err := pc.ReadFrom(buf); err != nil || string(buf[:got]) != "good" {
+			t.Errorf("internal %v: the host took %q from %v, %v", internal, buf[:got], from, err)
+		}
+		pc.Close()
+	}
+}
+
+func (n *testNet) networkGateway(name string) netip.Addr {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.byNameLocked(name).subnetFor(true).gateway
+}
+
+func (n *testNet) bridgeOf(name string) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.byNameLocked(name).rec.Bridge
 }

@@ -54,9 +54,7 @@ func (p tapPlumber) Attach(ctx context.Context, ns string, pl Plug) error {
 	}
 	b = link.Batch{}
 	b.PlugTap(pl.HostInterface, pl.HostIndex, pl.BridgeIndex, pl.MTU)
-	if pl.Isolated {
-		b.SetPort(pl.HostInterface, link.Port{Isolated: true})
-	}
+	setPort(&b, pl, false)
 	return p.rtnl.Do(&b)
 }
 

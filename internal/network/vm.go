@@ -122,9 +122,7 @@ func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
 	}
 	var b link.Batch
 	b.PlugTap(tap, index, plugs[i].BridgeIndex, plugs[i].MTU)
-	if plugs[i].Isolated {
-		b.SetPort(tap, link.Port{Isolated: true})
-	}
+	setPort(&b, plugs[i], false)
 	if err := c.rtnl.Do(&b); err != nil {
 		if link.IsMissing(err) {
 			err = fmt.Errorf("no such tap: %w: %w", err, errdefs.ErrNotFound)

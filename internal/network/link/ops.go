@@ -15,6 +15,7 @@ const (
 	brMcastSnooping = 23
 	brportMode      = 4  // IFLA_BRPORT_MODE: hairpin
 	brportLearning  = 8  // IFLA_BRPORT_LEARNING
+	brportGroupFwd  = 31 // IFLA_BRPORT_GROUP_FWD_MASK
 	brportIsolated  = 33 // IFLA_BRPORT_ISOLATED
 	addrGenNone     = 1  // IN6_ADDR_GEN_MODE_NONE
 	ifaFNoDAD       = 0x02
@@ -26,6 +27,8 @@ type Port struct {
 	Isolated bool
 	// Hairpin lets frames leave by the port that they came from.
 	Hairpin bool
+	// Static ports do not learn: who is behind them is said by AddStatic.
+	Static bool
 }
 
 // Veth is a veth pair with one end in a bridge and the other in a namespace.
@@ -52,6 +55,7 @@ func (b *Batch) AddVeth(v Veth) {
 	b.begin("add veth "+v.Host, unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, ifinfo(v.HostIndex, 0, 0))
 	b.attrString(unix.IFLA_IFNAME, v.Host)
 	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
+	b.oneQueue()
 	b.open(unix.IFLA_LINKINFO)
 	b.attrString(unix.IFLA_INFO_KIND, "veth")
 	b.open(unix.IFLA_INFO_DATA)
@@ -59,6 +63,7 @@ func (b *Batch) AddVeth(v Veth) {
 	b.buf = append(b.buf, ifinfo(v.PeerIndex, 0, 0)...)
 	b.attrString(unix.IFLA_IFNAME, v.Peer)
 	b.attr32(unix.IFLA_MTU, uint32(v.MTU))
+	b.oneQueue()
 	if v.MAC != nil {
 		b.attr(unix.IFLA_ADDRESS, v.MAC)
 	}
@@ -80,6 +85,14 @@ func (b *Batch) AddVeth(v Veth) {
 	b.portSettings()
 }
 
+// oneQueue is what a veth end uses anyway. Unless it is told, the kernel makes
+// two for each processor, with their files in sysfs, and then takes all but one
+// of each away.
+func (b *Batch) oneQueue() {
+	b.attr32(unix.IFLA_NUM_TX_QUEUES, 1)
+	b.attr32(unix.IFLA_NUM_RX_QUEUES, 1)
+}
+
 // portSettings says that a port of a bridge has no address of its own.
 func (b *Batch) portSettings() {
 	b.open(unix.IFLA_AF_SPEC)
@@ -89,7 +102,10 @@ func (b *Batch) portSettings() {
 	b.close()
 }
 
-// SetPort changes how the named interface sits in its bridge.
+// SetPort changes how the named interface sits in its bridge. Frames to the
+// hardware addresses that are meant for bridges (01:80:c2:00:00:0X) go the way of
+// all others: else the host would take them, whatever is in them, as if they came
+// by the port and not by the bridge, past the rules for the bridge.
 func (b *Batch) SetPort(name string, p Port) {
 	b.begin("set bridge port "+name, unix.RTM_NEWLINK, 0, ifinfo(0, 0, 0))
 	b.attrString(unix.IFLA_IFNAME, name)
@@ -98,8 +114,21 @@ func (b *Batch) SetPort(name string, p Port) {
 	b.open(unix.IFLA_INFO_SLAVE_DATA)
 	b.attr8(brportIsolated, flag(p.Isolated))
 	b.attr8(brportMode, flag(p.Hairpin))
+	b.attr8(brportLearning, flag(!p.Static))
+	b.attr16(brportGroupFwd, 0xfffd) // all but pause frames, which are dropped
 	b.close()
 	b.close()
+}
+
+// AddStatic tells the bridge that mac is behind its port with the index, and
+// nowhere else any more.
+func (b *Batch) AddStatic(index int, mac net.HardwareAddr) {
+	hdr := make([]byte, unix.SizeofNdMsg)
+	hdr[0], hdr[10] = unix.AF_BRIDGE, unix.NTF_MASTER
+	native.PutUint32(hdr[4:], uint32(index))
+	native.PutUint16(hdr[8:], unix.NUD_NOARP)
+	b.begin("add "+mac.String()+" to its bridge", unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, hdr)
+	b.attr(unix.NDA_LLADDR, mac)
 }
 
 func flag(v bool) uint8 {

@@ -19,14 +19,24 @@ import (
 //	  set src4  { type iface_index . ether_addr . ipv4_addr; size N }  # who may speak there
 //	  set src6  { type iface_index . ether_addr . ipv6_addr; size N }
 //	  chain guard { type filter hook prerouting priority -300
-//	    ether type ip ip daddr 127.0.0.0/8 drop            # route_localnet is on there
-//	    ether type ip udp sport 67 iif @ports drop         # no DHCP server
-//	    ether type ip meta pkttype other iif . ether saddr . ip saddr @src4 notrack accept  # to another container
-//	    ether type ip meta pkttype != other iif . ether saddr . ip saddr @src4 accept       # to the host
+//	    ether type != ip goto other
+//	    udp sport 67 iif @ports drop                       # no DHCP server
+//	    meta pkttype other goto bridged
+//	    ip daddr 127.0.0.0/8 drop                          # route_localnet is on there
+//	    iif . ether saddr . ip saddr @src4 accept          # nearly all frames to the host end here
+//	    iif != @ports accept
+//	    drop
+//	  }
+//	  chain bridged {
+//	    iif . ether saddr . ip saddr @src4 notrack accept  # nearly all frames to a container
+//	    iif @uplinks notrack accept                        # only with segments
+//	    iif != @ports accept
+//	    drop
+//	  }
+//	  chain other {
 //	    ether type ip6 ip6 daddr ::1 drop
 //	    meta pkttype other iif @uplinks notrack accept     # only with segments
 //	    iif != @ports accept
-//	    ether type ip drop
 //	    iif . ether saddr != @macs drop
 //	    ether type arp iif . arp saddr ether . arp saddr ip @src4 accept
 //	    ether type ip6 icmpv6 type { 134, 137 } drop       # no router
@@ -152,19 +162,35 @@ func (t *Table) guardRules() {
 		t.conn.AddRule(r)
 	}
 	acc, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
-	ip, arp, ip6 := etherType(unix.ETH_P_IP), etherType(unix.ETH_P_ARP), etherType(unix.ETH_P_IPV6)
+	arp, ip6 := etherType(unix.ETH_P_ARP), etherType(unix.ETH_P_IPV6)
 
-	bridged, notrack := packetType(expr.CmpOpEq), []expr.Any{&expr.Notrack{}}
-	rule(c, ip, v4.loop(v4.dst), drop)
-	rule(c, ip, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), t.port(setPorts, false), drop)
-	rule(c, ip, bridged, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), notrack, acc)
-	rule(c, ip, packetType(expr.CmpOpNeq), t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), acc)
+	chain := func(name string) (*nftables.Chain, []expr.Any) {
+		return t.conn.AddChain(&nftables.Chain{Name: name, Table: t.bridge}), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: name}}
+	}
+	br, gotoBridged := chain("bridged")
+	other, gotoOther := chain("other")
+	toOthers, notrack := packetType(), []expr.Any{&expr.Notrack{}}
+	rule(c, notEtherType(unix.ETH_P_IP), gotoOther)
+	rule(c, byteAt(expr.PayloadBaseNetworkHeader, 9, unix.IPPROTO_UDP), shortAt(expr.PayloadBaseTransportHeader, 0, 67), t.port(setPorts, false), drop)
+	rule(c, toOthers, gotoBridged)
+	rule(c, v4.loop(v4.dst), drop)
+	rule(c, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), acc)
+	rule(c, t.port(setPorts, true), acc)
+	rule(c, drop)
+
+	rule(br, t.speaker("4", etherSrc, v4.load(v4.src, regAddr)), notrack, acc)
+	if t.shape.segments {
+		rule(br, t.port(setUplinks, false), notrack, acc)
+	}
+	rule(br, t.port(setPorts, true), acc)
+	rule(br, drop)
+
+	c = other
 	rule(c, ip6, v6.loop(v6.dst), drop)
 	if t.shape.segments {
-		rule(c, bridged, t.port(setUplinks, false), notrack, acc)
+		rule(c, toOthers, t.port(setUplinks, false), notrack, acc)
 	}
 	rule(c, t.port(setPorts, true), acc)
-	rule(c, ip, drop)
 	rule(c, t.mayNot(), drop)
 	rule(c, arp, t.speaker("4", &expr.Payload{DestRegister: regMAC, Base: expr.PayloadBaseNetworkHeader, Offset: 8, Len: 6},
 		&expr.Payload{DestRegister: regAddr, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}), acc)
@@ -173,7 +199,7 @@ func (t *Table) guardRules() {
 		rule(c, ip6, icmp6, byteAt(expr.PayloadBaseTransportHeader, 0, typ), drop)
 	}
 	rule(c, ip6, icmp6, byteAt(expr.PayloadBaseTransportHeader, 0, 136), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: adv.Name}})
-	rule(c, ip6, bridged, t.speaker("6", etherSrc, v6.load(v6.src, regAddr)), notrack, acc)
+	rule(c, ip6, toOthers, t.speaker("6", etherSrc, v6.load(v6.src, regAddr)), notrack, acc)
 	rule(c, ip6, t.speaker("6", etherSrc, v6.load(v6.src, regAddr)), acc)
 	rule(c, ip6, linkLocal(v6.src), acc)
 	rule(c, ip6, []expr.Any{v6.load(v6.src, reg1), &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: make([]byte, 16)}}, acc)
@@ -212,14 +238,19 @@ func (t *Table) port(set string, invert bool) []expr.Any {
 	return t.name16(expr.MetaKeyIIF, set, invert)
 }
 
-// packetType compares with PACKET_OTHERHOST.
-func packetType(op expr.CmpOp) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPKTTYPE, Register: reg1}, &expr.Cmp{Op: op, Register: reg1, Data: []byte{unix.PACKET_OTHERHOST}}}
+// packetType matches PACKET_OTHERHOST.
+func packetType() []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPKTTYPE, Register: reg1}, &expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: []byte{unix.PACKET_OTHERHOST}}}
 }
 
 func etherType(p uint16) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg1, Data: be16(p)}}
+}
+
+func notEtherType(p uint16) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg1},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg1, Data: be16(p)}}
 }
 
 func byteAt(base expr.PayloadBase, off uint32, v byte) []expr.Any {
