@@ -241,7 +241,7 @@ func (d *Daemon) Leftovers() []string {
 	links, _ := os.ReadDir("/sys/class/net")
 	for _, l := range links {
 		alias, _ := os.ReadFile(filepath.Join("/sys/class/net", l.Name(), "ifalias")) // gone meanwhile: not left
-		if strings.HasPrefix(string(alias), "tenon:"+d.Name+":") {
+		if strings.HasPrefix(string(alias), "tenon:"+d.Name+":") || strings.HasPrefix(l.Name(), d.Name+"-v") {
 			left = append(left, "interface "+l.Name())
 		}
 	}
@@ -254,7 +254,7 @@ func (d *Daemon) Leftovers() []string {
 		}
 	}
 	_ = filepath.WalkDir("/sys/fs/cgroup", func(path string, e fs.DirEntry, err error) error {
-		if err == nil && e.IsDir() && e.Name() == d.Name {
+		if err == nil && e.IsDir() && (e.Name() == d.Name || e.Name() == d.Name+"-vm") {
 			left = append(left, "cgroup "+path)
 			return fs.SkipDir
 		}

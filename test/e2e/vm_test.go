@@ -5,6 +5,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 )
 
@@ -35,7 +37,155 @@ func TestBehavioursVM(t *testing.T) {
 	d.behave(t, "m", "--isolation vm", rows)
 }
 
-// inVM are the rows that CI runs with a kernel for each container.
+// inVM are the rows that CI runs with a kernel for each container: an emulated
+// machine takes seconds. TENON_ALL_ROWS=1 runs all; those that fail then are what
+// docs/virtual-machines.md says is refused.
 var inVM = []string{
-	"run prints",
+	"run separates stdout and stderr",
+	"run passes the exit code on",
+	"unknown command is 127",
+	"command that can't be executed is 126",
+	"a megabyte through stdin and stdout",
+	"create start wait logs",
+	"stop within its time-out",
+	"stop kills after the time-out",
+	"kill with a signal",
+	"pause and unpause",
+	"rm of a running one is refused, -f does it",
+	"wait for removal",
+	"exec",
+	"exec takes stdin",
+	"exec with user, env, workdir",
+	"exec with a terminal",
+	"a terminal",
+	"top",
+	"attach sees what comes",
+	"restart policy on-failure counts",
+	"healthy",
+	"init reaps and forwards",
+	"two runs of one container keep its files",
+	"oom is reported",
+	"PATH and HOSTNAME and HOME",
+	"user by name",
+	"ulimit",
+	"default shm size",
+}
+
+// TestVM tries what a kernel of a container's own is about: that it is one, that
+// it is shown, and who dies with whom.
+func TestVM(t *testing.T) {
+	d := newVMDaemon(t)
+	d.Busybox(t)
+	host := strings.TrimSpace(d.Sh(t, "uname -r; cat /proc/sys/kernel/random/boot_id").Out)
+	r := d.Docker(t, "run", "--rm", "--isolation", "VM", "busybox", "sh", "-c", "uname -r; cat /proc/sys/kernel/random/boot_id")
+	if lines := strings.Fields(r.Out); r.Code != 0 || len(lines) != 2 || strings.Contains(host, lines[0]) || strings.Contains(host, lines[1]) {
+		t.Fatalf("exit %d, %q, on the host %q: %s", r.Code, r.Out, host, r.Err)
+	}
+	if !strings.Contains(r.Err, "emulated (TCG)") {
+		t.Errorf("no word of the emulation: %s", r.Err)
+	}
+	if out := d.Must(t, "info"); !strings.Contains(out, "tcg") {
+		t.Errorf("info does not show the accelerator:\n%s", out)
+	}
+	d.Must(t, "network", "create", "net")
+	d.Must(t, "run", "-d", "--name", "peer", "--network", "net", "busybox", "sh", "-c", "echo hi >/index.html; exec httpd -f -h /")
+	run := func(name string, args ...string) {
+		d.Must(t, append([]string{"run", "-d", "--isolation", "vm", "--name", name, "--network", "net"}, args...)...)
+	}
+	run("count", "-p", "127.0.0.1::80", "busybox", "sh", "-c", "echo there >/index.html; httpd -h /; i=0; while :; do echo $i; i=$((i+1)); sleep 0.2; done")
+	run("again", "--restart", "on-failure", "busybox", "sleep", "1000")
+	fact := func(name, what string) string { return d.Must(t, "inspect", "-f", what, name) }
+	about := `{{index .HostConfig.Annotations "tenon.isolation"}} {{index .HostConfig.Annotations "tenon.accel"}} {{index .HostConfig.Annotations "tenon.boot-id"}}`
+	boot := d.Must(t, "exec", "count", "cat", "/proc/sys/kernel/random/boot_id")
+	if got := fact("count", about); got != "vm tcg "+boot {
+		t.Errorf("inspect says %q, the guest %s", got, boot)
+	}
+	if out := d.Must(t, "exec", "count", "wget", "-qO-", "http://peer/"); out != "hi" {
+		t.Errorf("from a machine to a container of the host: %q", out)
+	}
+	if out := d.Must(t, "exec", "peer", "wget", "-qO-", "http://count/"); out != "there" {
+		t.Errorf("from a container of the host to a machine: %q", out)
+	}
+	port := strings.TrimSpace(d.Must(t, "port", "count", "80/tcp"))
+	if r := d.Sh(t, "curl -sS -m 20 http://"+port+"/"); r.Out != "there\n" {
+		t.Errorf("published port: %q %s", r.Out, r.Err)
+	}
+	pid := fact("count", "{{.State.Pid}}")
+
+	// The daemon's death is nobody's.
+	d.Kill(t)
+	d.Start(t)
+	if got := d.Must(t, "exec", "count", "cat", "/proc/sys/kernel/random/boot_id"); got != boot || fact("count", "{{.State.Pid}}") != pid {
+		t.Errorf("after the daemon's death another kernel: %s, was %s", got, boot)
+	}
+	logs := strings.Fields(d.Must(t, "logs", "count"))
+	for i, line := range logs {
+		if line != strconv.Itoa(i) {
+			t.Errorf("line %d of the log is %q", i, line)
+			break
+		}
+	}
+
+	// A machine's end is its container's.
+	for _, name := range []string{"count", "again"} {
+		d.Sh(t, "kill -9 "+fact(name, "{{.State.Pid}}"))
+	}
+	eventually(t, "a container whose machine was killed", func() string {
+		if got := fact("count", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}"); !strings.HasPrefix(got, "exited 137 the container's virtual machine ended") {
+			return got
+		}
+		return ""
+	})
+	eventually(t, "the restart policy", func() string {
+		if got := fact("again", "{{.State.Status}} {{.RestartCount}}"); got != "running 1" {
+			return got
+		}
+		return ""
+	})
+	if got := fact("peer", "{{.State.Status}}"); got != "running" {
+		t.Errorf("the host's container is %s", got)
+	}
+	d.Must(t, "start", "count")
+	if got := d.Must(t, "exec", "count", "cat", "/index.html"); got != "there" {
+		t.Errorf("its files: %q", got)
+	}
+
+	// So is that of the process which holds the machines.
+	vmm := d.Sh(t, "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q 'tenon-vmm serve .*"+d.RunRoot+"' && basename $p; done; true")
+	d.Sh(t, "kill -9 "+strings.TrimSpace(vmm.Out))
+	eventually(t, "containers whose machines' holder was killed", func() string {
+		if got := fact("count", "{{.State.Status}} {{.State.ExitCode}}"); got != "exited 137" {
+			return got
+		}
+		return ""
+	})
+	eventually(t, "the restart policy", func() string {
+		if got := fact("again", "{{.State.Status}}"); got != "running" {
+			return got
+		}
+		return ""
+	})
+	d.Must(t, "rm", "-f", "count", "again", "peer")
+	d.Must(t, "network", "rm", "net")
+}
+
+// TestVMRefusals: what can't be had is refused before anything is made.
+func TestVMRefusals(t *testing.T) {
+	d := newVMDaemon(t, "--default-isolation", "vm")
+	d.Busybox(t)
+	for _, flags := range []string{
+		"--device /dev/sda", "--network host", "--pid host", "--ipc host", "--uts host", "--cgroupns host", "--cgroup-parent x",
+		"-v /dev/kmsg:/x", "-v /tmp:/x:shared", "--mount type=image,source=busybox,target=/x", "--isolation machine=m",
+	} {
+		r := d.Docker(t, append(append([]string{"run", "--name", "refused"}, strings.Fields(flags)...), "busybox", "true")...)
+		if r.Code != 125 || !strings.Contains(r.Err, "nothing was started") {
+			t.Errorf("%s: exit %d: %s", flags, r.Code, r.Err)
+		}
+	}
+	if out := d.Must(t, "ps", "-aq"); out != "" {
+		t.Errorf("made nevertheless: %s", out)
+	}
+	if out := d.Must(t, "run", "--rm", "--isolation", "process", "busybox", "uname", "-r"); out != strings.TrimSpace(d.Sh(t, "uname -r").Out) {
+		t.Errorf("--isolation process: kernel %s", out)
+	}
 }
