@@ -90,8 +90,7 @@ func parseCreate(r *taskv3.CreateTaskRequest) (req createRequest, err error) {
 			return req, fmt.Errorf("task %s: spec: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 		}
 	}
-	req.spec = new(specs.Spec)
-	if err := json.Unmarshal(raw, req.spec); err != nil {
+	if req.spec, err = parseSpec(raw); err != nil {
 		return req, fmt.Errorf("task %s: spec: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 	}
 	req.opts.Spec = nil
