@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // Volatile keeps records as files dir/bucket/key.json on a tmpfs. Writes are
@@ -42,7 +45,54 @@ func (s *Volatile) Put(bucket, key string, v any) error {
 	if err != nil {
 		return fmt.Errorf("store %s/%s: %w", bucket, key, err)
 	}
-	return WriteFile(p, b, 0o600, false)
+	if err := replace(p, b); err != nil {
+		return fmt.Errorf("store %s/%s: %w", bucket, key, err)
+	}
+	return nil
+}
+
+// replace is WriteFile for a record, without what an os.File is more than a
+// descriptor: a short container has two of them written.
+func replace(path string, data []byte) error {
+	tmp := filepath.Dir(path) + "/.tmp-" + strconv.FormatUint(rand.Uint64(), 36)
+	fd, err := create(tmp)
+	if err == unix.ENOENT {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			return err
+		}
+		fd, err = create(tmp)
+	}
+	if err != nil {
+		return &os.PathError{Op: "create", Path: tmp, Err: err}
+	}
+	for len(data) > 0 && err == nil {
+		var n int
+		if n, err = unix.Write(fd, data); err == unix.EINTR {
+			err = nil
+			continue
+		}
+		data = data[max(n, 0):]
+	}
+	if cerr := unix.Close(fd); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = unix.Rename(tmp, path)
+	}
+	if err != nil {
+		_ = unix.Unlink(tmp) // the error that led here is the one to tell
+		return &os.PathError{Op: "write", Path: path, Err: err}
+	}
+	return nil
+}
+
+func create(path string) (int, error) {
+	for {
+		fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o600)
+		if err != unix.EINTR {
+			return fd, err
+		}
+	}
 }
 
 // Get reads into v; errdefs.ErrNotFound if there is no such key.
