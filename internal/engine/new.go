@@ -102,6 +102,7 @@ type Engine struct {
 
 	saver  saver
 	idmaps usernsProbe
+	known  knownAccounts
 }
 
 var _ API = (*Engine)(nil)

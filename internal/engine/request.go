@@ -146,16 +146,11 @@ func (e *Engine) resolveUser(root *rootfs.Root, a *accounts, text string, groupA
 	if a != nil {
 		return spec.ResolveUser(text, groupAdd, a.passwd, a.group)
 	}
-	stack := layered.Stack(append([]string{root.Upper}, root.Lower...))
-	passwd, err := readAccounts(stack, "/etc/passwd")
+	a, err := e.known.of(root)
 	if err != nil {
 		return spec.User{}, err
 	}
-	group, err := readAccounts(stack, "/etc/group")
-	if err != nil {
-		return spec.User{}, err
-	}
-	return spec.ResolveUser(text, groupAdd, passwd, group)
+	return spec.ResolveUser(text, groupAdd, a.passwd, a.group)
 }
 
 func readAccounts(s layered.Stack, name string) ([]byte, error) {
