@@ -149,7 +149,7 @@ func Default() *Config {
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
 			Ready:         4,
 		},
-		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 0, PoolMemory: "0"},
+		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0"},
 		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
 		Runtimes:   map[string]Runtime{},
 	}

@@ -3,6 +3,7 @@ package engine
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path"
@@ -41,11 +42,15 @@ func (e *Engine) machineAccounts(ctx context.Context, c *ctr, g *guest, client *
 
 func readMachineAccounts(ctx context.Context, client *task.Client, f task.Files) (*accounts, error) {
 	a := new(accounts)
-	var err error
-	if a.passwd, err = readMachineFile(ctx, client, f, "/etc/passwd"); err == nil {
+	group := make(chan error, 1)
+	go func() { // both at once: each is a process in the guest
+		var err error
 		a.group, err = readMachineFile(ctx, client, f, "/etc/group")
-	}
-	return a, err
+		group <- err
+	}()
+	var err error
+	a.passwd, err = readMachineFile(ctx, client, f, "/etc/passwd")
+	return a, errors.Join(err, <-group)
 }
 
 // readMachineFile reads a small file of a container by its shim, following

@@ -212,9 +212,15 @@ func (v *VMs) follow(c *conn, seq uint64) {
 				}
 			}
 		}
-		if c.over.Err() == nil {
+		v.mu.Lock()
+		closed := v.closed
+		v.mu.Unlock()
+		if c.over.Err() == nil && !closed {
 			v.cfg.Log.Warn("events of tenon-vmm ended", "err", err)
-			time.Sleep(10 * time.Millisecond)
+		}
+		select {
+		case <-c.over.Done():
+		case <-time.After(100 * time.Millisecond):
 		}
 	}
 	c.rpc.Close()
