@@ -144,7 +144,7 @@ func TestX2Exhaustion(t *testing.T) {
 		}
 	}
 
-	d.Must(t, "run", "-d", "--name", "bomb", "busybox", "sh", "-c", "f() { f | f & }; f; sleep 100000")
+	d.Must(t, "run", "-d", "--name", "bomb", "busybox", "sh", "-c", "f() { f | f & }; f; exec sleep 100000")
 	eventually(t, "the bomb", func() string {
 		var s struct {
 			PIDs struct{ Current int } `json:"pids_stats"`
