@@ -214,7 +214,9 @@ func (s *selector) network(r *container.Record) bool {
 func (s *selector) published(r *container.Record, ports []mobycontainer.PortSummary) bool {
 	want := s.ports["publish"]
 	for p := range r.HostConfig.PortBindings {
-		if slices.ContainsFunc(want, func(w mobynet.PortRange) bool { return p.Num() >= w.Start() && p.Num() <= w.End() && p.Proto() == w.Proto() }) {
+		if slices.ContainsFunc(want, func(w mobynet.PortRange) bool {
+			return p.Num() >= w.Start() && p.Num() <= w.End() && p.Proto() == w.Proto()
+		}) {
 			return true
 		}
 	}
