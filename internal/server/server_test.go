@@ -97,7 +97,7 @@ func TestBasics(t *testing.T) {
 	}
 	_, body = do(t, c, "GET", "http://d/v1.50/version")
 	var v map[string]any
-	if err := json.Unmarshal([]byte(body), &v); err != nil || v["ApiVersion"] != "1.56" || v["MinAPIVersion"] != "1.41" || v["Version"] != "0.1" {
+	if err := json.Unmarshal([]byte(body), &v); err != nil || v["ApiVersion"] != "1.56" || v["MinAPIVersion"] != "1.24" || v["Version"] != "0.1" {
 		t.Errorf("version: %s %v", body, err)
 	}
 	for _, tc := range []struct {
@@ -105,7 +105,7 @@ func TestBasics(t *testing.T) {
 		status       int
 		want         string
 	}{
-		{"GET", "/v1.24/info", 400, "too old"},
+		{"GET", "/v1.23/info", 400, "too old"},
 		{"GET", "/v1.99/info", 400, "too new"},
 		{"GET", "/nothing", 404, `{"message":"page not found"}`},
 		{"GET", "/v1.50/nothing", 404, `{"message":"page not found"}`},

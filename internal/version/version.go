@@ -10,5 +10,5 @@ const (
 	// APIVersion is the newest.
 	APIVersion = "1.56"
 	// MinAPIVersion is the oldest: the one of Debian 12's own docker CLI.
-	MinAPIVersion = "1.41"
+	MinAPIVersion = "1.24"
 )

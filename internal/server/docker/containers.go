@@ -336,9 +336,11 @@ func (a *API) containerWait(c *call) error {
 		return err
 	}
 	c.w.Header().Set("Content-Type", "application/json")
-	c.w.WriteHeader(http.StatusOK)
-	// `docker run` starts the container only when it has seen this header.
-	_ = http.NewResponseController(c.w).Flush() // the next write fails as well
+	if !c.v.before(30) {
+		c.w.WriteHeader(http.StatusOK)
+		// `docker run` starts the container only when it has seen this header.
+		_ = http.NewResponseController(c.w).Flush() // the next write fails as well
+	}
 	select {
 	case res := <-ch:
 		out := container.WaitResponse{StatusCode: int64(res.ExitCode)}

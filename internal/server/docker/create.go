@@ -152,6 +152,19 @@ func checkMounts(v Version, hc *container.HostConfig) error {
 
 func oldVersions(v Version, req *container.CreateRequest) error {
 	hc, eps := req.HostConfig, req.NetworkingConfig.EndpointsConfig
+	if v.before(25) {
+		hc.AutoRemove = false // the client removed it
+	}
+	if v.before(40) {
+		if hc.IpcMode.IsEmpty() {
+			hc.IpcMode = container.IPCModeShareable
+		}
+		for i := range hc.Mounts {
+			if b := hc.Mounts[i].BindOptions; b != nil {
+				b.NonRecursive = false
+			}
+		}
+	}
 	if v.before(42) {
 		hc.ConsoleSize = [2]uint{}
 	}

@@ -2,6 +2,7 @@ package docker
 
 import (
 	"encoding/json"
+	"maps"
 	"net/http"
 	"strings"
 	"time"
@@ -57,6 +58,13 @@ func (a *API) imageList(c *call) error {
 	f, err := c.filters("before", "dangling", "label", "reference", "since", "until")
 	if err != nil {
 		return err
+	}
+	if ref := c.str("filter"); ref != "" && c.v.before(28) {
+		f = maps.Clone(f)
+		if f == nil {
+			f = map[string][]string{}
+		}
+		f["reference"] = append(f["reference"], ref)
 	}
 	o := image.ListOptions{All: c.flag("all"), Filters: image.Filters(f), SharedSize: c.flag("shared-size")}
 	if !c.v.before(47) {

@@ -17,9 +17,12 @@ func (a *API) networkList(c *call) error {
 	if err != nil {
 		return err
 	}
-	if c.v.before(52) { // always empty there, but clients look into it
+	if c.v.before(52) { // always empty from 1.28 on, but clients look into it
 		for i := range list {
-			list[i].Containers, list[i].Status = map[string]network.EndpointResource{}, nil
+			if !c.v.before(28) || list[i].Containers == nil {
+				list[i].Containers = map[string]network.EndpointResource{}
+			}
+			list[i].Status = nil
 		}
 		return c.json(http.StatusOK, nonNil(list))
 	}

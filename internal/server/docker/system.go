@@ -95,6 +95,16 @@ func (a *API) version(c *call) error {
 	return c.json(http.StatusOK, v)
 }
 
+// names leaves the names of security options: "seccomp" of "name=seccomp,profile=builtin".
+func names(options []string) []string {
+	out := make([]string, 0, len(options))
+	for _, o := range options {
+		name, _, _ := strings.Cut(strings.TrimPrefix(o, "name="), ",")
+		out = append(out, name)
+	}
+	return out
+}
+
 func (a *API) info(c *call) error {
 	in, err := a.eng.Info(c.ctx)
 	if err != nil {
@@ -106,6 +116,9 @@ func (a *API) info(c *call) error {
 	}
 	info.RegistryConfig = registryConfig(info.RegistryConfig)
 	extra := map[string]any{}
+	if c.v.before(25) {
+		info.SecurityOptions = names(info.SecurityOptions)
+	}
 	if c.v.before(44) {
 		rts := make(map[string]system.RuntimeWithStatus, len(info.Runtimes))
 		for k, rt := range info.Runtimes {

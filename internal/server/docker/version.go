@@ -11,9 +11,11 @@ import (
 // Version is the minor number of an API version; all are 1.x.
 type Version int
 
-// The versions that are served. Requests without a version get the newest.
+// The versions that are served. Requests without a version get the newest. Programs
+// that are not renewed ask for old ones: Traefik before 3.6 for 1.24, Watchtower for
+// 1.25, Testcontainers for 1.32.
 const (
-	MinVersion Version = 41
+	MinVersion Version = 24
 	MaxVersion Version = 56
 )
 
