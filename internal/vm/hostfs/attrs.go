@@ -21,6 +21,9 @@ func (s *server) attr(n *node, out *fuse.AttrOut) error {
 	if err := unix.Fstat(n.fd, &st); err != nil {
 		return err
 	}
+	s.mu.Lock()
+	n.told = versionOf(&st)
+	s.mu.Unlock()
 	fillAttr(&out.Attr, &st)
 	out.SetTimeout(s.opts.Cache)
 	return nil

@@ -24,9 +24,15 @@ func (s *server) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fus
 	if err != nil {
 		return errno(err)
 	}
+	if err := s.refresh(n); err != nil {
+		return errno(err)
+	}
 	fd, err := s.reopen(n, flags)
 	if err != nil {
 		return errno(err)
+	}
+	if flags&unix.O_ACCMODE == unix.O_RDONLY {
+		out.OpenFlags |= fuse.FOPEN_NOFLUSH // there is nothing to be told at its closing
 	}
 	return errno(s.opened(fd, n, out))
 }

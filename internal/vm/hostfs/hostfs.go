@@ -36,7 +36,7 @@ import (
 const (
 	// maxWrite is the most data of one message, in bytes; the guest's side takes
 	// up to a MiB.
-	maxWrite   = 256 << 10
+	maxWrite   = 512 << 10
 	maxMessage = maxWrite + 4096
 	// inFlight is how many requests are worked on at once.
 	inFlight = 32
@@ -53,7 +53,8 @@ type Options struct {
 	Root     int
 	ReadOnly bool
 	// Cache is how long the guest may keep names and attributes. With 0 it sees
-	// at once what others change.
+	// at once what others change; else it does when it opens a file, or takes a
+	// lock on it.
 	Cache time.Duration
 }
 
@@ -63,9 +64,10 @@ type handle struct {
 	fd   int
 	node *node
 
-	mu   sync.Mutex // of a directory's position, and of flocks
-	pos  int64
-	rest []byte // entries that were read and not given
+	mu     sync.Mutex // of a directory's position
+	pos    int64
+	rest   []byte          // entries that were read and not given
+	owners map[uint64]bool // who has taken POSIX locks by it
 }
 
 // server is the file system. It implements fuse.RawFileSystem.
@@ -91,7 +93,8 @@ type server struct {
 	// What of each there may be: a share of the process's descriptors.
 	maxOpen, maxHandles, maxLocks int
 
-	done chan struct{} // closed when the stream has ended
+	done chan struct{}  // closed when the stream has ended
+	send func(b []byte) // sends a message to the guest; nil: nobody listens
 }
 
 // Serve answers the guest's messages on conn until it ends, and frees
@@ -145,6 +148,11 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 	)
 	defer wg.Wait()
 	defer close(s.done) // wakes who waits for a lock
+	s.send = func(b []byte) {
+		wmu.Lock()
+		defer wmu.Unlock()
+		_, _ = conn.Write(b) // its failure is the next read's
+	}
 	for {
 		var head [4]byte
 		if _, err := io.ReadFull(conn, head[:]); err != nil {
@@ -178,9 +186,7 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 			if size == 0 {
 				return
 			}
-			wmu.Lock()
-			defer wmu.Unlock()
-			_, _ = conn.Write((*out)[:size]) // its failure is the next read's
+			s.send((*out)[:size])
 		}
 		opcode := binary.NativeEndian.Uint32((*in)[4:])
 		switch opcode {
@@ -304,8 +310,14 @@ func (s *server) dropHandle(fh uint64) {
 		h.node.users--
 	}
 	s.mu.Unlock()
-	if h != nil {
-		h.f.Close()
+	if h == nil {
+		return
+	}
+	h.f.Close()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for owner := range h.owners {
+		s.dropLocks(h.node.id, owner)
 	}
 }
 

@@ -30,6 +30,9 @@ const serveEnv = "TENON_HOSTFS_TEST"
 // filesEnv limits the server's descriptors.
 const filesEnv = "TENON_HOSTFS_FILES"
 
+// cacheEnv is Options.Cache.
+const cacheEnv = "TENON_HOSTFS_CACHE"
+
 func TestMain(m *testing.M) {
 	unix.Umask(0)
 	log.SetOutput(io.Discard) // the library's, of what hostile kernels send
@@ -55,9 +58,10 @@ func served(readOnly bool) {
 		fail(err)
 	}
 	dev := os.NewFile(4, "/dev/fuse")
+	cache, _ := time.ParseDuration(os.Getenv(cacheEnv)) // none: 0
 	kernel, server := net.Pipe()
 	done := make(chan error, 1)
-	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly}) }()
+	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly, Cache: cache}) }()
 	go func() { // requests
 		buf := make([]byte, 1<<20)
 		for {

@@ -296,3 +296,55 @@ func TestSwappedForLinks(t *testing.T) {
 	wg.Wait()
 	_, _ = os.ReadDir(at)
 }
+
+// TestCached: a guest that keeps attributes for an hour sees what the host
+// changes when it opens a file, or takes a lock on it.
+func TestCached(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	must(t, os.WriteFile(path, []byte("one"), 0o600))
+	at := mount(t, dir, false, cacheEnv+"=1h")
+	content(t, filepath.Join(at, "f"), "one")
+	must(t, os.WriteFile(path, []byte("longer than one"), 0o600))
+	content(t, filepath.Join(at, "f"), "longer than one")
+	must(t, os.WriteFile(path, []byte("shorter"), 0o600))
+	content(t, filepath.Join(at, "f"), "shorter")
+	f, err := os.OpenFile(filepath.Join(at, "f"), os.O_RDWR, 0)
+	must(t, err)
+	defer f.Close()
+	for i, lock := range []func() error{
+		func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX) },
+		func() error { return unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_RDLCK}) },
+	} {
+		want := fmt.Sprintf("written by the host, %d", i)
+		must(t, os.WriteFile(path, []byte(want), 0o600))
+		must(t, lock())
+		b := make([]byte, 100)
+		if n, _ := f.ReadAt(b, 0); string(b[:n]) != want {
+			t.Errorf("after lock %d: %q", i, b[:n])
+		}
+	}
+	// What the guest itself writes is not lost by it.
+	_, err = f.WriteAt([]byte("WRITTEN"), 0)
+	must(t, err)
+	content(t, filepath.Join(at, "f"), "WRITTEN by the host, 1")
+	content(t, path, "WRITTEN by the host, 1")
+	// A lock by a file that is only read goes when it is closed.
+	g, err := os.Open(filepath.Join(at, "f"))
+	must(t, err)
+	must(t, unix.FcntlFlock(g.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_RDLCK}))
+	f.Close()
+	g.Close()
+	h, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	defer h.Close()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		err := unix.FcntlFlock(h.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the guest's lock stays:", err)
+		}
+	}
+}

@@ -142,7 +142,10 @@ func (s *server) lock(in *fuse.LkIn) error {
 		default:
 			how |= unix.LOCK_UN
 		}
-		return unix.Flock(h.fd, how)
+		if err := unix.Flock(h.fd, how); err != nil || how == unix.LOCK_UN|unix.LOCK_NB {
+			return err
+		}
+		return s.refresh(h.node)
 	}
 	n, err := s.node(in.NodeId)
 	if err != nil {
@@ -155,5 +158,16 @@ func (s *server) lock(in *fuse.LkIn) error {
 	if in.Lk.Typ == unix.F_WRLCK && !l.writable {
 		return unix.EBADF
 	}
-	return unix.FcntlFlock(l.f.Fd(), unix.F_OFD_SETLK, flockT(&in.Lk))
+	if err := unix.FcntlFlock(l.f.Fd(), unix.F_OFD_SETLK, flockT(&in.Lk)); err != nil || in.Lk.Typ == unix.F_UNLCK {
+		return err
+	}
+	if h, err := s.handle(in.Fh); err == nil { // a file that is only read is not flushed
+		h.mu.Lock()
+		if h.owners == nil {
+			h.owners = map[uint64]bool{}
+		}
+		h.owners[in.Owner] = true
+		h.mu.Unlock()
+	}
+	return s.refresh(n)
 }

@@ -2,6 +2,7 @@ package hostfs
 
 import (
 	"cmp"
+	"encoding/binary"
 	"os"
 	"slices"
 	"strconv"
@@ -29,6 +30,48 @@ type node struct {
 	// Where it was found last.
 	parent *node
 	name   string
+	told   version // what the guest knows of it
+}
+
+// version is what a change of a file changes.
+type version struct {
+	size         int64
+	mtime, ctime unix.Timespec
+}
+
+func versionOf(st *unix.Stat_t) version { return version{st.Size, st.Mtim, st.Ctim} }
+
+// notifyInode is FUSE_NOTIFY_INVAL_INODE.
+const notifyInode = 2
+
+// refresh has the guest ask again for a file's attributes, if they are others
+// than it knows: so it sees what others wrote when it opens a file, or takes a lock.
+// Its kernel then drops what it keeps of the content.
+func (s *server) refresh(n *node) error {
+	if s.opts.Cache == 0 || s.send == nil {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(n.fd, &st); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	same := n.told == versionOf(&st)
+	s.mu.Unlock()
+	if same {
+		return nil
+	}
+	// struct fuse_out_header and fuse_notify_inval_inode_out, of the attributes
+	// alone: for the content the kernel would wait for reads that wait for us.
+	b := make([]byte, 0, outHeaderSize+24)
+	b = binary.NativeEndian.AppendUint32(b, outHeaderSize+24)
+	b = binary.NativeEndian.AppendUint32(b, notifyInode)
+	b = binary.NativeEndian.AppendUint64(b, 0)
+	b = binary.NativeEndian.AppendUint64(b, n.id)
+	b = binary.NativeEndian.AppendUint64(b, ^uint64(0)) // offset -1
+	b = binary.NativeEndian.AppendUint64(b, 0)
+	s.send(b)
+	return nil
 }
 
 // key identifies a file on the host, also after its number is used again.
@@ -161,6 +204,7 @@ func (s *server) enter(parent *node, name string, fd int, out *fuse.EntryOut) er
 	if n.id != fuse.FUSE_ROOT_ID {
 		n.parent, n.name = parent, name
 	}
+	n.told = versionOf(&st)
 	s.mu.Unlock()
 	out.NodeId = n.id
 	out.Generation = 1
