@@ -40,7 +40,7 @@ var benches = []subBench{
 	{"load", "load of a 170 MB image", benchLoad},
 	{"pull", "pull of 10 layers and of 100 MB from a registry on loopback", benchPull},
 	{"logs", "1,000,000 log lines", benchLogs},
-	{"net", "container to container Gbit/s, requests/s to a published port", benchNet},
+	{"net", "container to container Gbit/s, requests/s to a published port, CPU time of round trips", benchNet},
 }
 
 func main() {
@@ -52,6 +52,8 @@ func main() {
 		err = agent()
 	case len(os.Args) > 1 && os.Args[1] == "serve":
 		err = serveHTTP()
+	case len(os.Args) > 1 && os.Args[1] == "roundtrip":
+		err = roundTrip(os.Args[2:])
 	case len(os.Args) > 2 && os.Args[1] == "push":
 		err = pushImages(os.Args[2])
 	case len(os.Args) > 2 && os.Args[1] == "inside":

@@ -21,6 +21,8 @@ type netCase struct {
 
 	gbit, perGB   []time.Duration // bit/s; CPU time for a gigabyte
 	rates, perReq []time.Duration // 1/s; CPU time for a request
+
+	between, published []time.Duration // CPU time of a round trip
 }
 
 // benchNet takes many short values, each engine in turn and another one first
@@ -41,7 +43,7 @@ func benchNet(b *Bench) error {
 			}
 		}
 	}
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
+	w := newTable()
 	fmt.Fprintf(w, "\tGbit/s\tp10\tp90\tCPU/GB\tratio\treq/s\tp10\tp90\tCPU/req\tratio\t\n")
 	var base *netCase
 	for _, c := range cases {
@@ -64,6 +66,7 @@ func benchNet(b *Bench) error {
 			float64(quantile(c.perReq, 0.5))/1e3, ratioTo(base, c, func(c *netCase) []time.Duration { return c.perReq }))
 	}
 	w.Flush()
+	printTrips(cases, base)
 	for _, c := range cases {
 		if c.err != nil {
 			fmt.Printf("  %s: %v\n", c.engine.Name, c.err)
@@ -71,6 +74,10 @@ func benchNet(b *Bench) error {
 	}
 	fmt.Println()
 	return nil
+}
+
+func newTable() *tabwriter.Writer {
+	return tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
 }
 
 func gbits(list []time.Duration, q float64) float64 { return float64(quantile(list, q)) / 1e9 }
@@ -86,6 +93,7 @@ var netContainers = []RunOpts{
 	{Name: "iperfd", Args: []string{"iperf3", "-s"}},
 	{Name: "iperfc", Args: []string{"sleep", "100000"}},
 	{Name: "httpsrv", Args: []string{"bench", "serve"}, Publish: "8080:8080"},
+	{Name: "tripd", Args: []string{"sleep", "100001"}, Publish: "9001:9001"},
 }
 
 func (c *netCase) prepare(b *Bench) (err error) {
@@ -113,6 +121,9 @@ func (c *netCase) end() {
 
 // measure takes one value each.
 func (c *netCase) measure() error {
+	if err := c.trips(); err != nil {
+		return err
+	}
 	argv := c.engine.Exec("iperfc", "iperf3", "-c", c.server, "-t", "1", "-J")
 	res, err := c.env.must(Request{Argv: argv, First: 1000 + len(c.gbit)})
 	if err != nil {
