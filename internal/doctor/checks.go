@@ -180,6 +180,12 @@ func namespaces(context.Context, Options) Check {
 		c.Status, c.Detail = Missing, "missing: "+strings.Join(lack, " ")
 		c.Remedy = "use a kernel with all namespaces (CONFIG_NAMESPACES and its children)"
 	}
+	var st unix.Statx_t
+	if unix.Statx(unix.AT_FDCWD, "/", 0, unix.STATX_TYPE, &st) == nil && st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		c.Status, c.Detail = Missing, "/ is not the root of a mount (tenond runs in a chroot): the kernel lets nobody change the root there"
+		c.Remedy = "enter the tree by pivot_root (as unshare, systemd-nspawn and test/fresh/run do) instead of chroot, or mount --bind DIR DIR before the chroot"
+		return c
+	}
 	b, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
 	if err == nil && strings.TrimSpace(string(b)) == "0" {
 		c.Status, c.Remedy = Warn, "sysctl user.max_user_namespaces=15000 (for --userns)"
