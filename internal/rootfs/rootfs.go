@@ -40,12 +40,12 @@ import (
 	"tenon.dev/tenon/internal/image/layer"
 )
 
-// poolSize is how many pairs are made ahead: more than start while the next
-// ones are being made.
-const poolSize = 16
+// poolSize is how many pairs lie ready at most: more than are in use at once by
+// short containers, whose directories come back.
+const poolSize = 32
 
-// poolLow is when new ones are made: above it, those that come back from removed
-// containers are enough.
+// poolLow is how many are made ahead: more than start while the next ones are
+// being made.
 const poolLow = 8
 
 // Config configures a Store.
@@ -60,7 +60,8 @@ type Config struct {
 // calls for the same container must not overlap.
 type Store struct {
 	cfg   Config
-	kick  chan struct{} // there is something in the trash
+	gone  chan string   // what has come into the trash
+	kick  chan struct{} // there is more in the trash than gone tells
 	pool  chan string   // directories as a container's, with a pair in them
 	low   chan struct{} // the pool may be
 	stop  chan struct{}
@@ -108,7 +109,7 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{cfg: cfg, kick: make(chan struct{}, 1), pool: make(chan string, poolSize), low: make(chan struct{}, 1), stop: make(chan struct{})}
+	s := &Store{cfg: cfg, gone: make(chan string, 64), kick: make(chan struct{}, 1), pool: make(chan string, poolSize), low: make(chan struct{}, 1), stop: make(chan struct{})}
 	for _, d := range []string{s.containers(), s.trash(), s.ahead(), s.empty(), s.templates()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, fmt.Errorf("rootfs store: %w", err)
@@ -357,13 +358,18 @@ func (s *Store) Remove(id string) error {
 	if err := unmountDisk(dir); err != nil {
 		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
 	}
-	if err := os.Rename(filepath.Dir(dir), filepath.Join(s.trash(), rand.Text())); err != nil {
+	to := filepath.Join(s.trash(), rand.Text())
+	if err := os.Rename(filepath.Dir(dir), to); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
 		return fmt.Errorf("container %s: remove writable layer: %w", id, err)
 	}
-	wake(s.kick)
+	select {
+	case s.gone <- to:
+	default:
+		wake(s.kick)
+	}
 	return nil
 }
 

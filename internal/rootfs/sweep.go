@@ -18,6 +18,9 @@ func (s *Store) sweep() {
 		select {
 		case <-s.stop:
 			return
+		case path := <-s.gone:
+			s.discard(path, buf)
+			continue
 		case <-s.kick:
 		}
 		ents, err := os.ReadDir(s.trash())
@@ -31,14 +34,18 @@ func (s *Store) sweep() {
 				return
 			default:
 			}
-			path := filepath.Join(s.trash(), e.Name())
-			if s.renew(path, buf) {
-				continue
-			}
-			if err := os.RemoveAll(path); err != nil {
-				s.cfg.Log.Warn("writable layer not deleted", "path", e.Name(), "err", err)
-			}
+			s.discard(filepath.Join(s.trash(), e.Name()), buf)
 		}
+	}
+}
+
+// discard makes something in the trash new, or deletes it.
+func (s *Store) discard(path string, buf []byte) {
+	if s.renew(path, buf) {
+		return
+	}
+	if err := os.RemoveAll(path); err != nil {
+		s.cfg.Log.Warn("writable layer not deleted", "path", path, "err", err)
 	}
 }
 
