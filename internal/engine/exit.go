@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/events"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/task"
@@ -226,9 +227,12 @@ func (c *ctr) cancelRetry() {
 	}
 }
 
-func removeDir(path string) error {
-	if err := os.RemoveAll(path); err != nil {
-		return err
+func removeDir(path string, files ...string) error {
+	for _, f := range files {
+		_ = unix.Unlink(path + "/" + f) // what is left is seen below
 	}
-	return nil
+	if err := unix.Rmdir(path); err == nil || err == unix.ENOENT {
+		return nil
+	}
+	return os.RemoveAll(path)
 }

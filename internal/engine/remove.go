@@ -189,7 +189,7 @@ func (e *Engine) free(ctx context.Context, c *ctr) error {
 	if err := failpoint("rm-root"); err != nil {
 		return err
 	}
-	if err := removeDir(e.runDir(c.id)); err != nil {
+	if err := removeDir(e.runDir(c.id), networkFiles...); err != nil {
 		return fmt.Errorf("container %s: %w", c.id, err)
 	}
 	if err := removeDir(filepath.Join(e.stateDir(c.id), "log")); err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/blkiodev"
 	"github.com/moby/moby/api/types/events"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/network"
@@ -425,13 +426,18 @@ func (e *Engine) writeFiles(r *container.Record, ns *network.Namespace) ([]spec.
 	return out, nil
 }
 
+// networkFiles are what writeNetworkFiles makes.
+var networkFiles = []string{"hostname", "hosts", "resolv.conf"}
+
 func writeNetworkFiles(dir string, r *container.Record, ns *network.Namespace) error {
 	hostname := r.Config.Hostname
 	if r.Config.Domainname != "" {
 		hostname += "." + r.Config.Domainname
 	}
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return fmt.Errorf("container's files: %w", err)
+	if err := unix.Mkdir(dir, 0o711); err != nil {
+		if err := os.MkdirAll(dir, 0o711); err != nil { // the one above, or it is there
+			return fmt.Errorf("container's files: %w", err)
+		}
 	}
 	// Written in place: nobody reads them yet, and a start that is cut off writes
 	// them again.
@@ -440,14 +446,32 @@ func writeNetworkFiles(dir string, r *container.Record, ns *network.Namespace) e
 		"hosts":       strings.Join(ns.Hosts, "\n") + "\n",
 		"resolv.conf": resolvConf(ns.Resolver),
 	} {
-		path := filepath.Join(dir, name)
-		err := os.WriteFile(path, []byte(text), 0o644)
-		if err == nil {
-			err = os.Chmod(path, 0o644) // whatever the daemon's umask
-		}
-		if err != nil {
+		if err := writeText(filepath.Join(dir, name), text); err != nil {
 			return fmt.Errorf("container's files: %w", err)
 		}
+	}
+	return nil
+}
+
+// writeText writes a small file that everybody may read, whatever the daemon's
+// umask.
+func writeText(path, text string) error {
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC, 0o644)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	n, err := unix.Write(fd, []byte(text))
+	if err == nil && n < len(text) {
+		err = unix.ENOSPC
+	}
+	if err == nil {
+		err = unix.Fchmod(fd, 0o644)
+	}
+	if cerr := unix.Close(fd); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return &os.PathError{Op: "write", Path: path, Err: err}
 	}
 	return nil
 }
