@@ -260,7 +260,7 @@ func qemu(ctx context.Context, _ Options) Check {
 	c := Check{Name: "qemu", Status: OK}
 	path, err := exec.LookPath(qemuName())
 	if err != nil {
-		c.Status, c.Detail = Warn, qemuName()+" is not installed; the vm and machine modes will need it"
+		c.Status, c.Detail = Warn, qemuName()+" is not installed; --isolation vm needs it"
 		c.Remedy = "apt-get install --no-install-recommends qemu-system-x86"
 		return c
 	}
@@ -282,8 +282,7 @@ func guestKernel(context.Context, Options) Check {
 	c := Check{Name: "guest kernel", Status: OK}
 	found, _ := filepath.Glob("/boot/vmlinuz-*") // the pattern is well-formed
 	if len(found) == 0 {
-		c.Status, c.Detail = Warn, "no kernel image in /boot; the vm and machine modes will need one"
-		c.Remedy = "apt-get install linux-image-cloud-amd64, or let the engine fetch it once these modes are there"
+		c.Detail = "none in /boot; for --isolation vm Debian's is fetched, or vm.kernel names one"
 		return c
 	}
 	c.Detail = found[len(found)-1]
