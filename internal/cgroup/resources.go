@@ -22,15 +22,6 @@ func (g *Group) check(res *specs.LinuxResources) error {
 		return nil
 	}
 	v2 := g.V2()
-	var avail string
-	if v2 != "" {
-		for _, d := range g.list() {
-			if d.v2 {
-				b, _ := readFile(filepath.Join(d.mount, "cgroup.controllers"))
-				avail = string(b)
-			}
-		}
-	}
 	for _, c := range needed(res) {
 		if g.v1(c) != "" {
 			continue
@@ -39,7 +30,7 @@ func (g *Group) check(res *specs.LinuxResources) error {
 		if c == "blkio" {
 			name = "io"
 		}
-		if v2 != "" && contains(strings.Fields(avail), name) {
+		if v2 != "" && contains(g.controllersV2(), name) {
 			continue
 		}
 		return fmt.Errorf("cgroup: the machine has no %s controller: %w", c, errdefs.ErrFailedPrecondition)
@@ -53,6 +44,17 @@ func (g *Group) check(res *specs.LinuxResources) error {
 		}
 	}
 	return checkDevices(res.Devices)
+}
+
+// controllersV2 are those of the v2 hierarchy.
+func (g *Group) controllersV2() []string {
+	for _, d := range g.list() {
+		if d.v2 {
+			b, _ := readFile(filepath.Join(d.mount, "cgroup.controllers")) // none, then
+			return strings.Fields(string(b))
+		}
+	}
+	return nil
 }
 
 // Update changes limits; fields that are nil stay as they are. Processes are

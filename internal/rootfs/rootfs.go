@@ -68,6 +68,7 @@ type Store struct {
 	wg    sync.WaitGroup
 	close sync.Once
 	disks sync.Mutex // one at a time makes or mounts a disk
+	tmpfs bool       // Root is on one
 }
 
 // Mount is one mount(8) to make, as in an OCI bundle or a Task API request.
@@ -120,6 +121,8 @@ func Open(cfg Config) (*Store, error) {
 	if err := s.cleanTemplates(); err != nil {
 		return nil, fmt.Errorf("rootfs store: %w", err)
 	}
+	var fs unix.Statfs_t
+	s.tmpfs = unix.Statfs(cfg.Root, &fs) == nil && fs.Type == unix.TMPFS_MAGIC
 	if err := makeBase(s.base()); err != nil {
 		return nil, fmt.Errorf("rootfs store: %w", err)
 	}
@@ -243,6 +246,9 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 	}
 	if err := s.pair(ctx, r, dir, opts); err != nil {
 		return nil, fmt.Errorf("container %s: writable layer: %w", id, err)
+	}
+	if s.tmpfs {
+		opts.Volatile = false // a sync costs less there than the mark of a volatile layer
 	}
 	r.Mounts = []Mount{overlay(r, opts)}
 	return r, nil
