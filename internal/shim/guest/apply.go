@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -24,6 +25,9 @@ import (
 type service struct {
 	session *mux.Session
 	log     *slog.Logger
+
+	mu    sync.Mutex // held while spare is made or used
+	spare string     // path of a network namespace made ahead; empty: none
 }
 
 var _ taskv1.GuestService = (*service)(nil)
@@ -31,8 +35,14 @@ var _ taskv1.GuestService = (*service)(nil)
 // Apply does the steps.
 func (g *service) Apply(ctx context.Context, r *taskv1.ApplyRequest) (*taskv1.ApplyResponse, error) {
 	resp := new(taskv1.ApplyResponse)
+	plugged := map[string]bool{} // namespaces that get an interface
+	for _, s := range r.Steps {
+		if i := s.GetInterface(); i != nil && !i.Remove {
+			plugged[i.Netns] = true
+		}
+	}
 	for i, s := range r.Steps {
-		if err := g.step(ctx, s, resp); err != nil {
+		if err := g.step(ctx, s, plugged, resp); err != nil {
 			return nil, fmt.Errorf("guest: step %d (%s): %w", i+1, stepName(s), err)
 		}
 	}
@@ -43,7 +53,7 @@ func stepName(s *taskv1.Step) string {
 	return strings.ToLower(strings.TrimPrefix(fmt.Sprintf("%T", s.Kind), "*taskv1.Step_"))
 }
 
-func (g *service) step(ctx context.Context, s *taskv1.Step, resp *taskv1.ApplyResponse) (err error) {
+func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]bool, resp *taskv1.ApplyResponse) (err error) {
 	switch k := s.Kind.(type) {
 	case *taskv1.Step_Identity:
 		resp.Identity, err = identify(k.Identity)
@@ -71,9 +81,9 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, resp *taskv1.ApplyRe
 		if k.Netns.Remove {
 			return unmount(k.Netns.Path)
 		}
-		return newNetNS(k.Netns)
+		return g.netns(k.Netns, plugged[k.Netns.Path])
 	case *taskv1.Step_Interface:
-		return setInterface(k.Interface)
+		return g.setInterface(k.Interface)
 	case *taskv1.Step_Share:
 		return g.share(ctx, k.Share)
 	case *taskv1.Step_Sysctl:

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -243,6 +244,88 @@ func in(path string, f func() error) error {
 	return <-done
 }
 
+// netns makes a network namespace, or uses the spare one if it is to have an
+// interface.
+func (g *service) netns(o *taskv1.NetNS, plugged bool) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if o.Spare {
+		return g.makeSpareLocked(o)
+	}
+	if g.spare == "" || !plugged {
+		return newNetNS(o)
+	}
+	if err := os.MkdirAll(filepath.Dir(o.Path), 0o755); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(o.Path, os.O_CREATE|os.O_EXCL, 0o444)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	if err := unix.Mount(g.spare, o.Path, "", unix.MS_BIND, ""); err != nil {
+		os.Remove(o.Path)
+		return os.NewSyscallError("mount", err)
+	}
+	err = unmount(g.spare)
+	g.spare = ""
+	if err != nil || len(o.Sysctls) == 0 {
+		return err
+	}
+	return in(o.Path, func() error {
+		here, err := filepath.Glob("/proc/sys/net/ipv6/conf/eth*")
+		if err != nil {
+			return err
+		}
+		for k, v := range o.Sysctls {
+			if err := writeSysctl(k, v); err != nil {
+				return err
+			}
+			// The interfaces are there already.
+			name, ok := strings.CutPrefix(k, "net.ipv6.conf.default.")
+			for _, dir := range here {
+				if !ok {
+					break
+				}
+				if err := os.WriteFile(filepath.Join(dir, name), []byte(v), 0); err != nil {
+					return fmt.Errorf("sysctl %s: %w", k, err)
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// makeSpareLocked makes a namespace ahead, with the guest's interfaces.
+func (g *service) makeSpareLocked(o *taskv1.NetNS) error {
+	if err := newNetNS(o); err != nil {
+		return err
+	}
+	g.spare = o.Path
+	to, err := os.Open(o.Path)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	n, err := openNetlink()
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	list, err := n.links()
+	if err != nil {
+		return err
+	}
+	for _, l := range list {
+		if strings.HasPrefix(l.name, "eth") {
+			if err := moveLink(l.mac.String(), to, l.name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // newNetNS makes a network namespace at a path, its loopback up.
 func newNetNS(o *taskv1.NetNS) error {
 	if err := os.MkdirAll(filepath.Dir(o.Path), 0o755); err != nil {
@@ -308,7 +391,7 @@ func (n *netlink) byMAC(mac string) (link, error) {
 
 // setInterface moves an interface to its namespace and configures it there, or
 // brings it back.
-func setInterface(o *taskv1.Interface) error {
+func (g *service) setInterface(o *taskv1.Interface) error {
 	if o.Remove {
 		self, err := os.Open("/proc/thread-self/ns/net") // the main thread may be one that in has left elsewhere
 		if err != nil {
@@ -317,17 +400,38 @@ func setInterface(o *taskv1.Interface) error {
 		defer self.Close()
 		return in(o.Netns, func() error { return moveLink(o.Mac, self, o.Name) })
 	}
-	if o.Netns != "" {
+	if o.Netns != "" && !there(o) {
 		to, err := os.Open(o.Netns)
 		if err != nil {
 			return err
 		}
 		defer to.Close()
-		if err := moveLink(o.Mac, to, o.Name); err != nil {
+		err = moveLink(o.Mac, to, o.Name)
+		if errdefs.IsNotFound(err) {
+			g.mu.Lock()
+			if g.spare != "" {
+				err = in(g.spare, func() error { return moveLink(o.Mac, to, o.Name) })
+			}
+			g.mu.Unlock()
+		}
+		if err != nil {
 			return err
 		}
 	}
 	return in(o.Netns, func() error { return configure(o) })
+}
+
+// there says whether the interface is in its namespace already.
+func there(o *taskv1.Interface) bool {
+	return in(o.Netns, func() error {
+		n, err := openNetlink()
+		if err != nil {
+			return err
+		}
+		defer n.close()
+		_, err = n.byMAC(o.Mac)
+		return err
+	}) == nil
 }
 
 // moveLink takes an interface down and moves it.

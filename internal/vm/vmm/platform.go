@@ -80,6 +80,9 @@ const kernelHZ = 250
 func (m *Manager) hardware(p *platform, memory, most int64, cpus int) qemu.Hardware {
 	if cpus == 0 {
 		cpus = runtime.NumCPU()
+		if p.accel.Accel == accel.TCG {
+			cpus = 1 // emulated, several cost twice as much for one container's start
+		}
 	}
 	return qemu.Hardware{
 		Type: m.cfg.Type, Accel: p.accel.Accel, CPUs: cpus, Memory: memory, MaxMemory: most, Slots: memorySlots, Disks: "rw", NICs: 1,

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"sort"
 	"time"
 
@@ -152,7 +153,11 @@ func (m *Manager) boot(ctx context.Context, r *vmv1.CreateRequest) (*machine, er
 	if err != nil {
 		return nil, err
 	}
-	h := m.hardware(p, r.Memory, max(r.Memory, r.MaxMemory), int(r.Cpus))
+	cpus := int(r.Cpus)
+	if cpus == 0 {
+		cpus = runtime.NumCPU()
+	}
+	h := m.hardware(p, r.Memory, max(r.Memory, r.MaxMemory), cpus)
 	if h.Memory == 0 {
 		h.Memory, h.MaxMemory = m.cfg.Memory, max(m.cfg.Memory, r.MaxMemory)
 	}

@@ -483,7 +483,20 @@ func TestPool(t *testing.T) {
 		t.Errorf("another share: exit %d, output %q", status, out)
 	}
 
+	// Its interface waits in a namespace, and goes where it is asked to go.
 	rpc := e.guest(v)
+	for turn, mac := range []string{v.Nics[0].Mac, "02:42:00:00:00:01"} {
+		path := fmt.Sprint("/run/tenon/netns/n", turn)
+		i := &taskv1.Interface{Mac: mac, NewMac: "02:42:00:00:00:01", Netns: path, Name: fmt.Sprint("net", turn), Addresses: []string{"10.0.0.9/24"}}
+		_, err := rpc.Apply(limited(t), &taskv1.ApplyRequest{Steps: []*taskv1.Step{
+			{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: path, Sysctls: map[string]string{"net.ipv6.conf.default.disable_ipv6": "1"}}}},
+			interfaceStep(i),
+			interfaceStep(&taskv1.Interface{Mac: i.NewMac, Netns: path, Name: "eth0", Remove: true}),
+		}})
+		if err != nil {
+			t.Errorf("interface in its namespace, turn %d: %v", turn, err)
+		}
+	}
 	_, _ = rpc.Apply(limited(t), &taskv1.ApplyRequest{Steps: []*taskv1.Step{ // never returns
 		{Kind: &taskv1.Step_File{File: &taskv1.File{Path: "/proc/sysrq-trigger", Data: []byte("c")}}},
 	}})

@@ -23,11 +23,11 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "2"
+const warmVersion = "3"
 
 const (
 	templateTurns = 3
-	cloneTurns    = 1
+	cloneTurns    = 3
 
 	warmID   = "warm"
 	warmDir  = "/run/tenon/warm"
@@ -67,7 +67,10 @@ func (v *machine) warmTurn(ctx context.Context, identity bool) error {
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/upper", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/work", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/hosts", Mode: 0o644, Data: []byte("127.0.0.1 localhost\n")}}},
-		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}}}},
+		spareStep(),
+		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{
+			"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv6.conf.default.disable_ipv6": "1",
+		}}}},
 		interfaceStep(&taskv1.Interface{
 			Mac: qemu.NICMAC(0), NewMac: warmMAC, Netns: warmNet, Name: "eth0", Mtu: 1500, Addresses: []string{"169.254.77.2/30"},
 			Routes: []*taskv1.Interface_Route{{Gateway: "169.254.77.1"}},
@@ -105,6 +108,12 @@ func (v *machine) warmTurn(ctx context.Context, identity bool) error {
 
 func mountStep(fstype, serial, target string, flags uint64, data string) *taskv1.Step {
 	return &taskv1.Step{Kind: &taskv1.Step_Mount{Mount: &taskv1.GuestMount{Type: fstype, Source: "serial:" + serial, Target: target, Flags: flags, Data: data}}}
+}
+
+// spareStep has a network namespace wait with the machine's interface in it:
+// moving one takes a kernel long.
+func spareStep() *taskv1.Step {
+	return &taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: "/run/tenon/netns.spare", Spare: true}}}
 }
 
 func interfaceStep(i *taskv1.Interface) *taskv1.Step {

@@ -737,10 +737,13 @@ func (x *Remove) GetPath() string {
 
 // NetNS makes a network namespace that containers join by its path, or removes it.
 type NetNS struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
-	Remove        bool                   `protobuf:"varint,2,opt,name=remove,proto3" json:"remove,omitempty"`
-	Sysctls       map[string]string      `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Path    string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Remove  bool                   `protobuf:"varint,2,opt,name=remove,proto3" json:"remove,omitempty"`
+	Sysctls map[string]string      `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Made ahead, also the interface in it: the next one that is asked for, by a
+	// request that puts an interface into it, becomes this one.
+	Spare         bool `protobuf:"varint,4,opt,name=spare,proto3" json:"spare,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -794,6 +797,13 @@ func (x *NetNS) GetSysctls() map[string]string {
 		return x.Sysctls
 	}
 	return nil
+}
+
+func (x *NetNS) GetSpare() bool {
+	if x != nil {
+		return x.Spare
+	}
+	return false
 }
 
 // Interface gives a NIC its place and addresses, or takes them back.
@@ -1507,11 +1517,12 @@ const file_guest_proto_rawDesc = "" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x12\n" +
 	"\x04data\x18\x03 \x01(\fR\x04data\"\x1c\n" +
 	"\x06Remove\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"\xac\x01\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xc2\x01\n" +
 	"\x05NetNS\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06remove\x18\x02 \x01(\bR\x06remove\x12;\n" +
-	"\asysctls\x18\x03 \x03(\v2!.tenon.task.v1.NetNS.SysctlsEntryR\asysctls\x1a:\n" +
+	"\asysctls\x18\x03 \x03(\v2!.tenon.task.v1.NetNS.SysctlsEntryR\asysctls\x12\x14\n" +
+	"\x05spare\x18\x04 \x01(\bR\x05spare\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbd\x02\n" +
