@@ -62,7 +62,7 @@ type VM struct {
 	Kernel     string `toml:"kernel" comment:"guests' kernel: auto, debian (fetched), host, or the path of an image"`
 	KernelDir  string `toml:"kernel-dir" comment:"where fetched kernels are unpacked; empty: vm/kernel below root"`
 	Memory     string `toml:"memory" comment:"of a machine whose container has no greater limit; 0: 512m"`
-	CPUs       int    `toml:"cpus" comment:"of a machine; 0: the host's"`
+	CPUs       int    `toml:"cpus" comment:"of a machine; 0: the host's, or 1 where they are emulated"`
 	Pool       int    `toml:"pool" comment:"machines that wait for the next containers"`
 	PoolMemory string `toml:"pool-memory" comment:"what they may cost together; 0 unbounded"`
 }
