@@ -278,6 +278,24 @@ func qemu(ctx context.Context, _ Options) Check {
 	return c
 }
 
+func mkfs(context.Context, Options) Check {
+	c := Check{Name: "mkfs.ext4", Status: OK}
+	for _, p := range []string{"/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"} { // as rootfs looks for it
+		if _, err := os.Stat(p); err == nil {
+			c.Detail = p
+			return c
+		}
+	}
+	path, err := exec.LookPath("mkfs.ext4")
+	if err != nil {
+		c.Status, c.Detail = Warn, "not installed; --isolation vm and limits of the writable layer (--storage-opt size) need it"
+		c.Remedy = "apt-get install e2fsprogs"
+		return c
+	}
+	c.Detail = path
+	return c
+}
+
 func guestKernel(context.Context, Options) Check {
 	c := Check{Name: "guest kernel", Status: OK}
 	found, _ := filepath.Glob("/boot/vmlinuz-*") // the pattern is well-formed

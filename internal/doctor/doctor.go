@@ -72,7 +72,7 @@ func Run(ctx context.Context, o Options) Report {
 		kernel, privileges, cgroups, overlay, nftables, namespaces, userNamespaces, seccomp, helpers,
 	}
 	if !o.Quick {
-		checks = append(checks, initProgram, kvm, qemu, guestKernel)
+		checks = append(checks, initProgram, kvm, qemu, guestKernel, mkfs)
 	}
 	out := make([]Check, len(checks))
 	var wg sync.WaitGroup
