@@ -27,7 +27,9 @@ func (e *Engine) Logs(ctx context.Context, ref string, o LogsOptions, stdout, st
 	}
 	if r.Running() {
 		if client, err := e.client(ctx, c); err == nil {
-			_ = client.FlushLog(ctx, c.id) // what it has not written yet is late, not lost
+			fctx, cancel := context.WithTimeout(ctx, flushTime)
+			_ = client.FlushLog(fctx, c.id) // what it has not written yet is late, not lost
+			cancel()
 		}
 	}
 	ro := logs.ReadOptions{Since: o.Since, Until: o.Until, Tail: max(o.Tail, 0), Follow: o.Follow}
@@ -49,6 +51,9 @@ func (e *Engine) Logs(ctx context.Context, ref string, o LogsOptions, stdout, st
 	}
 	return r.Config.Tty, err
 }
+
+// flushTime bounds the waiting for a shim that does not answer.
+const flushTime = 5 * time.Second
 
 func (e *Engine) readConfig(r *container.Record) (logs.Config, error) {
 	l, err := e.logSettings(r)

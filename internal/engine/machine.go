@@ -106,11 +106,19 @@ func (e *Engine) endTask(ctx context.Context, client *task.Client, c *ctr) error
 	g := c.onMachine()
 	if g != nil && client != nil {
 		g.drain(ctx)
-		_ = client.FlushLog(ctx, c.id) // the log ends with the task at the latest
+		fctx, cancel := context.WithTimeout(ctx, flushTime)
+		_ = client.FlushLog(fctx, c.id) // the log ends with the task at the latest
+		cancel()
 	}
 	var errs []error
 	if client != nil {
-		if _, err := client.Delete(ctx, c.id, ""); err != nil && !errdefs.IsNotFound(err) {
+		dctx, cancel := ctx, context.CancelFunc(func() {})
+		if g != nil {
+			dctx, cancel = context.WithTimeout(ctx, silentTime)
+		}
+		_, err := client.Delete(dctx, c.id, "")
+		cancel()
+		if err != nil && !errdefs.IsNotFound(err) && g == nil { // a machine ends whatever it has
 			errs = append(errs, err)
 		}
 	}
@@ -125,9 +133,11 @@ func (e *Engine) endTask(ctx context.Context, client *task.Client, c *ctr) error
 func (e *Engine) endMachine(ctx context.Context, c *ctr, g *guest, write bool) error {
 	g.once.Do(func() { close(g.over) })
 	if write {
-		if err := g.machine.PowerOff(ctx); err != nil {
+		pctx, cancel := context.WithTimeout(ctx, powerOffTime)
+		if err := g.machine.PowerOff(pctx); err != nil {
 			e.log.Warn("virtual machine does not power off", "container", c.id, "err", err)
 		}
+		cancel()
 	}
 	g.link.close()
 	c.mu.Lock()
@@ -135,8 +145,13 @@ func (e *Engine) endMachine(ctx context.Context, c *ctr, g *guest, write bool) e
 		c.guest = nil
 	}
 	c.mu.Unlock()
-	return g.machine.Remove(ctx)
+	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTime) // whatever the rest has taken
+	defer cancel()
+	return g.machine.Remove(rctx)
 }
+
+// removeTime bounds the removal of a machine.
+const removeTime = 30 * time.Second
 
 // prepareMachine is prepare for a container with a kernel of its own: it makes
 // the machine, gives it what the container needs, and connects to its shim.

@@ -66,7 +66,10 @@ func (e *Engine) stop(ctx context.Context, c *ctr, o StopOptions) error {
 	}
 	timeout := e.stopTimeout(r, o)
 	if err := e.signal(ctx, c, sig); err != nil && !errdefs.IsNotFound(err) {
-		return err
+		if c.onMachine() == nil || sig == syscall.SIGKILL {
+			return err
+		}
+		timeout = 0 // its machine does not answer: it will not hear the signal
 	}
 	if !waitFor(ctx, rn.exited, timeout) {
 		if err := e.signal(ctx, c, syscall.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
@@ -177,13 +180,13 @@ func (e *Engine) signal(ctx context.Context, c *ctr, sig syscall.Signal) error {
 func (e *Engine) kill(ctx context.Context, client *task.Client, c *ctr, sig syscall.Signal) error {
 	all := sig == syscall.SIGKILL && c.record().HostConfig.PidMode.IsHost()
 	g := c.onMachine()
-	if g == nil || sig != syscall.SIGKILL {
+	if g == nil {
 		return client.Kill(ctx, c.id, "", sig, all)
 	}
 	short, cancel := context.WithTimeout(ctx, silentTime)
 	defer cancel()
 	err := client.Kill(short, c.id, "", sig, all)
-	if err == nil || errdefs.IsNotFound(err) || ctx.Err() != nil {
+	if err == nil || errdefs.IsNotFound(err) || ctx.Err() != nil || sig != syscall.SIGKILL {
 		return err
 	}
 	e.log.Error("virtual machine does not answer; it is ended", "container", c.id, "err", err)
