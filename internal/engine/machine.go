@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -29,6 +30,7 @@ type guest struct {
 	root    *taskv1.Root  // as the machine sees it
 	over    chan struct{} // closed when the engine removes the machine
 	once    sync.Once
+	givenUp atomic.Bool // it did not answer, and was removed for it
 
 	mu      sync.Mutex
 	streams []*task.Attachment
@@ -433,7 +435,10 @@ func (e *Engine) reconnectMachine(c *ctr, rn *run, g *guest) (*task.Client, uint
 // machineLost ends the run of a container whose machine is gone.
 func (e *Engine) machineLost(c *ctr, rn *run, g *guest, why error) {
 	text := g.machine.End()
-	if text == "" {
+	switch {
+	case g.givenUp.Load():
+		text = "it did not answer"
+	case text == "":
 		text = why.Error()
 	}
 	e.log.Warn("a container's virtual machine ended", "container", c.id, "reason", text)

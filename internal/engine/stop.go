@@ -183,15 +183,23 @@ func (e *Engine) kill(ctx context.Context, client *task.Client, c *ctr, sig sysc
 	if g == nil {
 		return client.Kill(ctx, c.id, "", sig, all)
 	}
-	short, cancel := context.WithTimeout(ctx, silentTime)
+	limit := silentTime
+	if sig == syscall.SIGKILL {
+		limit = killAnswerTime
+	}
+	short, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	err := client.Kill(short, c.id, "", sig, all)
 	if err == nil || errdefs.IsNotFound(err) || ctx.Err() != nil || sig != syscall.SIGKILL {
 		return err
 	}
 	e.log.Error("virtual machine does not answer; it is ended", "container", c.id, "err", err)
+	g.givenUp.Store(true)
 	return g.machine.Remove(ctx) // whoever watches it hears of its end
 }
+
+// killAnswerTime is how long a machine may take to answer to SIGKILL.
+const killAnswerTime = 5 * time.Second
 
 // Kill sends a signal. FailedPrecondition if the container does not run.
 func (e *Engine) Kill(ctx context.Context, ref, signal string) error {
