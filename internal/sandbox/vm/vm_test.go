@@ -1,0 +1,79 @@
+package vm
+
+import (
+	"context"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"tenon.dev/tenon/internal/network"
+	"tenon.dev/tenon/internal/sandbox"
+	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
+)
+
+// What needs tenon-vmm is tried end to end (test/e2e, TestVM); here is what
+// happens without it.
+func TestWithoutAProgram(t *testing.T) {
+	dir := t.TempDir()
+	v := New(Config{Program: filepath.Join(dir, "tenon-vmm"), Shim: "/none", RunRoot: dir, Root: dir, Name: "none"})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if list, err := v.List(ctx); err != nil || len(list) != 0 {
+		t.Errorf("list: %v, %v", list, err)
+	}
+	if a, err := v.About(ctx); err != nil || a != (sandbox.About{}) {
+		t.Errorf("about: %+v, %v", a, err)
+	}
+	if _, err := v.Check(ctx); err == nil || !strings.Contains(err.Error(), "must lie beside tenond") {
+		t.Errorf("check: %v", err)
+	}
+	if _, err := v.Create(ctx, sandbox.MachineRequest{ID: "a"}); err == nil {
+		t.Error("made without a program")
+	}
+	if f := v.Facts(); !f.CgroupV2 || f.CPUs != 1 || len(f.Capabilities) != 41 {
+		t.Errorf("facts %+v", f)
+	}
+	if err := v.Teardown(ctx); err != nil {
+		t.Errorf("teardown of nothing: %v", err)
+	}
+	if err := v.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMachineMemory(t *testing.T) {
+	for containers, want := range map[int64]int64{1: 128 << 20, 32 << 20: 128 << 20, 33 << 20: 256 << 20, 1 << 30: 1152 << 20} {
+		if got := machineMemory(containers); got != want {
+			t.Errorf("for %d bytes a machine has %d, want %d", containers, got, want)
+		}
+	}
+}
+
+func TestAMachinesEnd(t *testing.T) {
+	v := New(Config{})
+	m := v.newMachine(&vmv1.Machine{Id: "m", Created: 100, Nics: []*vmv1.NIC{{Id: "nic0", Tap: "tap0", Mac: "52:54:00:00:00:01"}}})
+	if m.created(99) || !m.created(100) {
+		t.Error("an event of an earlier machine is taken for its own")
+	}
+	s, err := m.nicStep("/ns", sandbox.NIC{Tap: "tap0", Plug: network.Plug{
+		Interface: "eth0", MTU: 1400, IPv4: netip.MustParsePrefix("10.0.0.5/24"), Default4: netip.MustParseAddr("10.0.0.1"),
+	}})
+	if i := s.GetInterface(); err != nil || i.Mac != "52:54:00:00:00:01" || i.Name != "eth0" || i.Mtu != 1400 || len(i.Addresses) != 1 || len(i.Routes) != 1 {
+		t.Errorf("%v, %v", s, err)
+	}
+	if _, err := m.nicStep("/ns", sandbox.NIC{Tap: "other"}); err == nil {
+		t.Error("an interface that it does not have")
+	}
+	m.end("first")
+	m.end("second")
+	select {
+	case <-m.Ended():
+	default:
+		t.Error("it has not ended")
+	}
+	if m.End() != "first" {
+		t.Errorf("reason %q", m.End())
+	}
+}
