@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -71,6 +72,9 @@ func (p *prison) enter() error {
 			return fmt.Errorf("cgroup: %w", err)
 		}
 	}
+	if err := Unprotect(); err != nil {
+		return err
+	}
 	if err := p.root(); err != nil {
 		return err
 	}
@@ -93,6 +97,20 @@ func (p *prison) enter() error {
 	}
 	err := unix.Exec(p.Binary, p.Args, []string{"LC_ALL=C"})
 	return fmt.Errorf("exec %s: %w", p.Binary, err)
+}
+
+// Unprotect makes this process one that the kernel may kill when memory is
+// short, though its parent may be protected.
+func Unprotect() error {
+	const path = "/proc/self/oom_score_adj"
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(string(b), "-") {
+		return os.WriteFile(path, []byte("0"), 0)
+	}
+	return nil
 }
 
 // root makes a root of QEMU's own files and leaves the host's.

@@ -351,6 +351,9 @@ func TestJail(t *testing.T) {
 	if field("NoNewPrivs") != "1" || field("Seccomp") != "2" {
 		t.Errorf("NoNewPrivs %s, Seccomp %s", field("NoNewPrivs"), field("Seccomp"))
 	}
+	if b, err := os.ReadFile(proc + "oom_score_adj"); err != nil || strings.HasPrefix(string(b), "-") {
+		t.Errorf("oom_score_adj %s, %v", b, err)
+	}
 	for _, ns := range []string{"mnt", "net", "ipc", "uts", "pid"} {
 		mine, err := os.Readlink("/proc/self/ns/" + ns)
 		if err != nil {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/vm/hostfs"
+	"tenon.dev/tenon/internal/vm/qemu"
 )
 
 // ShareArg is the first argument of a program that is to call Shared.
@@ -82,6 +83,9 @@ func (j *shareJail) enter() (int, error) {
 		if err := os.WriteFile(g, []byte("0"), 0); err != nil {
 			return -1, fmt.Errorf("cgroup: %w", err)
 		}
+	}
+	if err := qemu.Unprotect(); err != nil {
+		return -1, err
 	}
 	if err := j.pivot(); err != nil {
 		return -1, err
