@@ -7,14 +7,103 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
-// TestVMFilesAtRest: the files of a container with a kernel of its own that does
-// not run are reached as those of any other, by a machine that comes and goes.
-func TestVMFilesAtRest(t *testing.T) {
+// TestVMFiles: files of containers with kernels of their own.
+func TestVMFiles(t *testing.T) {
 	d := newVMDaemon(t)
 	d.Busybox(t)
+	t.Run("at rest", func(t *testing.T) { vmFilesAtRest(t, d) })
+	t.Run("shared", func(t *testing.T) { vmFilesShared(t, d) })
+	t.Run("disk", func(t *testing.T) { vmDisk(t, d) })
+	if log := d.Tail(); strings.Contains(log, "level=ERROR") {
+		t.Error(log)
+	}
+}
+
+// vmFilesShared: directories of the host are the same to all kernels.
+func vmFilesShared(t *testing.T, d *Daemon) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "one"), []byte("one\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	vm := func(script string, args ...string) string {
+		t.Helper()
+		args = append(append([]string{"run", "--rm", "--isolation", "vm"}, args...), "busybox", "sh", "-c", script)
+		return d.Must(t, args...)
+	}
+	// A volume that gets the image's files first, used from both sides at once.
+	d.Must(t, "run", "-d", "--isolation", "vm", "--name", "shares", "-v", "both:/etc", "-v", dir+":/s", "busybox", "sh", "-c",
+		"until [ -e /etc/asked ]; do sleep 0.1; done; cat /etc/asked > /etc/answer; mv /etc/answer /etc/answered; sleep 1000")
+	out := d.Must(t, "run", "--rm", "-v", "both:/v", "busybox", "sh", "-c",
+		"ls /v/passwd; echo question > /v/asked; i=0; until [ -e /v/answered ] || [ $i -gt 300 ]; do sleep 0.1; i=$((i+1)); done; cat /v/answered")
+	if out != "/v/passwd\nquestion" {
+		t.Errorf("both at once: %q", out)
+	}
+	// What is written last is what is read at the next opening.
+	for _, text := range []string{"first", "the second", "3"} {
+		if err := os.WriteFile(filepath.Join(dir, "one"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := d.Must(t, "exec", "shares", "cat", "/s/one"); got != text {
+			t.Errorf("read %q, %q was written", got, text)
+		}
+	}
+	d.Must(t, "rm", "-f", "shares")
+	// Who has made what, how, and what may not be made.
+	vm(`cd /s; echo x > x; chown 12:34 x; chmod 4751 x; ln x hard; ln -s x soft; mkdir -p a/b; mv hard a/b; mkfifo a/p; mknod a/dev c 1 3 2>/dev/null; true`, "-v", dir+":/s")
+	st, err := os.Stat(filepath.Join(dir, "a/b/hard"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := st.Sys().(*syscall.Stat_t); s.Uid != 12 || s.Gid != 34 || s.Mode&0o7777 != 0o4751 || s.Nlink != 2 {
+		t.Errorf("%+v", s)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "a/dev")); err == nil {
+		t.Error("a guest made a device node on the host")
+	}
+	if got := vm("cat /etc/one; echo more >> /etc/one; echo no > /s/no 2>/dev/null || echo read-only", "-v", filepath.Join(dir, "one")+":/etc/one", "-v", dir+":/s:ro"); got != "3read-only" {
+		t.Errorf("a file, and a read-only directory: %q", got)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "one")); err != nil || string(b) != "3more\n" {
+		t.Errorf("%q %v", b, err)
+	}
+	if r := d.Docker(t, "run", "--rm", "--isolation", "vm", "--mount", "type=bind,src="+dir+",dst=/s,bind-propagation=rshared", "busybox", "true"); r.Code == 0 || !strings.Contains(r.Err, "propagation") {
+		t.Errorf("propagation: %d %s", r.Code, r.Err)
+	}
+}
+
+// vmDisk: a limit of the writable layer holds, and what is deleted is the host's
+// again.
+func vmDisk(t *testing.T, d *Daemon) {
+	id := d.Must(t, "create", "--isolation", "vm", "--storage-opt", "size=64m", "--name", "disk", "busybox", "sh", "-c",
+		"dd if=/dev/zero of=/f bs=1M count=100 2>/dev/null || echo full; sync; rm /f; sync")
+	if out := d.Must(t, "start", "-a", "disk"); out != "full" {
+		t.Errorf("%q", out)
+	}
+	eventually(t, "what was deleted is still on the host's disk", func() string {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(d.Root, "containers", id, "rootfs", "vm.img"), &st); err != nil {
+			return err.Error()
+		}
+		if st.Blocks*512 > 16<<20 {
+			return fmt.Sprint(st.Blocks * 512)
+		}
+		return ""
+	})
+	d.Must(t, "rm", "disk")
+}
+
+// vmFilesAtRest: the files of a container that does not run are reached as those
+// of any other, by a machine that comes and goes.
+func vmFilesAtRest(t *testing.T, d *Daemon) {
 	dir := t.TempDir()
 	file := func(name, data string) string {
 		t.Helper()
@@ -65,9 +154,6 @@ func TestVMFilesAtRest(t *testing.T) {
 	r := d.Sh(t, `docker cp "$1" vm:/put & docker start vm >/dev/null & wait; docker wait vm >/dev/null; docker cp vm:/put - | tar -xO; docker diff vm >/dev/null & docker rm -f vm >/dev/null; wait; docker ps -aq --filter name=vm`, file("again", "again\n"))
 	if r.Out != "again\n" {
 		t.Errorf("%q %s", r.Out, r.Err)
-	}
-	if log := d.Tail(); strings.Contains(log, "level=ERROR") {
-		t.Error(log)
 	}
 }
 
