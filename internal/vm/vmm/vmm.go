@@ -101,9 +101,9 @@ type Manager struct {
 	indices  map[int]bool
 }
 
-// New takes over the directories, removes what an earlier Manager left, and
-// starts filling the pool if a template is on disk already. One that still runs
-// is errdefs.ErrConflict.
+// New takes over the directories and removes what an earlier Manager left. The
+// pool is filled once a machine, or Prepare, was asked for. A Manager that still
+// runs is errdefs.ErrConflict.
 func New(ctx context.Context, c Config) (_ *Manager, err error) {
 	if c.Memory == 0 {
 		c.Memory = defaultMemory

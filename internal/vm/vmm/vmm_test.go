@@ -425,6 +425,50 @@ func TestMachines(t *testing.T) {
 	e.event(vmv1.Event_REMOVED, "a")
 }
 
+// TestClonesDiffer makes twenty copies of one machine.
+func TestClonesDiffer(t *testing.T) {
+	e := start(t, config(t))
+	const count = 20
+	made := make([]*vmv1.CreateResponse, count)
+	var wg sync.WaitGroup
+	turns := make(chan struct{}, 4)
+	for i := range made {
+		wg.Go(func() {
+			turns <- struct{}{}
+			defer func() { <-turns }()
+			var err error
+			if made[i], err = e.client.Create(limited(t), &vmv1.CreateRequest{Id: fmt.Sprint("c", i)}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	seen := map[string]string{}
+	for _, a := range made {
+		v := a.Machine
+		for what, value := range map[string]string{
+			"boot ID": a.Identity.BootId, "process": fmt.Sprint(v.Pid), "user": fmt.Sprint(v.Uid), "socket": v.Socket, "tap": v.Nics[0].Tap,
+		} {
+			if other := seen[what+value]; other != "" || value == "" {
+				t.Errorf("%s has the %s %q, as %q", v.Id, what, value, other)
+			}
+			seen[what+value] = v.Id
+		}
+	}
+	u, err := e.client.Usage(limited(t), &vmv1.UsageRequest{})
+	if err != nil || len(u.Usages) != count {
+		t.Fatal(u, err)
+	}
+	var private uint64
+	for _, x := range u.Usages {
+		private += x.PrivateBytes
+	}
+	t.Logf("%d MiB of private memory each", private/count>>20)
+}
+
 // TestPool takes a waiting machine, uses host directories in it, and has its
 // kernel panic.
 func TestPool(t *testing.T) {
