@@ -16,8 +16,13 @@ var (
 	baseFiles = []string{"etc/hostname", "etc/hosts", "etc/resolv.conf"}
 )
 
-// makeBase makes the lowest layer, or completes it.
+// makeBase makes the lowest layer, or completes it. The directory that it lies in
+// has nothing else in it: a container with ids of its own covers it by a mapped
+// mount of itself (launch's idmapLayers).
 func makeBase(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o711); err != nil {
+		return err
+	}
 	for _, d := range append([]string{"."}, baseDirs...) {
 		path := filepath.Join(dir, d)
 		if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {

@@ -10,7 +10,7 @@
 //	<root>/pool/…                         such directories made ahead
 //	<root>/disks/…                        empty disks of each size
 //	<root>/trash/…                        removed ones until they are deleted or made new
-//	<root>/base                           the lowest layer of all roots: mount points
+//	<root>/base/lower                     the lowest layer of all roots: mount points
 //	<root>/empty                          an empty directory, below views of single layers
 //
 // The pair is not a snapshot: there is no database and no transaction, it is
@@ -145,7 +145,7 @@ func (s *Store) Close() error {
 
 func (s *Store) containers() string { return filepath.Join(s.cfg.Root, "containers") }
 func (s *Store) trash() string      { return filepath.Join(s.cfg.Root, "trash") }
-func (s *Store) base() string       { return filepath.Join(s.cfg.Root, "base") }
+func (s *Store) base() string       { return filepath.Join(s.cfg.Root, "base", "lower") }
 func (s *Store) ahead() string      { return filepath.Join(s.cfg.Root, "pool") }
 func (s *Store) templates() string  { return filepath.Join(s.cfg.Root, "disks") }
 func (s *Store) empty() string      { return filepath.Join(s.cfg.Root, "empty") }
