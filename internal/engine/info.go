@@ -48,7 +48,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		LiveRestoreEnabled: true, Isolation: mobycontainer.Isolation(firstOf(e.cfg.DefaultIsolation, sandbox.Process)), InitBinary: "tini-static",
 		IndexServerAddress: "https://index.docker.io/v1/",
 		RegistryConfig:     &registry.ServiceConfig{IndexConfigs: map[string]*registry.IndexInfo{}},
-		Plugins:            system.PluginsInfo{Volume: []string{"local"}, Network: []string{"bridge", "host", "none"}, Log: []string{"local", "json-file", "none"}},
+		Plugins:            system.PluginsInfo{Volume: []string{"local"}, Network: []string{"bridge", "host", "macvlan", "none"}, Log: []string{"local", "json-file", "none"}},
 		SecurityOptions:    []string{"name=seccomp,profile=builtin"},
 		FirewallBackend:    &system.FirewallInfo{Driver: "nftables"},
 		Warnings:           []string{},

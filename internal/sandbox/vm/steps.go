@@ -127,7 +127,7 @@ func (m *machine) nicStep(ns string, n sandbox.NIC) (*taskv1.Step, error) {
 		return nil, unlike("a sysctl of an interface (" + strings.Join(p.Sysctls, ", ") + ")")
 	}
 	i := &taskv1.Interface{Mac: mac, Netns: ns, Name: p.Interface, NewMac: p.MAC.String(), Mtu: uint32(p.MTU)}
-	for _, a := range []netip.Prefix{p.IPv4, p.IPv6} {
+	for _, a := range append([]netip.Prefix{p.IPv4, p.IPv6}, p.LinkLocal...) {
 		if a.IsValid() {
 			i.Addresses = append(i.Addresses, a.String())
 		}

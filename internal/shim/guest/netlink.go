@@ -166,6 +166,9 @@ func (n *netlink) addAddress(index int32, p netip.Prefix) error {
 	if a.Is6() {
 		b[2] = unix.IFA_F_NODAD // the engine has given it to nobody else
 	}
+	if a.IsLinkLocalUnicast() { // never the source of what goes further
+		b[3] = unix.RT_SCOPE_LINK
+	}
 	b = binary.NativeEndian.AppendUint32(b, uint32(index))
 	b = attr(b, unix.IFA_LOCAL, a.AsSlice())
 	b = attr(b, unix.IFA_ADDRESS, a.AsSlice())
