@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -23,7 +24,7 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "3"
+const warmVersion = "4"
 
 const (
 	templateTurns = 3
@@ -226,6 +227,7 @@ func (v *machine) warmContainer(ctx context.Context) error {
 	}
 	defer c.Close()
 	sp := warmSpec()
+	sp.Process.Args = append(sp.Process.Args, "wait")
 	sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/hosts", Type: "bind", Source: warmDir + "/hosts", Options: []string{"rbind"}})
 	spec, err := json.Marshal(sp)
 	if err != nil {
@@ -246,14 +248,51 @@ func (v *machine) warmContainer(ctx context.Context) error {
 	if _, err := c.Start(ctx, warmID, ""); err != nil {
 		return err
 	}
-	exit, err := c.Wait(ctx, warmID, "")
+	if err := warmExec(ctx, c); err != nil {
+		return err
+	}
+	if err := c.Kill(ctx, warmID, "", syscall.SIGKILL, false); err != nil {
+		return err
+	}
+	if _, err := c.Wait(ctx, warmID, ""); err != nil {
+		return err
+	}
+	_, err = c.Delete(ctx, warmID, "")
+	return err
+}
+
+// warmExec runs a further process, and reads a file.
+func warmExec(ctx context.Context, c *task.Client) error {
+	process, err := json.Marshal(warmSpec().Process)
+	if err != nil {
+		return err
+	}
+	const id = "exec"
+	a, _, err := c.Execute(ctx, task.ExecRequest{ID: warmID, ExecID: id, Process: process}, task.Stdio{Stdout: discard{}, Stderr: discard{}})
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	exit, err := c.Wait(ctx, warmID, id)
 	if err != nil {
 		return err
 	}
 	if exit.Status != 0 {
 		return fmt.Errorf("exit status %d", exit.Status)
 	}
-	_, err = c.Delete(ctx, warmID, "")
+	if _, err := c.Delete(ctx, warmID, id); err != nil {
+		return err
+	}
+	s, _, err := c.Stream(ctx, &taskv1.StreamHeader{Kind: &taskv1.StreamHeader_Files{Files: &taskv1.Files{
+		Id: warmID, Operation: taskv1.Files_READ, Path: "/etc/hosts"}}})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if err := s.SetReadDeadline(time.Now().Add(warmTime)); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, s)
 	return err
 }
 
@@ -322,19 +361,24 @@ func warmSpec() *specs.Spec {
 	}
 }
 
-// tinyProgram is a static program for x86-64 that prints a line: an ELF header,
-// one segment, its code.
+// tinyProgram is a static program for x86-64 that prints a line, or with an
+// argument waits for ever: an ELF header, one segment, its code.
 func tinyProgram() []byte {
 	const base, headers = 0x400000, 64 + 56
 	code := []byte{
+		0x48, 0x83, 0x3c, 0x24, 1, // cmp qword [rsp], 1
+		0x75, 33, // jne wait
 		0xb8, 1, 0, 0, 0, // mov eax, SYS_write
 		0xbf, 1, 0, 0, 0, // mov edi, 1
-		0x48, 0x8d, 0x35, 16, 0, 0, 0, // lea rsi, [rip+16]
+		0x48, 0x8d, 0x35, 25, 0, 0, 0, // lea rsi, [rip+25]
 		0xba, 3, 0, 0, 0, // mov edx, 3
 		0x0f, 0x05, // syscall
 		0xb8, 60, 0, 0, 0, // mov eax, SYS_exit
 		0x31, 0xff, // xor edi, edi
 		0x0f, 0x05, // syscall
+		0xb8, 34, 0, 0, 0, // wait: mov eax, SYS_pause
+		0x0f, 0x05, // syscall
+		0xeb, 0xf7, // jmp wait
 		'o', 'k', '\n',
 	}
 	size := uint64(headers + len(code))
