@@ -1,6 +1,6 @@
-// Package aside puts the processes that outlive the daemon (shims, the name server)
-// into control groups of their own, where a service manager that ends, kills or limits
-// the daemon's service does not find them.
+// Package aside puts the processes that outlive the daemon (shims, the name server,
+// the holder of virtual machines) into control groups of their own, where a service
+// manager that ends, kills or limits the daemon's service does not find them.
 package aside
 
 import (

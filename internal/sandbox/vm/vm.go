@@ -24,6 +24,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 
+	"tenon.dev/tenon/internal/aside"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
@@ -288,6 +289,9 @@ func (v *VMs) start(ctx context.Context) error {
 		return fmt.Errorf("start %s: %w: %w", v.cfg.Program, err, errdefs.ErrUnavailable)
 	}
 	go func() { _ = cmd.Wait() }() // reaps it, if it ends while the daemon lives
+	if err := aside.Move(v.cfg.Name, cmd.Process.Pid); err != nil {
+		v.cfg.Log.Warn("tenon-vmm stays in the daemon's control group, and shares its fate if a service manager kills that", "err", err)
+	}
 	if err := ready.SetReadDeadline(time.Now().Add(startTime)); err != nil {
 		return err
 	}
