@@ -260,6 +260,11 @@ func (b *Bench) release(kind, state string) {
 	if e, ok := b.envs[key]; ok {
 		e.Close()
 		delete(b.envs, key)
+		for what := range b.broken { // the next one has nothing of this one's
+			if strings.HasPrefix(what, key+"/") {
+				delete(b.broken, what)
+			}
+		}
 	}
 }
 
