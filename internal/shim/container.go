@@ -246,7 +246,7 @@ func (c *container) create(p *process, r createRequest) (child, error) {
 // logFailed reports output that could not be kept.
 func (c *container) logFailed(err error) {
 	c.shim.log.Error("output could not be kept", "container", c.id, "err", err)
-	c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_LOG_ERROR, Id: c.id, Message: err.Error()})
+	c.shim.events.Publish(&taskv1.Event{Type: taskv1.Event_LOG_ERROR, Id: c.id, Message: err.Error()})
 }
 
 // process returns the init or an exec.
@@ -298,7 +298,7 @@ func (c *container) oomSeen(n uint64) {
 	c.ooms = max(n, c.ooms)
 	c.mu.Unlock()
 	if news {
-		c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_OOM, Id: c.id, OomKilled: true})
+		c.shim.events.Publish(&taskv1.Event{Type: taskv1.Event_OOM, Id: c.id, OomKilled: true})
 	}
 }
 

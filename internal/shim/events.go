@@ -1,88 +1,22 @@
 package shim
 
 import (
-	"context"
-	"sync"
 	"time"
 
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	"tenon.dev/tenon/internal/task/replay"
 )
 
 // ringSize is how many events are kept for a daemon that comes back.
 const ringSize = 4096
 
-// ring keeps the last events and hands them, old and new, to any number of
-// readers. A reader that falls behind by the whole ring is told of a gap.
-type ring struct {
-	mu      sync.Mutex
-	last    uint64 // sequence number of the newest event
-	events  []*taskv1.Event
-	changed chan struct{} // closed and replaced by each event
-}
-
-func newRing() *ring { return &ring{changed: make(chan struct{})} }
-
-// publish numbers, stamps and keeps e.
-func (r *ring) publish(e *taskv1.Event) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.last++
-	e.Sequence = r.last
-	if e.Time == 0 {
-		e.Time = time.Now().UnixNano()
-	}
-	if len(r.events) < ringSize {
-		r.events = append(r.events, e)
-	} else {
-		r.events[(e.Sequence-1)%ringSize] = e
-	}
-	close(r.changed)
-	r.changed = make(chan struct{})
-}
-
-// sequence is the newest event's number.
-func (r *ring) sequence() uint64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.last
-}
-
-// after returns up to 64 events after a sequence number, and a channel that is
-// closed when there are more.
-func (r *ring) after(seq uint64) (list []*taskv1.Event, changed <-chan struct{}) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if seq > r.last {
-		// A number of another shim's: everything is news, and something was lost.
-		return []*taskv1.Event{{Type: taskv1.Event_GAP, Sequence: 0, Time: time.Now().UnixNano()}}, r.changed
-	}
-	if oldest := r.last - uint64(len(r.events)); seq < oldest {
-		return []*taskv1.Event{{Type: taskv1.Event_GAP, Sequence: oldest, Time: time.Now().UnixNano()}}, r.changed
-	}
-	for seq < r.last && len(list) < 64 {
-		list = append(list, r.events[seq%ringSize])
-		seq++
-	}
-	return list, r.changed
-}
-
-// stream sends events until ctx ends or send fails.
-func (r *ring) stream(ctx context.Context, seq uint64, send func(*taskv1.Event) error) error {
-	for {
-		list, changed := r.after(seq)
-		for _, e := range list {
-			if err := send(e); err != nil {
-				return err
-			}
-			seq = e.Sequence
+func newRing() *replay.Ring[taskv1.Event] {
+	return replay.New(ringSize, func(e *taskv1.Event, n uint64) {
+		e.Sequence = n
+		if e.Time == 0 {
+			e.Time = time.Now().UnixNano()
 		}
-		if len(list) > 0 {
-			continue
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
+	}, func(n uint64) *taskv1.Event {
+		return &taskv1.Event{Type: taskv1.Event_GAP, Sequence: n, Time: time.Now().UnixNano()}
+	})
 }

@@ -55,7 +55,7 @@ func cgroupVersion() string {
 func (k *kernelService) List(_ context.Context, r *taskv1.ListRequest) (*taskv1.ListResponse, error) {
 	// What happens while the list is made is then both in it and among the
 	// events that follow: better than in neither.
-	resp := &taskv1.ListResponse{Sequence: k.s.events.sequence()}
+	resp := &taskv1.ListResponse{Sequence: k.s.events.Sequence()}
 	var list []*container
 	if r.Id != "" {
 		c, err := k.s.task(r.Id)
@@ -87,7 +87,7 @@ func (k *kernelService) Events(ctx context.Context, r *taskv1.EventsRequest, srv
 	defer cancel()
 	stop := context.AfterFunc(k.s.ctx, cancel)
 	defer stop()
-	return k.s.events.stream(ctx, r.After, srv.Send)
+	return k.s.events.Stream(ctx, r.After, srv.Send)
 }
 
 func (k *kernelService) Await(ctx context.Context, r *taskv1.AwaitRequest) (*taskv1.Process, error) {

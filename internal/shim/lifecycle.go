@@ -231,7 +231,7 @@ func (c *container) pause(ctx context.Context) error {
 		c.mu.Unlock()
 		return fmt.Errorf("task %s: pause: %w", c.id, errors.Join(err, terr))
 	}
-	c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_PAUSED, Id: c.id})
+	c.shim.events.Publish(&taskv1.Event{Type: taskv1.Event_PAUSED, Id: c.id})
 	return nil
 }
 
@@ -247,7 +247,7 @@ func (c *container) resume(ctx context.Context) error {
 	c.paused = false
 	c.mu.Unlock()
 	if was {
-		c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_RESUMED, Id: c.id})
+		c.shim.events.Publish(&taskv1.Event{Type: taskv1.Event_RESUMED, Id: c.id})
 	}
 	return nil
 }

@@ -106,7 +106,7 @@ func (p *process) start() (int, error) {
 	p.startedAt = at
 	p.status = taskv1.Status_STATUS_RUNNING
 	pid := p.child.pid()
-	p.c.shim.events.publish(&taskv1.Event{Type: taskv1.Event_START, Id: p.c.id, ExecId: p.execID, Pid: uint32(pid), Time: p.startedAt.UnixNano()})
+	p.c.shim.events.Publish(&taskv1.Event{Type: taskv1.Event_START, Id: p.c.id, ExecId: p.execID, Pid: uint32(pid), Time: p.startedAt.UnixNano()})
 	return pid, nil
 }
 
@@ -187,7 +187,7 @@ func (p *process) exited() {
 	p.oom = oom
 	if !p.failed {
 		p.code = uint32(code)
-		p.c.shim.events.publish(&taskv1.Event{
+		p.c.shim.events.Publish(&taskv1.Event{
 			Type: taskv1.Event_EXIT, Id: p.c.id, ExecId: p.execID, Pid: uint32(p.child.pid()),
 			ExitStatus: p.code, OomKilled: oom, Time: at.UnixNano(),
 		})

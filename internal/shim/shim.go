@@ -42,6 +42,7 @@ import (
 	"tenon.dev/tenon/internal/logs"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	"tenon.dev/tenon/internal/task/replay"
 )
 
 // Config is what a Shim needs to know.
@@ -64,7 +65,7 @@ type Shim struct {
 	conf    Config
 	log     *slog.Logger
 	poll    *poller
-	events  *ring
+	events  *replay.Ring[taskv1.Event]
 	filters filters
 	started time.Time
 	ctx     context.Context // ends with the shim
@@ -310,7 +311,7 @@ func (s *Shim) remove(c *container) {
 	c.poststop()
 	s.removeGroup(c.group)
 	s.forgetCgroup(c.id, c.group.Path())
-	s.events.publish(&taskv1.Event{Type: taskv1.Event_DELETE, Id: c.id, ExitStatus: c.init.code})
+	s.events.Publish(&taskv1.Event{Type: taskv1.Event_DELETE, Id: c.id, ExitStatus: c.init.code})
 	s.free(c.id, nil)
 	s.touch()
 }

@@ -261,7 +261,7 @@ func (v *machine) tellEnd() {
 		v.listener.Close()
 	}
 	v.m.log.Info("a virtual machine has ended", "sandbox", v.id, "reason", v.why)
-	v.m.events.add(&vmv1.Event{Type: vmv1.Event_ENDED, Id: v.id, Reason: v.why, Clean: v.clean})
+	v.m.events.Publish(&vmv1.Event{Type: vmv1.Event_ENDED, Id: v.id, Reason: v.why, Clean: v.clean})
 }
 
 // name is for messages.

@@ -259,7 +259,7 @@ func (m *Manager) add(v *machine) error {
 	m.mu.Lock()
 	m.machines[v.id] = v
 	m.mu.Unlock()
-	m.events.add(&vmv1.Event{Type: vmv1.Event_CREATED, Id: v.id})
+	m.events.Publish(&vmv1.Event{Type: vmv1.Event_CREATED, Id: v.id})
 	go v.heed()
 	return nil
 }
@@ -267,7 +267,7 @@ func (m *Manager) add(v *machine) error {
 // List shows the machines in use.
 func (s *Service) List(context.Context, *vmv1.ListRequest) (*vmv1.ListResponse, error) {
 	// What happens meanwhile is then both in the list and among the events.
-	a := &vmv1.ListResponse{Sequence: s.m.events.sequence()}
+	a := &vmv1.ListResponse{Sequence: s.m.events.Sequence()}
 	for _, v := range s.m.list() {
 		a.Machines = append(a.Machines, v.describe())
 	}
@@ -302,7 +302,7 @@ func (s *Service) Remove(_ context.Context, r *vmv1.RemoveRequest) (*vmv1.Remove
 	m.mu.Lock()
 	delete(m.busy, r.Id)
 	m.mu.Unlock()
-	m.events.add(&vmv1.Event{Type: vmv1.Event_REMOVED, Id: r.Id})
+	m.events.Publish(&vmv1.Event{Type: vmv1.Event_REMOVED, Id: r.Id})
 	return new(vmv1.RemoveResponse), nil
 }
 
@@ -362,7 +362,7 @@ func (s *Service) Events(ctx context.Context, r *vmv1.EventsRequest, srv vmv1.VM
 	defer cancel()
 	stop := context.AfterFunc(s.m.ctx, cancel)
 	defer stop()
-	return s.m.events.stream(ctx, r.After, srv.Send)
+	return s.m.events.Stream(ctx, r.After, srv.Send)
 }
 
 // Shutdown ends all machines and the process.

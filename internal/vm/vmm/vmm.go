@@ -38,6 +38,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/cgroup"
+	"tenon.dev/tenon/internal/task/replay"
+	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
 	"tenon.dev/tenon/internal/vm/qemu"
 	"tenon.dev/tenon/internal/vm/template"
 )
@@ -83,7 +85,7 @@ type Manager struct {
 	uids     uint32 // the first of this engine's
 	launcher *qemu.Launcher
 	store    *template.Store
-	events   *ring
+	events   *replay.Ring[vmv1.Event]
 	lock     *os.File
 	ctx      context.Context // ends with the Manager
 	cancel   context.CancelFunc
