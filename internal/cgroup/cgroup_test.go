@@ -142,6 +142,44 @@ func TestLife(t *testing.T) {
 	}
 }
 
+// TestFirstAtOnce: several groups made at the same time below a parent that is
+// new get their limits, whoever of them makes the parent.
+func TestFirstAtOnce(t *testing.T) {
+	res := &specs.LinuxResources{
+		Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20))},
+		Pids:   &specs.LinuxPids{Limit: ptr(int64(17))},
+	}
+	for round := range 30 {
+		parent := fmt.Sprintf("/tenontest-first-%d-%d", os.Getpid(), round)
+		errs, groups := make(chan error), make([]*Group, 8)
+		for i := range groups {
+			go func() {
+				var err error
+				groups[i], err = Create(fmt.Sprintf("%s/%d", parent, i), res)
+				errs <- err
+			}()
+		}
+		for range groups {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		for _, g := range groups {
+			if g == nil {
+				continue
+			}
+			if err := g.Delete(ctx); err != nil {
+				t.Error(err)
+			}
+		}
+		for _, h := range Hierarchies() {
+			_ = os.Remove(filepath.Join(h.Path, parent))
+		}
+		cancel()
+	}
+}
+
 func TestKillTree(t *testing.T) {
 	g := group(t, nil)
 	// Forks as fast as it can.

@@ -228,18 +228,30 @@ func (d dir) makeParents(p string) error {
 	return nil
 }
 
-// enabled tells whether the group has all controllers of the mount point already.
+// enabled tells whether the group has all controllers of the mount point already,
+// with their files: the kernel names a controller before it has made these, if
+// somebody else is just turning it on, and it makes them in the controllers' order.
 func (d dir) enabled() bool {
 	all, err := readFile(filepath.Join(d.mount, "cgroup.controllers"))
 	if err != nil {
 		return false
 	}
 	have, err := readFile(filepath.Join(d.path, "cgroup.controllers"))
-	return err == nil && string(have) == string(all)
+	if err != nil || string(have) != string(all) {
+		return false
+	}
+	names := strings.Fields(string(all))
+	for _, last := range []string{"pids", "memory"} {
+		if contains(names, last) {
+			return unix.Access(filepath.Join(d.path, last+".max"), unix.F_OK) == nil
+		}
+	}
+	return true
 }
 
 // enable turns the controllers on for the children of p, from the mount point
-// down. What the kernel refuses is found when a limit is written.
+// down. What the kernel refuses is found when a limit is written. It writes also
+// if nothing is missing: a write waits for another's that is still at work.
 func (d dir) enable(p string) {
 	if len(p) > len(d.mount) {
 		d.enable(filepath.Dir(p))
@@ -250,6 +262,7 @@ func (d dir) enable(p string) {
 	}
 	on, _ := readFile(filepath.Join(p, "cgroup.subtree_control"))
 	have := strings.Fields(string(on))
+	ctl := filepath.Join(p, "cgroup.subtree_control")
 	var missing []string
 	for _, c := range strings.Fields(string(b)) {
 		if !contains(have, c) {
@@ -257,9 +270,11 @@ func (d dir) enable(p string) {
 		}
 	}
 	if len(missing) == 0 {
+		if len(have) > 0 {
+			_ = writeFile(ctl, "+"+have[0])
+		}
 		return
 	}
-	ctl := filepath.Join(p, "cgroup.subtree_control")
 	err = writeFile(ctl, strings.Join(missing, " "))
 	if errors.Is(err, unix.EBUSY) && p == d.mount {
 		// The root of a container's cgroup namespace, with the processes that
