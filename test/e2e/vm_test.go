@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -144,8 +145,9 @@ func (d *Daemon) vmLife(t *testing.T) {
 	}
 
 	// So is that of the process which holds the machines.
-	vmm := d.Sh(t, "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q 'tenon-vmm serve .*"+d.RunRoot+"' && basename $p; done; true")
-	d.Sh(t, "kill -9 "+strings.TrimSpace(vmm.Out))
+	if err := syscall.Kill(holder(t, d.RunRoot), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
 	eventually(t, "containers whose machines' holder was killed", func() string {
 		if got := fact("count", "{{.State.Status}} {{.State.ExitCode}}"); got != "exited 137" {
 			return got
@@ -181,4 +183,26 @@ func TestVMRefusals(t *testing.T) {
 	if out := d.Must(t, "run", "--rm", "--isolation", "process", "busybox", "uname", "-r"); out != strings.TrimSpace(d.Sh(t, "uname -r").Out) {
 		t.Errorf("--isolation process: kernel %s", out)
 	}
+}
+
+// holder is the pid of the tenon-vmm that works in a run root.
+func holder(t *testing.T, runRoot string) int {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range lines {
+		b, _ := os.ReadFile(line) // it may be gone
+		args := strings.Split(string(b), "\x00")
+		if len(args) > 2 && filepath.Base(args[0]) == "tenon-vmm" && args[1] == "serve" && strings.Contains(string(b), runRoot+"/") {
+			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(line)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	t.Fatal("no tenon-vmm works in " + runRoot)
+	return 0
 }
