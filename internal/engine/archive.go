@@ -288,7 +288,7 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 	if r.Running() {
 		client, err := e.client(ctx, c)
 		if g := c.onMachine(); g != nil && err == nil && change.Memory > 0 {
-			err = g.machine.Grow(ctx, change.Memory)
+			err = g.machine.Grow(ctx, change.Memory, 0)
 		}
 		if err == nil {
 			err = client.Update(ctx, c.id, spec.Resources(numbered, spec.Defaults{}))

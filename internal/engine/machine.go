@@ -281,10 +281,10 @@ func (e *Engine) machineDisks(ctx context.Context, r *container.Record) (sandbox
 func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *guest, disks sandbox.Disks) (sandbox.MachineHandover, error) {
 	r := c.record()
 	h := sandbox.MachineHandover{ID: c.id, Disks: disks}
-	taps := g.machine.Taps()
+	taps := g.machine.Taps(c.id)
 	for i, ep := range p.ns.Endpoints {
 		if i == len(taps) {
-			tap, err := g.machine.AddTap(ctx)
+			tap, err := g.machine.AddTap(ctx, c.id)
 			if err != nil {
 				return h, err
 			}

@@ -74,7 +74,7 @@ func (e *Engine) replug(ctx context.Context, c *ctr, before []network.Plug) erro
 // or a new one.
 func (e *Engine) plugNew(ctx context.Context, c *ctr, g *guest, networkID string, used []network.Plug) error {
 	tap := ""
-	for _, t := range g.machine.Taps() {
+	for _, t := range g.machine.Taps(c.id) {
 		free := true
 		for _, p := range used {
 			free = free && p.HostInterface != t
@@ -86,7 +86,7 @@ func (e *Engine) plugNew(ctx context.Context, c *ctr, g *guest, networkID string
 	}
 	if tap == "" {
 		var err error
-		if tap, err = g.machine.AddTap(ctx); err != nil {
+		if tap, err = g.machine.AddTap(ctx, c.id); err != nil {
 			return err
 		}
 	}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"time"
 
 	"tenon.dev/tenon/internal/network"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
@@ -11,10 +12,14 @@ import (
 const (
 	Process = "process" // on the host's kernel
 	VM      = "vm"      // on a kernel of its own
+	// OnMachine begins the level of a container on a machine that lasts, whose
+	// name follows.
+	OnMachine = "machine="
 )
 
 // Machines makes kernels: a virtual machine for each container that is to have
-// one of its own. Its methods are safe for concurrent use.
+// one of its own, and machines that last and hold several. Its methods are safe
+// for concurrent use.
 type Machines interface {
 	// Facts are of the kernel that a new machine has, as far as they are known
 	// before it runs.
@@ -50,10 +55,38 @@ type About struct {
 type MachineRequest struct {
 	ID       string // up to 32 letters and digits
 	Hostname string
-	Memory   int64 // bytes that its containers need; 0: what a machine has
-	Disks    Disks
-	Logs     map[string]*taskv1.Log // where the output of its containers is kept
+	// Memory that its containers need, in bytes; 0: what a machine has. Of one
+	// that lasts it is the machine's own size.
+	Memory int64
+	CPUs   int // that its containers need; 0: what a machine has
+	Disks  Disks
+	Logs   map[string]*taskv1.Log // where the output of its containers is kept
+
+	// Lasting asks for a machine that holds containers until it is ended: it has
+	// no Disks and no Logs of its own, each container brings them.
+	Lasting *Lasting
 }
+
+// Lasting is what only a machine that lasts has.
+type Lasting struct {
+	Name      string // Isolation is "machine=" and this
+	MaxMemory int64  // what GrowTo may give, bytes; 0: what the host has
+	MaxCPUs   int    // 0: what the host has
+	// Data is the file of its data disk: where its containers write. It is made
+	// if it is missing, with DataSize bytes, of which it takes what is used; one
+	// that is smaller grows to that.
+	Data     string
+	DataSize int64
+	// KernelLog is the file that the guest's kernel's messages are added to;
+	// empty: one that goes with the machine.
+	KernelLog string
+	// Containers are those whose files may be on the data disk: what is there of
+	// others is removed.
+	Containers []string
+}
+
+// Data disks have at least MinDisk bytes.
+const MinDisk = 64 << 20
 
 // Disks are files that are a machine's block devices: together a container's
 // root file system.
@@ -76,15 +109,20 @@ type Proof struct {
 type Machine interface {
 	Sandbox
 	Proof() Proof
-	// Taps are the host's ends of its network interfaces.
-	Taps() []string
-	// AddTap gives it one more interface.
-	AddTap(ctx context.Context) (tap string, err error)
+	// Lasting says that it holds several containers, and goes on without any.
+	Lasting() bool
+	// Taps are the host's ends of the network interfaces that a container has: all
+	// of the machine's, unless it lasts.
+	Taps(id string) []string
+	// AddTap gives the container one more interface. ResourceExhausted if the
+	// machine has no room for more.
+	AddTap(ctx context.Context, id string) (tap string, err error)
 	// Ended is closed when it runs no more.
 	Ended() <-chan struct{}
 	// End is why; empty while it runs.
 	End() string
-	// Handover is Prepare for what a host can't lend by path.
+	// Handover is Prepare for what a host can't lend by path. If it fails on a
+	// machine that lasts, Release takes back what was done.
 	Handover(ctx context.Context, h MachineHandover) (MachinePrepared, error)
 	// Root is the root file system of a container, as Handover has made it, to
 	// be mounted again by the shim's file operations. image says that it has a
@@ -94,14 +132,43 @@ type Machine interface {
 	// it back; with remove the machine loses it.
 	Plug(ctx context.Context, id string, n NIC) error
 	Unplug(ctx context.Context, id string, n NIC, remove bool) error
-	// Grow gives it the memory that its containers need, in bytes, if it has less.
-	Grow(ctx context.Context, memory int64) error
+	// Grow gives it the memory (bytes) and processors that its containers need, if
+	// it has less; 0 asks for nothing.
+	Grow(ctx context.Context, memory int64, cpus int) error
 	// Files writes files again, in place.
 	Files(ctx context.Context, id string, files []File) error
 	// PowerOff ends its processes, writes disks back and waits for its end.
 	PowerOff(ctx context.Context) error
-	// Remove ends it at once and takes everything of it away; none is no error.
+	// Remove ends it at once and takes everything of it away, but for a data disk
+	// and a kernel log that were given; none is no error.
 	Remove(ctx context.Context) error
+
+	// The rest is for machines that last; others refuse it (NotImplemented).
+
+	// Discard removes what a released container has written; nothing is no error.
+	Discard(ctx context.Context, id string) error
+	// Keep removes what is of no container that is listed.
+	Keep(ctx context.Context, ids []string) error
+	// Resize gives the machine this much memory (bytes; less is taken back as far
+	// as the guest can do without) and these processors, of which none can be
+	// taken back; 0 leaves it as it is. InvalidArgument, ResourceExhausted.
+	Resize(ctx context.Context, memory int64, cpus int) error
+	// GrowDisk makes the data disk larger, while it is in use. InvalidArgument if
+	// it is larger than that.
+	GrowDisk(ctx context.Context, size int64) error
+	// Usage is what the machine takes of its host, and what its kernel says.
+	Usage(ctx context.Context) (MachineUsage, error)
+}
+
+// MachineUsage is what a machine uses. Bytes.
+type MachineUsage struct {
+	CPU         time.Duration // of the host's processors, since its start
+	HostPrivate int64         // memory of the host that nobody shares
+	MemoryTotal int64         // as the guest counts
+	MemoryFree  int64         // that can be had
+	DiskSize    int64         // of the data disk's file system
+	DiskUsed    int64         // of it
+	DiskOnHost  int64         // that the data disk takes of the host
 }
 
 // NIC is a network interface of a machine's container.
@@ -126,12 +193,17 @@ type Share struct {
 
 // MachineHandover is what a container gets on a machine.
 type MachineHandover struct {
-	ID     string
-	Disks  Disks // as given to the machine
-	NoNet  bool  // no network namespace of its own
-	NICs   []NIC
-	Files  []File
-	Shares []Share
+	ID string
+	// Disks as given to the machine. One that lasts takes Image alone, and what
+	// the container writes is on the data disk, from its first Handover to
+	// Discard.
+	Disks     Disks
+	SizeLimit int64       // what it may write, bytes; 0: no limit. Of a machine that lasts
+	Log       *taskv1.Log // where its output is kept. Of a machine that lasts
+	NoNet     bool        // no network namespace of its own
+	NICs      []NIC
+	Files     []File
+	Shares    []Share
 }
 
 // MachinePrepared is how the machine sees it.

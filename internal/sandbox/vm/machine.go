@@ -83,8 +83,8 @@ func (m *machine) Proof() sandbox.Proof {
 	return sandbox.Proof{Pid: int(m.about.Pid), Accel: m.about.Accel, KernelLog: m.about.KernelLog, Origin: m.about.Origin}
 }
 
-// Taps are the host's ends of its interfaces.
-func (m *machine) Taps() []string {
+// Taps are the host's ends of a container's interfaces.
+func (m *machine) Taps(string) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var out []string
@@ -95,7 +95,7 @@ func (m *machine) Taps() []string {
 }
 
 // AddTap plugs in one more interface.
-func (m *machine) AddTap(ctx context.Context) (string, error) {
+func (m *machine) AddTap(ctx context.Context, _ string) (string, error) {
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
 		return "", m.gone(err)
@@ -190,7 +190,7 @@ func (m *machine) PowerOff(ctx context.Context) error {
 }
 
 // Grow plugs in memory.
-func (m *machine) Grow(ctx context.Context, memory int64) error {
+func (m *machine) Grow(ctx context.Context, memory int64, _ int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if memory+guestMemory <= m.facts.Memory {
@@ -230,6 +230,28 @@ func (m *machine) Remove(ctx context.Context) error {
 
 // Teardown is Remove: nothing is shared with other machines.
 func (m *machine) Teardown(ctx context.Context) error { return m.Remove(ctx) }
+
+// Lasting says whether it holds several containers.
+func (m *machine) Lasting() bool { return false }
+
+var errOnlyLasting = errdefs.ErrNotImplemented.WithMessage("only a machine that lasts can do that")
+
+// Discard is for a machine that lasts.
+func (m *machine) Discard(context.Context, string) error { return errOnlyLasting }
+
+// Keep is for a machine that lasts.
+func (m *machine) Keep(context.Context, []string) error { return errOnlyLasting }
+
+// Resize is for a machine that lasts.
+func (m *machine) Resize(context.Context, int64, int) error { return errOnlyLasting }
+
+// GrowDisk is for a machine that lasts.
+func (m *machine) GrowDisk(context.Context, int64) error { return errOnlyLasting }
+
+// Usage is for a machine that lasts.
+func (m *machine) Usage(context.Context) (sandbox.MachineUsage, error) {
+	return sandbox.MachineUsage{}, errOnlyLasting
+}
 
 // Prepare is what Handover does.
 func (m *machine) Prepare(context.Context, sandbox.Handover) (sandbox.Prepared, error) {
