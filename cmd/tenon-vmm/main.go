@@ -75,6 +75,7 @@ func serve(args []string) error {
 	fs.IntVar(&c.CPUs, "cpus", 0, "processors of such a machine (default: the host's)")
 	fs.IntVar(&c.Pool, "pool", 0, "machines that wait for containers")
 	fs.Int64Var(&c.PoolMemory, "pool-memory", 0, "bytes that they may cost together (default: any)")
+	fs.DurationVar(&c.HangTime, "hang-time", 0, "a machine whose guest has not answered for this long is ended (default: 3m)")
 	logFile := fs.String("log", "", "file for messages (default: standard error)")
 	debugLog := fs.Bool("debug", false, "log more")
 	readyFD := fs.Int("ready-fd", -1, "descriptor that is written to and closed when the socket is there")

@@ -164,9 +164,14 @@ func (d *daemon) machines(shim string) (*vm.VMs, error) {
 		return nil, err
 	}
 	c := d.cfg.VM
+	hang, err := time.ParseDuration(c.HangTime)
+	if err != nil {
+		return nil, err
+	}
 	return vm.New(vm.Config{
 		Program: filepath.Join(filepath.Dir(self), "tenon-vmm"), Shim: shim, RunRoot: d.cfg.RunRoot, Root: d.cfg.Root, Name: d.cfg.Name,
-		Accel: c.Accel, Kernel: c.Kernel, KernelDir: c.KernelDir, Memory: config.Bytes(c.Memory), CPUs: c.CPUs, Pool: c.Pool, PoolMemory: config.Bytes(c.PoolMemory), Log: d.log,
+		Accel: c.Accel, Kernel: c.Kernel, KernelDir: c.KernelDir, Memory: config.Bytes(c.Memory), CPUs: c.CPUs, Pool: c.Pool, PoolMemory: config.Bytes(c.PoolMemory),
+		HangTime: hang, Log: d.log,
 	}), nil
 }
 

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/BurntSushi/toml"
 	"github.com/containerd/errdefs"
@@ -65,6 +66,7 @@ type VM struct {
 	CPUs       int    `toml:"cpus" comment:"of a machine; 0: the host's, or 1 where they are emulated"`
 	Pool       int    `toml:"pool" comment:"machines that wait for the next containers"`
 	PoolMemory string `toml:"pool-memory" comment:"what they may cost together; 0 unbounded"`
+	HangTime   string `toml:"hang-time" comment:"a machine whose guest has not answered for this long is ended"`
 }
 
 // UserNS gives containers user namespaces.
@@ -149,7 +151,7 @@ func Default() *Config {
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
 			Ready:         4,
 		},
-		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0"},
+		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0", HangTime: "3m"},
 		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
 		Runtimes:   map[string]Runtime{},
 	}
@@ -233,6 +235,9 @@ func (c *Config) Validate() error {
 	}
 	if c.VM.CPUs < 0 || c.VM.Pool < 0 {
 		bad("vm.cpus and vm.pool can't be negative")
+	}
+	if d, err := time.ParseDuration(c.VM.HangTime); err != nil || d < time.Second {
+		bad("vm.hang-time %q: give at least a second (such as 3m)", c.VM.HangTime)
 	}
 	switch c.UserNS.Default {
 	case "host", "auto":

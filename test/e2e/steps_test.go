@@ -19,7 +19,7 @@ func (d *Daemon) dieAt(t *testing.T, point, script string) {
 	d.Env = []string{"TENON_FAILPOINT=" + point + ":kill"}
 	d.Start(t)
 	d.Sh(t, script) // its client sees the connection break
-	d.Wait(t, 30*time.Second)
+	d.Wait(t, time.Minute)
 	d.Env = nil
 	d.Start(t)
 }

@@ -53,7 +53,10 @@ type Config struct {
 	// cost together (bytes; 0: any).
 	Pool       int
 	PoolMemory int64
-	Log        *slog.Logger
+	// HangTime is how long a guest may not answer before its machine is ended; 0:
+	// tenon-vmm's own default.
+	HangTime time.Duration
+	Log      *slog.Logger
 }
 
 // VMs is sandbox.Machines.
@@ -267,7 +270,7 @@ func (v *VMs) start(ctx context.Context) error {
 	cmd := exec.Command(v.cfg.Program, "serve", "--socket", v.Socket(), "--run-dir", filepath.Join(v.cfg.RunRoot, "vms"),
 		"--state-dir", filepath.Join(v.cfg.Root, "vm"), "--name", v.cfg.Name, "--shim", v.cfg.Shim, "--ready-fd", "3", "--log", logPath)
 	for flag, value := range map[string]string{"--accel": v.cfg.Accel, "--kernel": v.cfg.Kernel, "--kernel-dir": v.cfg.KernelDir, "--memory": number(v.cfg.Memory),
-		"--cpus": number(int64(v.cfg.CPUs)), "--pool": number(int64(v.cfg.Pool)), "--pool-memory": number(v.cfg.PoolMemory)} {
+		"--cpus": number(int64(v.cfg.CPUs)), "--pool": number(int64(v.cfg.Pool)), "--pool-memory": number(v.cfg.PoolMemory), "--hang-time": duration(v.cfg.HangTime)} {
 		if value != "" {
 			cmd.Args = append(cmd.Args, flag, value)
 		}
@@ -309,6 +312,13 @@ func number(n int64) string {
 		return ""
 	}
 	return strconv.FormatInt(n, 10)
+}
+
+func duration(d time.Duration) string {
+	if d == 0 {
+		return ""
+	}
+	return d.String()
 }
 
 // probe finds out what machines run on, once for each tenon-vmm.

@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -35,23 +36,24 @@ const (
 
 // machine is one QEMU and its guest.
 type machine struct {
-	m        *Manager
-	index    int
-	uid      uint32
-	hardware qemu.Hardware
-	template string // hash; empty: booted
-	group    *cgroup.Group
-	proc     *qemu.Process
-	console  *console
-	session  *mux.Session
-	rpc      *ttrpc.Client
-	guest    taskv1.GuestService
-	nics     []*vmv1.NIC
-	panicked atomic.Bool
-	poweroff atomic.Bool            // the guest asked for it
-	verdict  atomic.Pointer[string] // why it was killed
-	freeOnce sync.Once
-	serving  sync.WaitGroup // of shares
+	m          *Manager
+	index      int
+	uid        uint32
+	hardware   qemu.Hardware
+	template   string // hash; empty: booted
+	group      *cgroup.Group
+	proc       *qemu.Process
+	console    *console
+	session    *mux.Session
+	rpc        *ttrpc.Client
+	guest      taskv1.GuestService
+	nics       []*vmv1.NIC
+	panicked   atomic.Bool
+	poweroff   atomic.Bool // the guest asked for it
+	diskWarned atomic.Bool
+	verdict    atomic.Pointer[string] // why it was killed
+	freeOnce   sync.Once
+	serving    sync.WaitGroup // of shares
 
 	// Of a machine in use.
 	id       string
@@ -199,6 +201,8 @@ func (v *machine) event(e qmp.Event) {
 		v.panicked.Store(true)
 	case "SHUTDOWN":
 		v.poweroff.Store(strings.Contains(string(e.Data), `"guest-shutdown"`))
+	case "BLOCK_IO_ERROR":
+		v.diskError(e.Data)
 	}
 }
 
@@ -252,7 +256,9 @@ func (v *machine) watch() {
 	v.mu.Unlock()
 	if tell {
 		v.tellEnd()
+		return
 	}
+	v.m.pool.lost(v)
 }
 
 // tellEnd reports the end of a machine in use.
@@ -349,15 +355,13 @@ func (v *machine) running() error {
 	return nil
 }
 
-// A guest that does not answer for hangTime is ended; it is asked every hangTurn.
-const (
-	hangTurn = 30 * time.Second
-	hangTime = 3 * time.Minute
-)
+// hangTurns is how often in Config.HangTime a guest is asked whether it is alive.
+const hangTurns = 6
 
 // heed ends the machine if its guest hangs.
 func (v *machine) heed() {
-	t := time.NewTicker(hangTurn)
+	limit := v.m.cfg.HangTime
+	t := time.NewTicker(limit / hangTurns)
 	defer t.Stop()
 	for {
 		select {
@@ -365,17 +369,50 @@ func (v *machine) heed() {
 			return
 		case <-t.C:
 		}
-		ctx, cancel := context.WithTimeout(v.m.ctx, hangTime)
+		ctx, cancel := context.WithTimeout(v.m.ctx, limit)
 		err := v.ping(ctx)
 		cancel()
 		if err == nil || !v.alive() || v.m.ctx.Err() != nil {
 			continue
 		}
-		why := "the guest hangs: it has not answered for " + hangTime.String()
+		why := "the guest hangs: it has not answered for " + limit.String()
 		if !errors.Is(err, context.DeadlineExceeded) {
 			why = "the guest is out of order: " + err.Error()
 		}
-		v.verdict.CompareAndSwap(nil, &why)
-		v.proc.Kill()
+		v.kill(why)
+	}
+}
+
+// kill ends the machine; why is its reason, if there is none yet.
+func (v *machine) kill(why string) {
+	v.verdict.CompareAndSwap(nil, &why)
+	v.proc.Kill()
+}
+
+// diskError is told by QEMU when the host can't write, or read, what the guest
+// asks for. QEMU has stopped the machine where the host's disk is full: it could
+// only wait, for nobody knows how long, so it ends and says why. Any other error
+// is the guest's, as that of a disk.
+func (v *machine) diskError(data json.RawMessage) {
+	var e struct {
+		Node      string `json:"node-name"`
+		Operation string `json:"operation"`
+		Action    string `json:"action"`
+		NoSpace   bool   `json:"nospace"`
+		Reason    string `json:"reason"`
+	}
+	if err := json.Unmarshal(data, &e); err != nil {
+		e.Reason = err.Error()
+	}
+	if e.Action == "stop" {
+		why := "a disk of it could not be written: " + e.Reason
+		if e.NoSpace {
+			why = "no space left on the host's disk for what the container writes"
+		}
+		v.kill(why)
+		return
+	}
+	if !v.diskWarned.Swap(true) {
+		v.m.log.Warn("a disk of a virtual machine fails; further errors are not logged", "sandbox", v.name(), "disk", e.Node, "operation", e.Operation, "err", e.Reason)
 	}
 }

@@ -3,6 +3,7 @@ package vmm
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -131,9 +132,17 @@ func (p *pool) add(ctx context.Context) error {
 		return fmt.Errorf("a waiting machine: %w", err)
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.cost = cost
-	p.waiting = append(p.waiting, v)
+	alive := v.alive()
+	if alive {
+		p.cost = cost
+		p.waiting = append(p.waiting, v)
+	}
+	p.mu.Unlock()
+	if !alive {
+		err := fmt.Errorf("a waiting machine has ended (%s)", v.reason())
+		v.free()
+		return err
+	}
 	return nil
 }
 
@@ -166,6 +175,27 @@ func (p *pool) take() *machine {
 		go v.free()
 	}
 	return nil
+}
+
+// lostPause is how long a waiting machine that has ended is not replaced, unless
+// somebody asks for one: what ended it (a lack of memory, an administrator) may
+// still be there.
+const lostPause = 2 * time.Second
+
+// lost is told of the end of any machine that is not in use.
+func (p *pool) lost(v *machine) {
+	p.mu.Lock()
+	waits := slices.Contains(p.waiting, v)
+	p.mu.Unlock()
+	if !waits {
+		return // whoever has it sees its end
+	}
+	p.m.log.Warn("a waiting virtual machine has ended", "reason", v.reason())
+	v.free() // before it is taken off the list: drain waits for it
+	p.mu.Lock()
+	p.waiting = slices.DeleteFunc(p.waiting, func(w *machine) bool { return w == v })
+	p.mu.Unlock()
+	time.AfterFunc(lostPause, p.touch)
 }
 
 func (p *pool) ready() int {

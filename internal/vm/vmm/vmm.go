@@ -68,11 +68,14 @@ type Config struct {
 	Pool       int   // clones that wait for use; 0: none
 	PoolMemory int64 // bytes that they may cost together; 0: unbounded
 
+	HangTime time.Duration // a guest that does not answer for so long is ended; 0: three minutes
+
 	Log *slog.Logger
 }
 
 const (
 	defaultMemory = 512 << 20
+	defaultHang   = 3 * time.Minute
 	memorySlots   = 32
 	firstUID      = 0x6e000000 // far from users, subordinate ids and systemd's
 )
@@ -109,6 +112,9 @@ type Manager struct {
 func New(ctx context.Context, c Config) (_ *Manager, err error) {
 	if c.Memory == 0 {
 		c.Memory = defaultMemory
+	}
+	if c.HangTime == 0 {
+		c.HangTime = defaultHang
 	}
 	if c.Memory%qemu.MemoryUnit != 0 {
 		return nil, fmt.Errorf("vm.memory of %d bytes: not a multiple of %d: %w", c.Memory, qemu.MemoryUnit, errdefs.ErrInvalidArgument)

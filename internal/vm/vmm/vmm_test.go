@@ -556,6 +556,25 @@ func TestPool(t *testing.T) {
 	if _, err := e.client.Prepare(limited(t), &vmv1.PrepareRequest{}); err != nil {
 		t.Fatal(err)
 	}
+
+	// One that dies while it waits is replaced, though nobody asks for it.
+	waiting := func() int {
+		e.m.pool.mu.Lock()
+		defer e.m.pool.mu.Unlock()
+		if len(e.m.pool.waiting) == 0 || !e.m.pool.waiting[0].alive() {
+			return 0
+		}
+		return e.m.pool.waiting[0].proc.PID()
+	}
+	first := waiting()
+	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); waiting() == 0 || waiting() == first; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the pool is not filled again after the death of a waiting machine")
+		}
+	}
 	v = e.create("q").Machine
 	if v.Origin != fromPool {
 		t.Errorf("not from the pool: %v", v)
