@@ -140,7 +140,7 @@ func second() error {
 	}
 	for name, value := range map[string]string{
 		"/sys/devices/system/memory/auto_online_blocks": "online",
-		"/proc/sys/net/ipv4/ip_forward":                 "1", // as a host of containers has it: their namespaces copy it
+		"/proc/sys/net/ipv4/ip_forward":                 "1",  // as a host of containers has it: their namespaces copy it
 		"/proc/sys/kernel/panic":                        "-1", // a panic ends the machine, and is reported
 		"/proc/sys/kernel/panic_on_oops":                "1",
 		"/proc/sys/vm/panic_on_oom":                     "0",
