@@ -69,12 +69,33 @@ func takePrefix() (n int, release func(), err error) {
 		if err != nil {
 			return 0, nil, err
 		}
-		if syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
+		if syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil && !taken(fmt.Sprintf("te%d", n)) {
 			return n, func() { _ = f.Close() }, nil
 		}
 		_ = f.Close()
 	}
 	return 0, nil, errors.New("64 test daemons run already")
+}
+
+// taken says whether something of that name is on the machine, though nobody has
+// its lock: a test program that was killed left it, or one with another directory
+// for temporary files runs. It is not ours, and must not be taken for ours.
+func taken(name string) bool {
+	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+		for _, group := range []string{name, name + "-vm"} {
+			if found, _ := filepath.Glob(pattern + group); len(found) > 0 {
+				return true
+			}
+		}
+	}
+	links, _ := os.ReadDir("/sys/class/net")
+	for _, l := range links {
+		alias, _ := os.ReadFile(filepath.Join("/sys/class/net", l.Name(), "ifalias")) // gone meanwhile: not there
+		if strings.HasPrefix(string(alias), "tenon:"+name+":") {
+			return true
+		}
+	}
+	return false
 }
 
 // NewDaemon starts a daemon that ends, with everything it made, when the test

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -24,15 +25,19 @@ func (d *Daemon) dieAt(t *testing.T, point, script string) {
 	d.Start(t)
 }
 
-// freePort is a TCP port of 127.0.0.1 that nobody has.
+// freePort is a TCP port of 127.0.0.1 that nobody has, and that no connection
+// gets by chance.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := 20000 + rand.IntN(12000)
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal("no port is free")
+	return 0
 }
 
 // TestDaemonKilledAtEachStep: wherever an operation is cut off, afterwards it has
