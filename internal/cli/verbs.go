@@ -51,6 +51,7 @@ func topVerbs() []verb {
 		{"volume", groupManage, (*app).volumeCmd},
 		{"system", groupManage, (*app).systemCmd},
 
+		{"machine", groupTenon, (*app).machineCmd},
 		{"doctor", groupTenon, (*app).doctorCmd},
 		{"completion", groupTenon, (*app).completionCmd},
 

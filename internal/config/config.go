@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/docker/go-units"
 
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/userns"
 )
 
@@ -37,7 +38,7 @@ type Config struct {
 	Name    string   `toml:"name" comment:"prefix of bridges, nftables table and cgroups; different for each daemon on a machine"`
 	Debug   bool     `toml:"debug"`
 
-	DefaultIsolation string `toml:"default-isolation" comment:"process; vm and machine=NAME need a release that has them"`
+	DefaultIsolation string `toml:"default-isolation" comment:"of containers that ask for none: process, vm or machine=NAME"`
 	DefaultRuntime   string `toml:"default-runtime" comment:"tenon, or a name of [runtimes]"`
 
 	UserNS     UserNS             `toml:"userns"`
@@ -216,7 +217,9 @@ func (c *Config) Validate() error {
 	switch {
 	case c.DefaultIsolation == "process", c.DefaultIsolation == "vm":
 	case strings.HasPrefix(c.DefaultIsolation, "machine="):
-		bad("default-isolation %q is not in this release; use process or vm", c.DefaultIsolation)
+		if err := machine.CheckName(machine.Named(c.DefaultIsolation)); err != nil {
+			bad("default-isolation %q: %v", c.DefaultIsolation, err)
+		}
 	default:
 		bad("default-isolation %q: use process, vm or machine=NAME", c.DefaultIsolation)
 	}

@@ -51,7 +51,7 @@ func TestRefused(t *testing.T) {
 		"name":      {"--name", "Much-Too-Long"},
 		"tcp":       {"--host", "tcp://0.0.0.0:2375"},
 		"scheme":    {"--host", "http://x"},
-		"isolation": {"--default-isolation", "machine=a"},
+		"isolation": {"--default-isolation", "machine=A b"},
 		"accel":     {"--accel", "xen"},
 		"driver":    {"--log-driver", "carrier-pigeon"},
 		"pool":      {"--default-address-pool", "base=10.0.0.0/16,size=8"},

@@ -287,7 +287,7 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 	}
 	if r.Running() {
 		client, err := e.client(ctx, c)
-		if g := c.onMachine(); g != nil && err == nil && change.Memory > 0 {
+		if g := c.onMachine(); g != nil && err == nil && change.Memory > 0 && !g.machine.Lasting() {
 			err = g.machine.Grow(ctx, change.Memory, 0)
 		}
 		if err == nil {

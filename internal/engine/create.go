@@ -172,6 +172,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 		}
 		return r, warnings, e.checkMachine(r)
 	}
+	if err := e.checkPeers(r); err != nil {
+		return nil, nil, err
+	}
 	if err := e.planUserNS(r); err != nil {
 		return nil, nil, err
 	}

@@ -21,6 +21,8 @@ import (
 	"github.com/moby/moby/api/types/system"
 	"github.com/moby/moby/api/types/volume"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/machine"
 )
 
 // Filters are Docker's: field -> set of values, any of which must match.
@@ -169,6 +171,19 @@ type API interface {
 	// VolumeUsage is what one takes on the disk and how many containers use it.
 	VolumeUsage(ctx context.Context, name string) (*volume.UsageData, error)
 	VolumePrune(ctx context.Context, f Filters) (volume.PruneReport, error)
+
+	// Machines: virtual machines that last and hold containers of isolation
+	// "machine=NAME". ref is a machine's name, ID or unique ID prefix.
+	MachineCreate(ctx context.Context, r *machine.Record, start bool) (Machine, error)
+	MachineInspect(ctx context.Context, ref string, usage bool) (Machine, error)
+	MachineList(ctx context.Context, f Filters) ([]Machine, error)
+	MachineStart(ctx context.Context, ref string) error
+	MachineStop(ctx context.Context, ref string, o StopOptions) error
+	MachineRestart(ctx context.Context, ref string, o StopOptions) error
+	MachineRemove(ctx context.Context, ref string, o MachineRemoveOptions) error
+	MachineUpdate(ctx context.Context, ref string, o MachineUpdateOptions) error
+	MachineLogs(ctx context.Context, ref string, tail int, follow bool, w io.Writer) error
+	MachinePrune(ctx context.Context, f Filters) ([]string, error)
 
 	// Events subscribes: past ones since (zero: none), then live until until
 	// (zero: ctx's end). The channel is closed at the end.

@@ -183,6 +183,12 @@ func (e *Engine) scheduleRestart(c *ctr, pause time.Duration) {
 		case <-ctx.Done():
 			return
 		}
+		if waits, hopeful := e.waitsForMachine(c); waits { // its start starts the container
+			if !hopeful {
+				e.restNow(c)
+			}
+			return
+		}
 		err := e.start(ctx, c, startOptions{})
 		if err == nil || errors.Is(err, ErrNotModified) || errdefs.IsNotFound(err) || ctx.Err() != nil {
 			return

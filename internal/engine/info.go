@@ -42,7 +42,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		IPv4Forwarding: readFlag("/proc/sys/net/ipv4/ip_forward"), OomKillDisable: !facts.CgroupV2,
 		NGoroutines: runtime.NumGoroutine(), SystemTime: time.Now().Format(time.RFC3339Nano), LoggingDriver: e.cfg.Log.Driver,
 		CgroupDriver: "cgroupfs", CgroupVersion: "1", NEventsListener: e.cfg.Events.Listeners(),
-		KernelVersion: facts.KernelRelease, OSType: "linux", Architecture: machine(), NCPU: facts.CPUs, MemTotal: facts.Memory,
+		KernelVersion: facts.KernelRelease, OSType: "linux", Architecture: architecture(), NCPU: facts.CPUs, MemTotal: facts.Memory,
 		DockerRootDir: e.cfg.Root, Name: hostname, Labels: []string{}, ServerVersion: e.cfg.Version,
 		Runtimes: map[string]system.RuntimeWithStatus{}, DefaultRuntime: firstOf(e.cfg.DefaultRuntime, "tenon"),
 		LiveRestoreEnabled: true, Isolation: mobycontainer.Isolation(firstOf(e.cfg.DefaultIsolation, sandbox.Process)), InitBinary: "tini-static",
@@ -118,7 +118,7 @@ func readFlag(path string) bool {
 	return err == nil && strings.TrimSpace(string(b)) == "1"
 }
 
-func machine() string {
+func architecture() string {
 	switch runtime.GOARCH {
 	case "amd64":
 		return "x86_64"
@@ -174,7 +174,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 		slots <- struct{}{}
 		go func() {
 			defer func() { <-slots; wg.Done() }()
-			err := e.stopForShutdown(ctx, c)
+			err := e.stopForShutdown(ctx, c, StopOptions{})
 			if err != nil && !errors.Is(err, ErrNotModified) {
 				mu.Lock()
 				errs = append(errs, err)
@@ -196,6 +196,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 	}
 	if e.cfg.Machines != nil {
 		e.endAllOffline(ctx)
+		e.endAllMachs(ctx)
 		errs = append(errs, e.cfg.Machines.Teardown(ctx))
 	}
 	errs = append(errs, e.cfg.Kernel.Teardown(ctx), e.cfg.Roots.Unmount())
@@ -205,9 +206,9 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 }
 
 // stopForShutdown stops without telling the restart policies that a user did.
-func (e *Engine) stopForShutdown(ctx context.Context, c *ctr) error {
+func (e *Engine) stopForShutdown(ctx context.Context, c *ctr, o StopOptions) error {
 	manual := c.record().Facts.Stopped
-	err := e.stop(ctx, c, StopOptions{})
+	err := e.stop(ctx, c, o)
 	if err == nil && !manual {
 		err = e.unmarkStopped(c)
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/moby/moby/api/types/system"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
@@ -24,11 +25,19 @@ func (e *Engine) isolation(ctx context.Context, asked mobycontainer.Isolation) (
 	switch {
 	case err != nil:
 		return "", sandbox.About{}, err
-	case iso != sandbox.VM:
+	case iso == sandbox.Process || iso == "":
 		return sandbox.Process, sandbox.About{}, nil
 	}
+	if name := machine.Named(iso); name != "" {
+		e.mu.Lock()
+		m := e.machs[name]
+		e.mu.Unlock()
+		if m == nil {
+			return "", sandbox.About{}, invalid("isolation %s: there is no machine %s (tenon machine create %s); nothing was started", iso, name, name)
+		}
+	}
 	about, err := e.machines(ctx)
-	return sandbox.VM, about, err
+	return iso, about, err
 }
 
 // machines is what makes virtual machines, if they can be had.
@@ -40,28 +49,41 @@ func (e *Engine) machines(ctx context.Context) (sandbox.About, error) {
 			return about, nil
 		}
 	}
-	return sandbox.About{}, remark{err, "isolation vm can't be had: " + err.Error() + "; nothing was started"}
+	return sandbox.About{}, remark{err, "a virtual machine can't be had: " + err.Error() + "; nothing was started"}
 }
 
 // factsOf are of the kernel that a container of some isolation runs on.
 func (e *Engine) factsOf(isolation string) sandbox.Facts {
-	if isolation == sandbox.VM && e.cfg.Machines != nil {
+	if isolation == sandbox.Process || e.cfg.Machines == nil {
+		return e.cfg.Kernel.Facts()
+	}
+	e.mu.Lock()
+	m := e.machs[machine.Named(isolation)]
+	e.mu.Unlock()
+	if m == nil {
 		return e.cfg.Machines.Facts()
 	}
-	return e.cfg.Kernel.Facts()
+	if k := m.current(); k != nil {
+		return k.machine.Facts()
+	}
+	f, r := e.cfg.Machines.Facts(), m.record()
+	f.CPUs, f.Memory, f.CPUSet = r.CPUs, r.Memory, "" // what it has when it runs
+	return f
 }
 
 // defaultsOf are the limits of containers that ask for none.
 func (e *Engine) defaultsOf(isolation string) spec.Defaults {
 	d := e.def
-	if isolation == sandbox.VM {
+	if isolation != sandbox.Process {
 		d.Memory = 0 // its machine has no more
 	}
 	return d
 }
 
 // onHost says that a container runs on the host's kernel.
-func onHost(r *container.Record) bool { return r.Isolation != sandbox.VM }
+func onHost(r *container.Record) bool {
+	return r.Isolation != sandbox.VM && machine.Named(r.Isolation) == ""
+}
 
 // kernelOf is what a container runs on; on a machine that is gone, the host's,
 // which knows nothing of it.

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/sandbox"
@@ -23,22 +24,30 @@ import (
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
-// guest is a container's machine, from its creation until it is removed.
-type guest struct {
+// kernel is a machine that runs, and the connection to its shim.
+type kernel struct {
 	machine sandbox.Machine
 	link    *link
-	root    *taskv1.Root  // as the machine sees it
 	over    chan struct{} // closed when the engine removes the machine
 	once    sync.Once
 	givenUp atomic.Bool // it did not answer, and was removed for it
+}
+
+// guest is a container on a machine: its own, from its creation until it is
+// removed, or one that lasts, while it runs there.
+type guest struct {
+	*kernel
+	root *taskv1.Root // as the machine sees it
 
 	mu      sync.Mutex
 	streams []*task.Attachment
 }
 
-func (e *Engine) newGuest(m sandbox.Machine) *guest {
-	return &guest{machine: m, link: newLink(e.ctx, m, e.log), over: make(chan struct{})}
+func (e *Engine) newKernel(m sandbox.Machine) *kernel {
+	return &kernel{machine: m, link: newLink(e.ctx, m, e.log), over: make(chan struct{})}
 }
+
+func (e *Engine) newGuest(m sandbox.Machine) *guest { return &guest{kernel: e.newKernel(m)} }
 
 // machineID names a container's machine: short, since sockets lie in a
 // directory of that name.
@@ -131,8 +140,11 @@ func (e *Engine) endTask(ctx context.Context, client *task.Client, c *ctr) error
 }
 
 // endMachine removes a container's machine; with write its disks are written
-// back first.
+// back first. One that lasts only takes back what the container had of it.
 func (e *Engine) endMachine(ctx context.Context, c *ctr, g *guest, write bool) error {
+	if g.machine.Lasting() {
+		return e.leaveMachine(ctx, c, g)
+	}
 	g.once.Do(func() { close(g.over) })
 	if write {
 		pctx, cancel := context.WithTimeout(ctx, powerOffTime)
@@ -155,8 +167,9 @@ func (e *Engine) endMachine(ctx context.Context, c *ctr, g *guest, write bool) e
 // removeTime bounds the removal of a machine.
 const removeTime = 30 * time.Second
 
-// prepareMachine is prepare for a container with a kernel of its own: it makes
-// the machine, gives it what the container needs, and connects to its shim.
+// prepareMachine is prepare for a container that runs on a machine: it makes the
+// machine, unless that lasts, gives it what the container needs, and connects to
+// its shim.
 func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (_ *prepared, _ *task.Client, err error) {
 	r := c.record()
 	if _, err := e.machines(ctx); err != nil {
@@ -167,11 +180,14 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 		return nil, nil, err
 	}
 	q.Plumbing = network.PlumbVM
+	p := &prepared{}
+	if err := e.findPeers(ctx, c, p); err != nil {
+		return nil, nil, err
+	}
 	u.add("network", func(ctx context.Context) error {
 		c.setNetwork(nil)
 		return e.cfg.Networks.Disconnect(ctx, c.id)
 	})
-	p := &prepared{}
 	netDone := make(chan error, 1)
 	go func() {
 		var err error
@@ -189,7 +205,7 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	p.on = g.machine
 	defer func() {
 		if err != nil && isClosed(g.machine.Ended()) {
-			err = fmt.Errorf("the container's virtual machine ended (%s): %w", g.machine.End(), err)
+			err = fmt.Errorf("%s ended (%s): %w", machineText(r), g.machine.End(), err)
 		}
 	}()
 	if err := failpoint("start-network"); err != nil {
@@ -203,7 +219,9 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	if err != nil {
 		return nil, nil, err
 	}
-	p.kernel = mp.Prepared
+	if p.kernel = mp.Prepared; p.netPeer != "" {
+		p.kernel.NetNS = p.netPeer
+	}
 	for i := range p.files {
 		p.files[i].Source = mp.Files[i]
 	}
@@ -217,9 +235,14 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 		}
 	}
 	g.root = g.machine.Root(c.id, disks.Image != "")
-	client, seq, err := g.connect(ctx)
+	client, watch, err := e.guestClient(ctx, c, rn, g)
 	if err != nil {
 		return nil, nil, err
+	}
+	if g.machine.Lasting() {
+		if err := e.prepareShm(ctx, r, p); err != nil {
+			return nil, nil, err
+		}
 	}
 	p.accounts, err = e.machineAccounts(ctx, c, g, client)
 	if err != nil {
@@ -228,16 +251,40 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	if err := machineDevices(ctx, client, r.HostConfig, p); err != nil {
 		return nil, nil, err
 	}
-	e.spawn(func() { e.watchMachine(c, rn, g, client, seq) })
+	e.spawn(watch)
 	return p, client, nil
 }
 
-// makeMachine makes a container's machine with its disks.
+// guestClient connects to the shim of a container's machine. watch follows its
+// events; for a machine that lasts somebody does already.
+func (e *Engine) guestClient(ctx context.Context, c *ctr, rn *run, g *guest) (client *task.Client, watch func(), err error) {
+	if g.machine.Lasting() {
+		client, err = g.link.get(ctx)
+		return client, func() {}, err
+	}
+	client, seq, err := g.connect(ctx)
+	return client, func() { e.watchMachine(g.kernel, client, seq, onlyGuest{e, c, rn, g}) }, err
+}
+
+// machineText names the machine of a container in a sentence.
+func machineText(r *container.Record) string {
+	if name := machine.Named(r.Isolation); name != "" {
+		return "machine " + name
+	}
+	return "the container's virtual machine"
+}
+
+// makeMachine makes a container's machine with its disks, or takes the one that
+// lasts.
 func (e *Engine) makeMachine(ctx context.Context, c *ctr, u *undo) (*guest, sandbox.Disks, error) {
 	r := c.record()
 	disks, err := e.machineDisks(ctx, r)
 	if err != nil {
 		return nil, disks, err
+	}
+	if machine.Named(r.Isolation) != "" {
+		g, err := e.enterMachine(c, u)
+		return g, disks, err
 	}
 	req := sandbox.MachineRequest{ID: machineID(c.id), Hostname: r.Config.Hostname, Memory: r.HostConfig.Memory, Disks: disks}
 	l, err := e.logSettings(r)
@@ -260,11 +307,29 @@ func (e *Engine) makeMachine(ctx context.Context, c *ctr, u *undo) (*guest, sand
 	return g, disks, nil
 }
 
+// lastingHandover adds what a machine that lasts has to know of a container.
+func (e *Engine) lastingHandover(r *container.Record, h *sandbox.MachineHandover) (err error) {
+	if h.SizeLimit, err = spec.DiskLimit(r.HostConfig); err != nil {
+		return err
+	}
+	if h.Log, err = e.logSettings(r); err != nil || h.Log == nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(h.Log.Path), 0o700); err != nil {
+		return fmt.Errorf("container log: %w", err)
+	}
+	return nil
+}
+
 // machineDisks makes, or finds again, the disks of a container's root.
 func (e *Engine) machineDisks(ctx context.Context, r *container.Record) (sandbox.Disks, error) {
 	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
 	if err != nil {
 		return sandbox.Disks{}, fmt.Errorf("container %s: its image: %w", r.ID, err)
+	}
+	if machine.Named(r.Isolation) != "" { // what it writes is on the machine's own disk
+		path, err := e.cfg.Images.EROFS(ctx, img)
+		return sandbox.Disks{Image: path, Volatile: r.HostConfig.AutoRemove}, err
 	}
 	limit, err := spec.DiskLimit(r.HostConfig)
 	if err != nil {
@@ -280,9 +345,18 @@ func (e *Engine) machineDisks(ctx context.Context, r *container.Record) (sandbox
 // machineHandover plugs the machine in and lists what its container gets.
 func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *guest, disks sandbox.Disks) (sandbox.MachineHandover, error) {
 	r := c.record()
-	h := sandbox.MachineHandover{ID: c.id, Disks: disks}
+	h := sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: r.HostConfig.NetworkMode.IsHost() || p.netPeer != ""}
+	if g.machine.Lasting() {
+		if err := e.lastingHandover(r, &h); err != nil {
+			return h, err
+		}
+	}
 	taps := g.machine.Taps(c.id)
-	for i, ep := range p.ns.Endpoints {
+	for _, ep := range p.ns.Endpoints {
+		if ep.HostInterface == "" { // "none": no interface
+			continue
+		}
+		i := len(h.NICs)
 		if i == len(taps) {
 			tap, err := g.machine.AddTap(ctx, c.id)
 			if err != nil {
@@ -353,7 +427,7 @@ func machineFiles(files []spec.Mount) ([]sandbox.File, error) {
 
 // connect connects to the machine's shim and says up to which event nothing has
 // been missed.
-func (g *guest) connect(ctx context.Context) (*task.Client, uint64, error) {
+func (g *kernel) connect(ctx context.Context) (*task.Client, uint64, error) {
 	client, _, err := g.machine.Connect(ctx)
 	if err != nil {
 		return nil, 0, err
@@ -371,25 +445,34 @@ func (g *guest) connect(ctx context.Context) (*task.Client, uint64, error) {
 // up.
 const silentTime = 15 * time.Second
 
+// keeper is told what becomes of a machine.
+type keeper interface {
+	// found is called when the connection was lost and is there again, with what
+	// the shim has.
+	found(client *task.Client, procs []*taskv1.Process)
+	// lost is called once if the machine is gone, and was not removed by the engine.
+	lost(why error)
+}
+
 // watchMachine follows the events of a machine's shim until the machine is gone.
-func (e *Engine) watchMachine(c *ctr, rn *run, g *guest, client *task.Client, seq uint64) {
+func (e *Engine) watchMachine(k *kernel, client *task.Client, seq uint64, to keeper) {
 	for {
 		err := client.Events(e.ctx, seq, func(ev *taskv1.Event) error {
 			seq = ev.Sequence
 			return e.onEvent(client, ev)
 		})
-		if e.ctx.Err() != nil || isClosed(g.over) {
+		if e.ctx.Err() != nil || isClosed(k.over) {
 			return
 		}
 		if !errors.Is(err, errGap) {
-			g.link.clear()
+			k.link.clear()
 		}
-		next, n, err := e.reconnectMachine(c, rn, g)
+		next, n, err := e.reconnectMachine(k, to)
 		switch {
-		case e.ctx.Err() != nil || isClosed(g.over):
+		case e.ctx.Err() != nil || isClosed(k.over):
 			return
 		case err != nil:
-			e.machineLost(c, rn, g, err)
+			to.lost(err)
 			return
 		}
 		client, seq = next, n
@@ -397,34 +480,31 @@ func (e *Engine) watchMachine(c *ctr, rn *run, g *guest, client *task.Client, se
 }
 
 // reconnectMachine connects again to the shim of a machine that runs.
-func (e *Engine) reconnectMachine(c *ctr, rn *run, g *guest) (*task.Client, uint64, error) {
+func (e *Engine) reconnectMachine(k *kernel, to keeper) (*task.Client, uint64, error) {
 	ctx, cancel := context.WithTimeout(e.ctx, silentTime)
 	defer cancel()
 	for {
 		select { // a machine that has ended is known to have at once, or a moment later
-		case <-g.machine.Ended():
-			return nil, 0, errors.New(g.machine.End())
-		case <-g.over:
+		case <-k.machine.Ended():
+			return nil, 0, errors.New(k.machine.End())
+		case <-k.over:
 			return nil, 0, errors.New("removed")
 		case <-time.After(20 * time.Millisecond):
 		}
-		if isClosed(g.machine.Ended()) {
+		if isClosed(k.machine.Ended()) {
 			continue
 		}
-		g.link.clear()
-		client, seq, err := g.connect(ctx)
+		k.link.clear()
+		client, seq, err := k.connect(ctx)
 		if err == nil {
 			var procs []*taskv1.Process
-			if procs, _, err = client.List(ctx, c.id); err == nil {
-				if t := initTasks(procs)[c.id]; t != nil && t.Status == taskv1.Status_STATUS_STOPPED {
-					x := exitFacts{code: int(t.ExitStatus), at: time.Unix(0, t.ExitedAt), oom: t.OomKilled}
-					e.spawn(func() { e.exited(client, c, rn, x) })
-				}
+			if procs, _, err = client.List(ctx, ""); err == nil {
+				to.found(client, procs)
 				return client, seq, nil
 			}
 		}
 		if ctx.Err() != nil {
-			if !isClosed(g.machine.Ended()) {
+			if !isClosed(k.machine.Ended()) {
 				err = fmt.Errorf("it did not answer for %v: %w", silentTime, err)
 			}
 			return nil, 0, err
@@ -432,22 +512,49 @@ func (e *Engine) reconnectMachine(c *ctr, rn *run, g *guest) (*task.Client, uint
 	}
 }
 
-// machineLost ends the run of a container whose machine is gone.
-func (e *Engine) machineLost(c *ctr, rn *run, g *guest, why error) {
-	text := g.machine.End()
-	switch {
-	case g.givenUp.Load():
-		text = "it did not answer"
+// end is why a machine is gone.
+func (k *kernel) end(why error) string {
+	switch text := k.machine.End(); {
+	case k.givenUp.Load():
+		return "it did not answer"
 	case text == "":
-		text = why.Error()
+		return why.Error()
+	default:
+		return text
 	}
-	e.log.Warn("a container's virtual machine ended", "container", c.id, "reason", text)
+}
+
+// ended acts on the end of a container's run that a shim knows of.
+func (e *Engine) ended(client *task.Client, c *ctr, rn *run, t *taskv1.Process) {
+	if t == nil || t.Status != taskv1.Status_STATUS_STOPPED {
+		return
+	}
+	x := exitFacts{code: int(t.ExitStatus), at: time.Unix(0, t.ExitedAt), oom: t.OomKilled}
+	e.spawn(func() { e.exited(client, c, rn, x) })
+}
+
+// onlyGuest keeps the machine of one container.
+type onlyGuest struct {
+	e  *Engine
+	c  *ctr
+	rn *run
+	g  *guest
+}
+
+func (o onlyGuest) found(client *task.Client, procs []*taskv1.Process) {
+	o.e.ended(client, o.c, o.rn, initTasks(procs)[o.c.id])
+}
+
+// lost ends the run of a container whose machine is gone.
+func (o onlyGuest) lost(why error) {
+	e, text := o.e, o.g.end(why)
+	e.log.Warn("a container's virtual machine ended", "container", o.c.id, "reason", text)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), cleanTime)
 	defer cancel()
-	if err := e.endMachine(ctx, c, g, false); err != nil {
-		e.log.Error("something of a virtual machine is left", "container", c.id, "err", err)
+	if err := e.endMachine(ctx, o.c, o.g, false); err != nil {
+		e.log.Error("something of a virtual machine is left", "container", o.c.id, "err", err)
 	}
-	e.exited(nil, c, rn, exitFacts{code: 137, at: time.Now(), unknown: "the container's virtual machine ended: " + text})
+	e.exited(nil, o.c, o.rn, exitFacts{code: 137, at: time.Now(), unknown: "the container's virtual machine ended: " + text})
 }
 
 // machineFacts are what a record keeps of the machine that its container runs

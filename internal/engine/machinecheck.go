@@ -9,27 +9,29 @@ import (
 	"github.com/moby/moby/api/types/mount"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/sandbox"
 )
 
-// checkMachine refuses what a container on a kernel of its own can't have, or
-// not yet, before anything is made.
+// checkMachine refuses what a container on a machine can't have, or not yet,
+// before anything is made. On one that lasts it can share what others there have.
 func (e *Engine) checkMachine(r *container.Record) error {
 	h := r.HostConfig
 	no := func(what string) error {
-		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had with --isolation vm in this release; nothing was started")
+		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had with --isolation " + r.Isolation + " in this release; nothing was started")
 	}
+	own := r.Isolation == sandbox.VM
 	switch {
 	case len(h.DeviceRequests) > 0:
 		return no("--gpus and other device requests")
 	case len(h.BlkioDeviceReadBps)+len(h.BlkioDeviceWriteBps)+len(h.BlkioDeviceReadIOps)+len(h.BlkioDeviceWriteIOps)+len(h.BlkioWeightDevice) > 0:
 		return no("a limit of a block device")
-	case h.NetworkMode.IsHost():
+	case own && h.NetworkMode.IsHost():
 		return no("--network host")
-	case h.NetworkMode.IsContainer():
+	case own && h.NetworkMode.IsContainer():
 		return no("--network container:… (the other container runs on another kernel)")
-	case h.PidMode != "":
+	case h.PidMode != "" && (own || !h.PidMode.IsContainer()):
 		return no("--pid " + string(h.PidMode))
-	case h.IpcMode.IsHost() || h.IpcMode.IsContainer():
+	case h.IpcMode.IsHost() || own && h.IpcMode.IsContainer():
 		return no("--ipc " + string(h.IpcMode))
 	case h.UTSMode.IsHost():
 		return no("--uts host")
@@ -65,5 +67,5 @@ func (e *Engine) checkMachine(r *container.Record) error {
 			return no("a mount of type " + string(m.Type) + " (" + m.Destination + ")")
 		}
 	}
-	return nil
+	return e.checkPeers(r)
 }

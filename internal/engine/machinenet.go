@@ -61,7 +61,7 @@ func (e *Engine) replug(ctx context.Context, c *ctr, before []network.Plug) erro
 		return err
 	}
 	for _, ep := range ns.Endpoints {
-		if find(before, ep.Interface) == nil {
+		if ep.HostInterface != "" && find(before, ep.Interface) == nil {
 			if err := e.plugNew(ctx, c, g, ep.NetworkID, after); err != nil {
 				return fmt.Errorf("network %s: %w", ep.NetworkName, err)
 			}
@@ -110,6 +110,13 @@ func (e *Engine) refreshFiles(ctx context.Context, c *ctr) error {
 	files, err := machineFiles(list)
 	if err != nil {
 		return err
+	}
+	for _, other := range e.all() { // those that share its network have copies of their own
+		if o := other.onMachine(); o != nil && o.kernel == g.kernel && other.record().HostConfig.NetworkMode.ConnectedContainer() == c.id {
+			if err := g.machine.Files(ctx, other.id, files); err != nil {
+				return err
+			}
+		}
 	}
 	return g.machine.Files(ctx, c.id, files)
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
@@ -35,8 +36,13 @@ func (e *Engine) findMachines(ctx context.Context) map[*ctr]*foundMachine {
 		}
 	}
 	out := map[*ctr]*foundMachine{}
+	for _, m := range e.allMachs() {
+		vm := machines[m.id]
+		delete(machines, m.id)
+		e.findGuests(ctx, m, vm, out)
+	}
 	for _, c := range e.all() {
-		if onHost(c.record()) {
+		if onHost(c.record()) || out[c] != nil {
 			continue
 		}
 		f := &foundMachine{machine: machines[machineID(c.id)]}
@@ -95,10 +101,10 @@ func (e *Engine) applyMachines(ctx context.Context, found map[*ctr]*foundMachine
 	slots := make(chan struct{}, recoverParallel)
 	var wg sync.WaitGroup
 	for c, f := range found {
-		if f.verdict == settled && f.machine == nil {
+		if f.verdict == settled && (f.machine == nil || f.machine.Lasting()) {
 			continue
 		}
-		e.log.Info("container found again", "container", c.id, "name", c.record().Name, "isolation", sandbox.VM, "verdict", f.verdict.String())
+		e.log.Info("container found again", "container", c.id, "name", c.record().Name, "isolation", c.record().Isolation, "verdict", f.verdict.String())
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
@@ -118,9 +124,14 @@ func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error 
 		if err := e.act(ctx, f.client, c, f.verdict, f.task); err != nil || f.verdict == exited {
 			return err
 		}
-		rn := c.runOrNew()
-		e.spawn(func() { e.watchMachine(c, rn, f.guest, f.client, f.seq) })
+		if !f.machine.Lasting() { // that has somebody who watches it
+			rn := c.runOrNew()
+			e.spawn(func() { e.watchMachine(f.guest.kernel, f.client, f.seq, onlyGuest{e, c, rn, f.guest}) })
+		}
 		return nil
+	}
+	if machine.Named(c.record().Isolation) != "" {
+		return e.actGuest(ctx, c, f)
 	}
 	var reason string
 	if f.machine != nil {

@@ -77,7 +77,7 @@ type Runtime struct {
 
 // Engine implements API.
 //
-// Locks, in this order: a container's op (one life-cycle operation at a time,
+// Locks, in this order: a machine's op (its life cycle), a container's op (one life-cycle operation at a time,
 // held across RPCs), Engine.mu (the tables), ctr.mu (one container's record and
 // lists). The last two are never held across an RPC or a callback.
 type Engine struct {
@@ -93,6 +93,7 @@ type Engine struct {
 
 	mu       sync.Mutex
 	ctrs     map[string]*ctr
+	machs    map[string]*mach // by name
 	registry *container.Registry
 	execs    map[string]*execution
 	identity string
@@ -118,7 +119,7 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Log.Driver == "" {
 		cfg.Log = LogDefaults{Driver: "local", MaxSize: 20 << 20, MaxFiles: 5}
 	}
-	e := &Engine{cfg: cfg, log: cfg.Logger, ctrs: map[string]*ctr{}, registry: container.NewRegistry(), execs: map[string]*execution{}}
+	e := &Engine{cfg: cfg, log: cfg.Logger, ctrs: map[string]*ctr{}, machs: map[string]*mach{}, registry: container.NewRegistry(), execs: map[string]*execution{}}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.shim = newLink(e.ctx, cfg.Kernel, e.log)
 	e.def = spec.Defaults{Pids: cfg.Pids, ShmSize: cfg.ShmSize}

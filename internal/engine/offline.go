@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
@@ -137,6 +138,10 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 	if _, err := e.machines(ctx); err != nil {
 		return nil, err
 	}
+	g, err := e.offlineMachine(c)
+	if err != nil {
+		return nil, err
+	}
 	disks, err := e.machineDisks(ctx, r)
 	if err != nil {
 		return nil, err
@@ -145,11 +150,14 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 	if err != nil {
 		return nil, err
 	}
-	m, err := e.cfg.Machines.Create(ctx, sandbox.MachineRequest{ID: offlineID(c.id), Hostname: r.Config.Hostname, Disks: disks})
-	if err != nil {
-		return nil, err
+	if g == nil {
+		m, err := e.cfg.Machines.Create(ctx, sandbox.MachineRequest{ID: offlineID(c.id), Hostname: r.Config.Hostname, Disks: disks})
+		if err != nil {
+			return nil, err
+		}
+		g = e.newGuest(m)
 	}
-	g := e.newGuest(m)
+	m := g.machine
 	defer func() {
 		if err != nil {
 			_ = e.endMachine(context.WithoutCancel(ctx), c, g, false) // the first error says more
@@ -159,7 +167,13 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 	if err != nil {
 		return nil, err
 	}
-	p, err := m.Handover(ctx, sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: true, Shares: shares})
+	h := sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: true, Shares: shares}
+	if m.Lasting() {
+		if h.SizeLimit, err = spec.DiskLimit(r.HostConfig); err != nil {
+			return nil, err
+		}
+	}
+	p, err := m.Handover(ctx, h)
 	if err != nil {
 		return nil, err
 	}
@@ -175,7 +189,12 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 		g.root.Volumes = append(g.root.Volumes, &taskv1.Mount{Type: x.Type, Source: p.Shares[0], Target: x.Destination, Options: o})
 		p.Shares = p.Shares[1:]
 	}
-	client, _, err := g.connect(ctx)
+	var client *task.Client
+	if m.Lasting() {
+		client, err = g.link.get(ctx)
+	} else {
+		client, _, err = g.connect(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -184,6 +203,20 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 	c.offline.mu.Unlock()
 	e.spawn(func() { e.tendOffline(c, g) })
 	return g, nil
+}
+
+// offlineMachine is the place of a container that does not run on its machine that
+// lasts, which must run for that; nil: it has none.
+func (e *Engine) offlineMachine(c *ctr) (*guest, error) {
+	m := e.machOf(c.record())
+	if m == nil {
+		return nil, nil
+	}
+	k, err := m.running()
+	if err != nil {
+		return nil, fmt.Errorf("its files are on its machine's disk: %w", err)
+	}
+	return &guest{kernel: k}, nil
 }
 
 // tendOffline ends the machine when nobody has used it for a while, or the engine

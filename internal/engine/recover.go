@@ -33,6 +33,9 @@ func (e *Engine) Recover(ctx context.Context) error {
 	if unreadable != nil {
 		e.log.Error("container records that can't be read are left alone", "err", unreadable)
 	}
+	if err := e.loadMachs(); err != nil {
+		e.log.Error("machine records that can't be read are left alone", "err", err)
+	}
 	e.loaded.Store(true)
 	client, _, err := e.cfg.Kernel.Connect(ctx)
 	if err != nil {
@@ -63,6 +66,7 @@ func (e *Engine) Recover(ctx context.Context) error {
 	e.apply(ctx, client, procs, verdicts)
 	e.shim.set(client)
 	e.applyMachines(ctx, found)
+	e.settleMachs(ctx)
 	for c, f := range found {
 		verdicts[c] = f.verdict
 	}
@@ -339,6 +343,12 @@ func (e *Engine) restartAll(verdicts map[*ctr]verdict) {
 		r := c.record()
 		f := &r.Facts
 		if r.Running() || f.Removing || f.Dead {
+			continue
+		}
+		if waits, hopeful := e.waitsForMachine(c); waits { // its start decides
+			if !hopeful {
+				e.restNow(c)
+			}
 			continue
 		}
 		switch {

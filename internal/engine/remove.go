@@ -183,6 +183,9 @@ func (e *Engine) free(ctx context.Context, c *ctr) error {
 	if err := e.endOffline(ctx, c, false); err != nil {
 		return fmt.Errorf("container %s: %w", c.id, err)
 	}
+	if err := e.discard(ctx, c); err != nil {
+		return fmt.Errorf("container %s: %w", c.id, err)
+	}
 	if err := e.cfg.Roots.Remove(c.id); err != nil {
 		return fmt.Errorf("container %s: root file system: %w", c.id, err)
 	}

@@ -75,7 +75,7 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	}
 	in.Mounts = withoutShadowed(in.Mounts, p.mounts)
 	if h.NetworkMode.IsContainer() {
-		if peer, err := e.peer(h.NetworkMode.ConnectedContainer(), "network"); err == nil {
+		if peer, err := e.peer(r, h.NetworkMode.ConnectedContainer(), "network"); err == nil {
 			in.Hostname = peer.Config.Hostname
 		}
 	}
@@ -101,18 +101,18 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 		}
 	}
 	if h.PidMode.IsContainer() {
-		peer, err := e.peer(h.PidMode.Container(), "PID namespace")
+		peer, err := e.peer(r, h.PidMode.Container(), "PID namespace")
 		if err != nil {
 			return in, err
 		}
-		in.PidNS = kernel.NamespacePath(peer.Facts.Pid, specs.PIDNamespace)
+		in.PidNS = kernel.NamespacePath(p.pidOf(peer), specs.PIDNamespace)
 	}
 	if h.IpcMode.IsContainer() {
-		peer, err := e.peer(h.IpcMode.Container(), "IPC")
+		peer, err := e.peer(r, h.IpcMode.Container(), "IPC")
 		if err != nil {
 			return in, err
 		}
-		in.IpcNS = kernel.NamespacePath(peer.Facts.Pid, specs.IPCNamespace)
+		in.IpcNS = kernel.NamespacePath(p.pidOf(peer), specs.IPCNamespace)
 	}
 	return in, nil
 }

@@ -170,23 +170,46 @@ func (e *Engine) checkRelations(r *container.Record) error {
 	return nil
 }
 
-// peer returns the running container that a container: mode names.
-func (e *Engine) peer(id, what string) (*container.Record, error) {
+// peer returns the running container that a container: mode of r names.
+func (e *Engine) peer(r *container.Record, id, what string) (*container.Record, error) {
 	c, err := e.find(id)
 	if err != nil {
 		return nil, conflict("cannot join %s of a container that is gone: %s", what, id)
 	}
-	r := c.record()
-	if !r.Running() {
+	p := c.record()
+	if !p.Running() {
 		return nil, conflict("cannot join %s of a non running container: %s", what, id)
 	}
-	if r.Facts.Restarting {
+	if p.Facts.Restarting {
 		return nil, conflict("container %s is restarting, wait until the container is running", id)
 	}
-	if !onHost(r) {
-		return nil, conflict("cannot join %s of container %s: it has a kernel of its own (isolation %s)", what, id, r.Isolation)
+	return p, sameKernel(r, p, what)
+}
+
+// sameKernel refuses namespaces of a container on another kernel.
+func sameKernel(r, peer *container.Record, what string) error {
+	if r.Isolation == peer.Isolation && peer.Isolation != sandbox.VM {
+		return nil
 	}
-	return r, nil
+	return conflict("cannot join %s of container %s: it runs on another kernel (isolation %s); nothing was started", what, peer.ID, peer.Isolation)
+}
+
+// checkPeers refuses to join a container on another kernel before anything is made.
+func (e *Engine) checkPeers(r *container.Record) error {
+	h := r.HostConfig
+	for _, p := range []struct{ what, ref string }{
+		{"network", h.NetworkMode.ConnectedContainer()}, {"IPC", h.IpcMode.Container()}, {"PID namespace", h.PidMode.Container()},
+	} {
+		if p.ref == "" {
+			continue
+		}
+		if c, err := e.find(p.ref); err == nil {
+			if err := sameKernel(r, c.record(), p.what); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // checkCPUs refuses more CPUs than the kernel has.

@@ -299,6 +299,11 @@ type prepared struct {
 	// devices and allDevices are a machine's that its container gets.
 	devices, allDevices []spec.Device
 	init                string // of --init, on the kernel; empty: the kernel knows
+	// netPeer is the network namespace of another container that is joined, on
+	// the same machine; pids are the first processes of those whose namespaces
+	// are, as the machine counts.
+	netPeer string
+	pids    map[string]int
 
 	userns     *userns.Namespace
 	usernsPath string
@@ -321,7 +326,7 @@ func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (_ *prepared, err
 		return nil, err
 	}
 	if q.Mode == network.ModeContainer {
-		if _, err := e.peer(q.Container, "network"); err != nil {
+		if _, err := e.peer(r, q.Container, "network"); err != nil {
 			return nil, err
 		}
 	}
@@ -395,16 +400,16 @@ func (e *Engine) prepareShm(ctx context.Context, r *container.Record, p *prepare
 	var err error
 	switch {
 	case mode.IsShareable():
-		p.shm, err = e.cfg.Kernel.SharedMemory(ctx, r.ID, r.HostConfig.ShmSize)
+		p.shm, err = p.on.SharedMemory(ctx, r.ID, r.HostConfig.ShmSize)
 	case mode.IsContainer():
-		peer, perr := e.peer(mode.Container(), "IPC")
+		peer, perr := e.peer(r, mode.Container(), "IPC")
 		if perr != nil {
 			return perr
 		}
 		if !peer.HostConfig.IpcMode.IsShareable() {
 			return conflict("cannot join IPC of a non-shareable container: %s (start it with --ipc=shareable)", peer.ID)
 		}
-		p.shm, err = e.cfg.Kernel.SharedMemory(ctx, peer.ID, peer.HostConfig.ShmSize)
+		p.shm, err = p.on.SharedMemory(ctx, peer.ID, peer.HostConfig.ShmSize)
 	case mode.IsHost():
 		p.shm = "/dev/shm"
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/moby/moby/api/types/events"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
 )
@@ -184,7 +185,7 @@ func (e *Engine) kill(ctx context.Context, client *task.Client, c *ctr, sig sysc
 		return client.Kill(ctx, c.id, "", sig, all)
 	}
 	limit := silentTime
-	if sig == syscall.SIGKILL {
+	if sig == syscall.SIGKILL && !g.machine.Lasting() {
 		limit = killAnswerTime
 	}
 	short, cancel := context.WithTimeout(ctx, limit)
@@ -192,6 +193,9 @@ func (e *Engine) kill(ctx context.Context, client *task.Client, c *ctr, sig sysc
 	err := client.Kill(short, c.id, "", sig, all)
 	if err == nil || errdefs.IsNotFound(err) || ctx.Err() != nil || sig != syscall.SIGKILL {
 		return err
+	}
+	if g.machine.Lasting() { // others are on it
+		return fmt.Errorf("%s does not answer (%w): tenon machine restart %s", machineText(c.record()), err, machine.Named(c.record().Isolation))
 	}
 	e.log.Error("virtual machine does not answer; it is ended", "container", c.id, "err", err)
 	g.givenUp.Store(true)

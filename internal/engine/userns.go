@@ -221,7 +221,7 @@ func (e *Engine) prepareUserNS(ctx context.Context, r *container.Record, p *prep
 		}
 		p.usernsPath = p.userns.Path()
 	} else {
-		peer, err := e.peer(r.UserNSOf, "user namespace")
+		peer, err := e.peer(r, r.UserNSOf, "user namespace")
 		if err != nil {
 			return err
 		}

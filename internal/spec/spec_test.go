@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -278,11 +277,12 @@ func TestValidateRefuses(t *testing.T) {
 			t.Errorf("%s: got %v, want InvalidArgument", name, err)
 		}
 	}
-	err := Validate(&container.Config{Cmd: []string{"x"}}, &container.HostConfig{Isolation: "machine=a"})
-	if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "nothing was started") {
-		t.Errorf("isolation machine=a: %v", err)
+	for _, bad := range []container.Isolation{"machine=", "machine=../x", "machine=a b", "machines=a"} {
+		if err := Validate(&container.Config{Cmd: []string{"x"}}, &container.HostConfig{Isolation: bad}); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("isolation %q: %v", bad, err)
+		}
 	}
-	for asked, want := range map[container.Isolation]string{"": "", "Default": "", "process": "process", "VM": "vm"} {
+	for asked, want := range map[container.Isolation]string{"": "", "Default": "", "process": "process", "VM": "vm", "machine=Team-a": "machine=team-a"} {
 		if got, err := Isolation(asked); err != nil || got != want {
 			t.Errorf("isolation %q: %q, %v", asked, got, err)
 		}

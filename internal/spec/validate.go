@@ -9,6 +9,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
+
+	"tenon.dev/tenon/internal/machine"
 )
 
 // Validate refuses settings that no container can have, before anything is
@@ -280,18 +282,21 @@ func validateHealth(cfg *container.Config, _ *container.HostConfig) error {
 	return nil
 }
 
-// Isolation reads which kernel a container asks for: "process", "vm", or
-// nothing for the default's. Whether it can be had is the engine's to say.
+// Isolation reads which kernel a container asks for: "process", "vm", "machine="
+// and a name, or nothing for the default's. Whether it can be had is the engine's to say.
 func Isolation(asked container.Isolation) (string, error) {
 	switch iso := strings.ToLower(string(asked)); {
 	case iso == "" || iso == "default":
 		return "", nil
 	case iso == "process" || iso == "vm":
 		return iso, nil
-	case strings.HasPrefix(iso, "machine="):
-		return "", errdefs.ErrNotImplemented.WithMessage("isolation \"" + iso + "\" is not available in this release; nothing was started")
+	case strings.HasPrefix(iso, machine.Prefix):
+		if err := machine.CheckName(machine.Named(iso)); err != nil {
+			return "", err
+		}
+		return iso, nil
 	case iso == "hyperv":
-		return "", invalid("invalid isolation (%s): Hyper-V needs Windows; use process or vm", asked)
+		return "", invalid("invalid isolation (%s): Hyper-V needs Windows; use process, vm or machine=NAME", asked)
 	}
-	return "", invalid("invalid isolation (%s): use process or vm", asked)
+	return "", invalid("invalid isolation (%s): use process, vm or machine=NAME", asked)
 }

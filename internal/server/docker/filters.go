@@ -9,10 +9,10 @@ import (
 	"tenon.dev/tenon/internal/server/wire"
 )
 
-// parseFilters decodes the filters parameter: {"key":{"value":true}}, or the
+// ParseFilters decodes the filters parameter: {"key":{"value":true}}, or the
 // form of clients before 1.22, {"key":["value"]}. Keys must be among accepted
 // (none: any).
-func parseFilters(s string, accepted ...string) (map[string][]string, error) {
+func ParseFilters(s string, accepted ...string) (map[string][]string, error) {
 	f := map[string][]string{}
 	if s == "" {
 		return f, nil
@@ -53,5 +53,5 @@ func parseFilters(s string, accepted ...string) (map[string][]string, error) {
 
 // filters is the call's filters parameter.
 func (c *call) filters(accepted ...string) (map[string][]string, error) {
-	return parseFilters(c.str("filters"), accepted...)
+	return ParseFilters(c.str("filters"), accepted...)
 }

@@ -113,7 +113,7 @@ func TestFilters(t *testing.T) {
 		{`[]`, nil, true},
 		{`{"dangling":{"true":true}`, nil, true},
 	} {
-		got, err := parseFilters(tc.in)
+		got, err := ParseFilters(tc.in)
 		if tc.bad {
 			if wire.Status(err) != http.StatusBadRequest {
 				t.Errorf("%s: got %v, want 400", tc.in, err)
@@ -124,7 +124,7 @@ func TestFilters(t *testing.T) {
 			t.Errorf("%s: got %v %v, want %v", tc.in, got, err, tc.want)
 		}
 	}
-	if _, err := parseFilters(`{"colour":{"red":true}}`, "name", "id"); err == nil || !strings.Contains(err.Error(), "colour") {
+	if _, err := ParseFilters(`{"colour":{"red":true}}`, "name", "id"); err == nil || !strings.Contains(err.Error(), "colour") {
 		t.Errorf("unknown filter: got %v", err)
 	}
 }
@@ -134,7 +134,7 @@ func FuzzFilters(f *testing.F) {
 	f.Add(`{"label":["b","a"]}`)
 	f.Add(`{"a":{"b":1}}`)
 	f.Fuzz(func(t *testing.T, s string) {
-		got, err := parseFilters(s)
+		got, err := ParseFilters(s)
 		if err != nil {
 			return
 		}

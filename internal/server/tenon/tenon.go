@@ -1,6 +1,6 @@
 // Package tenon serves what Tenon's socket answers beside the Docker API, under
 // /tenon/v1: a container's run in one round trip, an exec likewise, the host's
-// check-up, base images without a registry, and the daemon's end.
+// check-up, base images without a registry, machines, and the daemon's end.
 // docs/tenon-api.md describes it; the frames of a run are package
 // client/runproto's.
 package tenon
@@ -29,7 +29,9 @@ type Config struct {
 	Doctor func(ctx context.Context) (any, error)
 	// Quit makes the daemon end; nil: shutdown is answered with 501.
 	Quit func()
-	Log  *slog.Logger
+	// Doors are the machines' own sockets; nil: they have none.
+	Doors Doors
+	Log   *slog.Logger
 }
 
 // API is an http.Handler. Make it with New.
@@ -50,6 +52,7 @@ func New(cfg Config) *API {
 	a.handle("GET /tenon/v1/doctor", a.doctor)
 	a.handle("POST /tenon/v1/images/bootstrap", a.bootstrap)
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
+	a.machineRoutes()
 	a.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		wire.WriteMessage(w, http.StatusNotFound, "page not found")
 	})
