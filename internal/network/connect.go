@@ -395,6 +395,7 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, HostIndex: e.HostIndex, Interface: e.Interface,
 			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, LinkLocal: e.LinkLocal, Sysctls: splitSysctls(e.DriverOpts[optSysctls]), Isolated: !n.optBool(optICC, true)}
 		p.Static = n.optBool(optGuard, true) && e.HostIndex != 0
+		_, p.Shortcut = c.shortcutLocked(e)
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"tenon.dev/tenon/internal/network/link"
 	"tenon.dev/tenon/internal/network/nft"
+	"tenon.dev/tenon/internal/network/shortcut"
 )
 
 // Controller owns all networks of one engine. Safe for concurrent use.
@@ -26,6 +28,7 @@ type Controller struct {
 	table *nft.Table
 	dns   *dnsClient
 	pool  *readyPool
+	path  *shortcut.Path // nil: the kernel takes none; fixed after Open
 	keys  keyLock
 	index *indexes
 
@@ -46,6 +49,9 @@ type Controller struct {
 type netw struct {
 	rec     netRecord
 	subnets []*subnet
+	// mac is the hardware address of the network's own bridge; nil if the bridge
+	// is the administrator's.
+	mac net.HardwareAddr
 	// segments are the bridges; the first is the network's own.
 	segments []segment
 	// eps holds the containers' endpoints by container id. The names of
@@ -91,6 +97,7 @@ func Open(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if c.table, err = nft.Open(cfg.Name, loop); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
+	c.openShortcuts()
 	if err := c.recoverState(); err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
@@ -147,6 +154,7 @@ func (c *Controller) Close() error {
 	if c.rtnl != nil {
 		errs = append(errs, c.rtnl.Close())
 	}
+	c.path.Close()
 	if c.table != nil {
 		errs = append(errs, c.table.Close())
 		c.table = nil

@@ -53,7 +53,7 @@ func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req
 		err = c.evict([]Endpoint{ep})
 	}
 	if err == nil {
-		err = c.table.Guard(c.guards([]Endpoint{ep})...)
+		err = c.pin([]Endpoint{ep})
 	}
 	if err == nil {
 		plug := plugs[len(plugs)-1]
@@ -222,7 +222,7 @@ func (c *Controller) DisconnectNetwork(ctx context.Context, containerID, network
 	if err := c.plumberFor(r).Default(ctx, r.NSID, c.plugs(r.Endpoints)); err != nil {
 		return fmt.Errorf("disconnect container %s from network %s: %w", shortID(containerID), rec.Name, err)
 	}
-	if err := c.table.Unguard(ep.HostInterface); err != nil {
+	if err := c.unpin(ep.HostInterface); err != nil {
 		c.log.Warn("guard of a port is left in the table", "err", err)
 	}
 	c.mu.Lock()

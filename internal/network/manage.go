@@ -35,6 +35,8 @@ const (
 	// optGuard switches off that ports of the bridge are pinned to their
 	// endpoints' addresses (for containers that route for others).
 	optGuard = "tenon.network.antispoof"
+	// optShortcuts has frames go by the bridge although they need not.
+	optShortcuts = "tenon.network.shortcuts"
 )
 
 func predefined(name string) bool {
@@ -265,6 +267,10 @@ func (c *Controller) raise(n *netw) error {
 	c.mu.Lock()
 	index := links[i].Index
 	n.segments[0].index = index
+	own := !given || links[i].Alias == alias
+	if n.mac = nil; own {
+		n.mac = links[i].MAC
+	}
 	c.mu.Unlock()
 	v6 := "1"
 	if n.rec.EnableIPv6 {
@@ -289,7 +295,13 @@ func (c *Controller) raise(n *netw) error {
 	if n.rec.EnableIPv6 {
 		b.AddLocal(index, netip.IPv6Loopback(), loopbackMetric)
 	}
-	return c.rtnl.Do(&b)
+	if err := c.rtnl.Do(&b); err != nil {
+		return err
+	}
+	if own && n.optBool(optShortcuts, true) {
+		c.attachBridge(index)
+	}
+	return nil
 }
 
 // loopbackMetric is the preference of ::1 on a bridge: after the true one on lo.

@@ -96,6 +96,8 @@ type Config struct {
 	// host's own input rules (as Docker does). Default false: a drop in the
 	// host's input chain for the published port wins.
 	FirewallBypass bool
+	// NoShortcuts has all frames go by the bridges.
+	NoShortcuts bool
 	// OnEvent is called, without locks held, for each network event.
 	OnEvent func(Event)
 	// Log receives warnings; nil discards.

@@ -68,7 +68,7 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 		}
 		rec.MTU = mtu
 	}
-	for _, k := range []string{optICC, optMasquerade, optGuard} {
+	for _, k := range []string{optICC, optMasquerade, optGuard, optShortcuts} {
 		if v, ok := rec.Options[k]; ok {
 			if _, err := strconv.ParseBool(v); err != nil {
 				return bad("option %s: bad value %q", k, v)

@@ -48,6 +48,8 @@ type Plug struct {
 	// Static endpoints have one hardware address: the guard sees to that, and
 	// the bridge need not learn it from each frame.
 	Static bool
+	// Shortcut says that frames need not go by the bridge.
+	Shortcut bool
 
 	index int // of Interface; 0: the kernel chooses it
 }
@@ -80,6 +82,8 @@ type netnsPlumber struct {
 	rtnl *link.Socket // of the host's namespace
 	dir  string
 	from *os.File // the namespace that Setup takes instead of making one; nil: none
+	// attach is told the indexes of interfaces that have shortcuts.
+	attach func(ports ...int)
 }
 
 var _ Plumber = (*netnsPlumber)(nil)
@@ -139,6 +143,11 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 	}
 	if err := p.rtnl.Do(&host); err != nil {
 		return err
+	}
+	for _, pl := range plugs {
+		if pl.Shortcut {
+			p.attach(pl.HostIndex)
+		}
 	}
 	var links []link.Info // in the namespace
 	if slices.ContainsFunc(plugs, func(pl Plug) bool { return pl.index == 0 }) {
@@ -362,7 +371,7 @@ func (p *readyPool) reap() {
 			p.c.log.Warn("network namespace is left; the next start removes it", "namespace", ns, "err", err)
 		}
 	}
-	if err := p.c.table.Unguard(ports...); err != nil {
+	if err := p.c.unpin(ports...); err != nil {
 		p.c.log.Warn("guards of ports are left in the table", "err", err)
 	}
 }
@@ -423,7 +432,7 @@ func (c *Controller) prepare(ctx context.Context, eps []Endpoint) error {
 	if err := c.evict(eps); err != nil {
 		return err
 	}
-	return c.table.Guard(c.guards(eps)...)
+	return c.pin(eps)
 }
 
 // plugIn plugs a container's endpoints in that are prepared.
@@ -436,7 +445,7 @@ func (c *Controller) plugIn(ctx context.Context, p Plumber, nsid string, eps []E
 		if err := c.renumber(eps); err != nil { // another interface has one of the indexes
 			return err
 		}
-		if err := c.table.Guard(c.guards(eps)...); err != nil {
+		if err := c.pin(eps); err != nil {
 			return err
 		}
 	}
@@ -451,7 +460,7 @@ func (c *Controller) renumber(eps []Endpoint) error {
 		ports = append(ports, eps[i].HostInterface)
 	}
 	c.mu.Unlock()
-	return c.table.Unguard(ports...)
+	return c.unpin(ports...)
 }
 
 // evict takes the ports of dead endpoints down whose addresses are used again:
@@ -492,5 +501,5 @@ func (c *Controller) guardsLocked(eps []Endpoint) []nft.Guarded {
 }
 
 func (c *Controller) plumber() *netnsPlumber {
-	return &netnsPlumber{rtnl: c.rtnl, dir: filepath.Join(c.cfg.RunDir, "netns")}
+	return &netnsPlumber{rtnl: c.rtnl, dir: filepath.Join(c.cfg.RunDir, "netns"), attach: c.attach}
 }

@@ -95,7 +95,11 @@ func (c *Controller) recoverState() error {
 	if err := c.replug(); err != nil {
 		return err
 	}
-	return c.installTable()
+	if err := c.installTable(); err != nil {
+		return err
+	}
+	c.switchShortcuts()
+	return c.takeShortcuts()
 }
 
 func (c *Controller) installTable() error {
@@ -358,6 +362,7 @@ func (c *Controller) watchTable() {
 
 // repairTable looks whether the table is as it should be.
 func (c *Controller) repairTable() {
+	defer c.switchShortcuts()
 	loop6 := !brNetfilter("ip6tables")
 	changed := c.table.SetLoopback6(loop6)
 	if !changed && c.table.Intact() {

@@ -95,7 +95,7 @@ func (c *Controller) dropTaps(eps []Endpoint) {
 		if err := c.rtnl.Do(&b); err != nil {
 			c.log.Warn("taps are left; the next start removes them", "err", err)
 		}
-		if err := c.table.Unguard(ports...); err != nil {
+		if err := c.unpin(ports...); err != nil {
 			c.log.Warn("guards of ports are left in the table", "err", err)
 		}
 	}()

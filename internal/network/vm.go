@@ -116,7 +116,7 @@ func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
 		return undo(fmt.Errorf("network is gone: %w", errdefs.ErrNotFound))
 	}
 	if moved {
-		if err := c.table.Guard(c.guards([]Endpoint{ep})...); err != nil {
+		if err := c.pin([]Endpoint{ep}); err != nil {
 			return undo(err)
 		}
 	}
@@ -128,6 +128,9 @@ func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
 			err = fmt.Errorf("no such tap: %w: %w", err, errdefs.ErrNotFound)
 		}
 		return undo(err)
+	}
+	if plugs[i].Shortcut {
+		c.attach(index)
 	}
 	if len(r.Ports) > 0 {
 		if err := c.hairpin(r); err != nil {
@@ -196,7 +199,7 @@ func (c *Controller) unplugTaps(taps []string) {
 		c.log.Warn("taps are left in their bridges, guarded", "taps", taps, "err", err)
 		return
 	}
-	if err := c.table.Unguard(taps...); err != nil {
+	if err := c.unpin(taps...); err != nil {
 		c.log.Warn("guards of ports are left in the table", "err", err)
 	}
 }

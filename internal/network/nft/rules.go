@@ -137,6 +137,9 @@ func (t *Table) addSet(s *nftables.Set) {
 
 func (t *Table) rules() {
 	t.sets = map[string]*nftables.Set{}
+	for _, tb := range []*nftables.Table{t.t, t.late[0], t.late[1], t.bridge} {
+		t.conn.AddChain(&nftables.Chain{Name: markChain, Table: tb})
+	}
 	ifn, svc, proto := nftables.TypeIFName, nftables.TypeInetService, nftables.TypeInetProto
 	t.addSet(&nftables.Set{Name: setBridges, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})
 	t.addSet(&nftables.Set{Name: setInternal, KeyType: ifn, KeyByteOrder: binaryutil.NativeEndian})

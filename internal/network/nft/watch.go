@@ -11,7 +11,7 @@ import (
 )
 
 // Watch calls changed whenever somebody deleted a table, a chain, a rule or a
-// set, ourselves included, or when news were lost. It returns when ctx ends.
+// set or made a chain, ourselves included, or when news were lost. It returns when ctx ends.
 func Watch(ctx context.Context, changed func()) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -37,21 +37,21 @@ func Watch(ctx context.Context, changed func()) error {
 		case err != nil:
 			return fmt.Errorf("watch nftables: %w", err)
 		}
-		if deletes(buf[:n]) {
+		if matters(buf[:n]) {
 			changed()
 		}
 	}
 }
 
-// deletes says whether one of the messages tells of a deletion that matters.
-func deletes(b []byte) bool {
+// matters says whether one of the messages tells of a deletion or a new chain.
+func matters(b []byte) bool {
 	for len(b) >= unix.NLMSG_HDRLEN {
 		l := int(binary.NativeEndian.Uint32(b))
 		if l < unix.NLMSG_HDRLEN || l > len(b) {
 			return false
 		}
 		switch typ := binary.NativeEndian.Uint16(b[4:]); typ & 0xff {
-		case unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, unix.NFT_MSG_DELSET:
+		case unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, unix.NFT_MSG_DELSET:
 			if typ>>8 == unix.NFNL_SUBSYS_NFTABLES {
 				return true
 			}

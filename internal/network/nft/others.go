@@ -1,0 +1,60 @@
+package nft
+
+import (
+	"fmt"
+
+	"github.com/google/nftables"
+)
+
+// markChain is an empty chain by which engines know each other's tables.
+const markChain = "tenon-engine"
+
+// Others names a chain, not of an engine, that frames in our bridges come by: one
+// of the bridge family or, where br_netfilter is on, a filter of the IP families.
+// Chains where interfaces take packets in count whatever their interfaces are.
+// Address translation is none of it: frames that only pass by are not tracked.
+// Empty: there is none.
+func (t *Table) Others(brNetfilter bool) (string, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	chains, err := t.conn.ListChains()
+	if err != nil {
+		return "", fmt.Errorf("list chains: %w", err)
+	}
+	type table struct {
+		family nftables.TableFamily
+		name   string
+	}
+	ours := map[table]bool{}
+	for _, c := range chains {
+		if c.Name == markChain {
+			ours[table{c.Table.Family, c.Table.Name}] = true
+		}
+	}
+	for _, c := range chains {
+		if c.Hooknum == nil || ours[table{c.Table.Family, c.Table.Name}] {
+			continue
+		}
+		meets := false
+		switch c.Table.Family {
+		case nftables.TableFamilyBridge:
+			meets = true
+		case nftables.TableFamilyNetdev:
+			meets = *c.Hooknum == *nftables.ChainHookIngress
+		case nftables.TableFamilyINet, nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
+			switch *c.Hooknum {
+			case inetIngress:
+				meets = true
+			case *nftables.ChainHookPrerouting, *nftables.ChainHookForward, *nftables.ChainHookPostrouting:
+				meets = brNetfilter && c.Type != nftables.ChainTypeNAT
+			}
+		}
+		if meets {
+			return fmt.Sprintf("chain %s of table %s", c.Name, c.Table.Name), nil
+		}
+	}
+	return "", nil
+}
+
+// inetIngress is the hook of the IP families where an interface takes packets in.
+const inetIngress nftables.ChainHook = 5
