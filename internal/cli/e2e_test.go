@@ -80,8 +80,8 @@ func launch() (_ *engine, err error) {
 	defer log.Close()
 	e.cmd = exec.Command(filepath.Join(bin, "tenond"), "--config", "/dev/null", "--root", dir+"/root", "--run-root", dir+"/run", "--host", e.host,
 		"--name", e.name, "--debug",
-		"--default-address-pool", fmt.Sprintf("base=10.%d.0.0/16,size=24", 130+n),
-		"--default-address-pool", fmt.Sprintf("base=fd7e:%x::/48,size=64", 0x7000+n))
+		"--default-address-pool", fmt.Sprintf("base=10.%d.0.0/16,size=24", 200+n), // other packages' tests have those below
+		"--default-address-pool", fmt.Sprintf("base=fd7e:%x::/48,size=64", 0x7100+n))
 	e.cmd.Stdout, e.cmd.Stderr = log, log
 	if err := e.cmd.Start(); err != nil {
 		return nil, err

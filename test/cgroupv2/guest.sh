@@ -31,6 +31,14 @@ echo "cgroupv2: $(uname -r), controllers: $(cat /sys/fs/cgroup/cgroup.controller
 
 mkdir -p /var/tmp/e2e
 status=0
+if [ -e /job/vm.sh ]; then
+	modprobe -a tun
+	bash /job/vm.sh </dev/null 2>&1 || status=1
+	echo "cgroupv2: exit $status"
+	sync
+	echo o >/proc/sysrq-trigger
+	sleep 60
+fi
 for unit in /job/units/*.test; do
 	echo "cgroupv2: ${unit##*/}"
 	(cd /var/tmp/e2e && "$unit" -test.v -test.timeout 5m) </dev/null 2>&1 || status=1

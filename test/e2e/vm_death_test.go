@@ -31,7 +31,7 @@ func TestVMDeaths(t *testing.T) {
 		}
 	})
 	config := filepath.Join(dir, "config.toml")
-	if err := os.WriteFile(config, []byte(vmSettings()+"hang-time = \"40s\"\n"), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(vmSettings()+"hang-time = \"30s\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	d := newDaemonAt(t, filepath.Join(disk, "root"), "--config", config, "--default-isolation", "vm")
@@ -90,7 +90,7 @@ func TestVMDeaths(t *testing.T) {
 		}
 	})
 	t.Run("hang", func(t *testing.T) {
-		d.diesOf(t, "hung", "the guest hangs: it has not answered for 40s")
+		d.diesOf(t, "hung", "the guest hangs: it has not answered for 30s")
 		d.Must(t, "rm", "hung")
 	})
 	for name := range ports { // a full disk loses a part of a log, a daemon's death does not
