@@ -13,6 +13,7 @@ import (
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/network/shortcut"
 	"tenon.dev/tenon/internal/userns"
 	"tenon.dev/tenon/internal/vm/accel"
 )
@@ -163,6 +164,17 @@ func nftables(context.Context, Options) Check {
 		c.Remedy = "modprobe nf_tables nft_chain_nat (the nft program is not needed)"
 	}
 	return c
+}
+
+// shortcuts tells whether frames may go past the bridges.
+func shortcuts(context.Context, Options) Check {
+	p, err := shortcut.Open()
+	if err != nil {
+		return Check{Name: "shortcuts", Status: Warn, Detail: "frames go by the bridges, which is slower: " + err.Error(),
+			Remedy: "let the daemon use bpf(2): CAP_BPF and CAP_NET_ADMIN, a kernel with CONFIG_BPF_SYSCALL, CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF"}
+	}
+	p.Close()
+	return Check{Name: "shortcuts", Status: OK, Detail: "frames between containers and the host need not go by the bridges"}
 }
 
 func namespaces(context.Context, Options) Check {

@@ -69,7 +69,7 @@ func Run(ctx context.Context, o Options) Report {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	checks := []func(context.Context, Options) Check{
-		kernel, privileges, cgroups, overlay, nftables, namespaces, userNamespaces, seccomp, helpers,
+		kernel, privileges, cgroups, overlay, nftables, shortcuts, namespaces, userNamespaces, seccomp, helpers,
 	}
 	if !o.Quick {
 		checks = append(checks, initProgram, kvm, qemu, guestKernel, mkfs)

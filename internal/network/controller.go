@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -29,6 +30,7 @@ type Controller struct {
 	dns   *dnsClient
 	pool  *readyPool
 	path  *shortcut.Path // nil: the kernel takes none; fixed after Open
+	plain atomic.Bool    // its programs cannot be attached
 	keys  keyLock
 	index *indexes
 

@@ -87,28 +87,35 @@ func (c *Controller) shortcutLocked(e Endpoint) (shortcut.Port, bool) {
 
 // attach has the programs see what comes in by the given ports.
 func (c *Controller) attach(ports ...int) {
-	if c.path == nil || len(ports) == 0 {
+	if c.path == nil || c.plain.Load() || len(ports) == 0 {
 		return
 	}
 	var b link.Batch
 	for _, index := range ports {
 		b.AddFilter(index, false, c.path.In)
 	}
-	if err := c.rtnl.Do(&b); err != nil && !link.IsMissing(err) {
-		c.log.Warn("containers have no shortcuts", "interfaces", len(ports), "err", err)
+	c.filter(&b)
+}
+
+// filter attaches programs. A kernel that refuses it does so again and again.
+func (c *Controller) filter(b *link.Batch) {
+	err := c.rtnl.Do(b)
+	if err == nil || link.IsMissing(err) {
+		return
+	}
+	if !c.plain.Swap(true) {
+		c.log.Warn("frames of new containers go by the bridges, which is slower", "err", err)
 	}
 }
 
 // attachBridge has them see what the host sends into a bridge.
 func (c *Controller) attachBridge(index int) {
-	if c.path == nil {
+	if c.path == nil || c.plain.Load() {
 		return
 	}
 	var b link.Batch
 	b.AddFilter(index, true, c.path.Out)
-	if err := c.rtnl.Do(&b); err != nil && !link.IsMissing(err) {
-		c.log.Warn("a bridge has no shortcuts", "err", err)
-	}
+	c.filter(&b)
 }
 
 // takeShortcuts gives the containers of a former daemon this one's programs, or

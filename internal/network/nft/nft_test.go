@@ -156,3 +156,54 @@ func TestRootGrow(t *testing.T) {
 		t.Fatalf("left:\n%s", got)
 	}
 }
+
+// TestRootOthers: which chains of others frames in our bridges meet.
+func TestRootOthers(t *testing.T) {
+	tb, err := Open("tno", Loop{In: "lo", Out: "tno9", Index: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tb.Close()
+	if err := tb.Install(nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	defer tb.Remove()
+	other, err := Open("tnp", Loop{In: "lo", Out: "tnp9", Index: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := other.Install(nil, nil, nil); err != nil { // another engine's
+		t.Fatal(err)
+	}
+	defer other.Remove()
+	for _, c := range []struct {
+		family, chain        string
+		plain, withNetfilter bool
+	}{
+		{"inet", "", false, false},
+		{"bridge", "type filter hook forward priority 0;", true, true},
+		{"bridge", "type filter hook output priority 0;", true, true},
+		{"netdev", "type filter hook ingress device lo priority 0;", true, true},
+		{"inet", "type filter hook ingress device lo priority 0;", true, true},
+		{"inet", "type filter hook forward priority 0;", false, true},
+		{"ip", "type filter hook prerouting priority -300;", false, true},
+		{"ip6", "type filter hook postrouting priority 0;", false, true},
+		{"inet", "type filter hook input priority 0;", false, false},
+		{"ip", "type nat hook postrouting priority 100;", false, false},
+		{"arp", "type filter hook input priority 0;", false, false},
+	} {
+		if out, err := exec.Command("nft", "add table "+c.family+" mine; add chain "+c.family+" mine x { "+c.chain+" }").CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v %s", err, out)
+		}
+		for netfilter, want := range map[bool]bool{false: c.plain, true: c.withNetfilter} {
+			got, err := tb.Others(netfilter)
+			if err != nil || (got != "") != want {
+				t.Errorf("%s %s, br_netfilter %v: got %q %v, want %v", c.family, c.chain, netfilter, got, err, want)
+			}
+		}
+		if out, err := exec.Command("nft", "delete table "+c.family+" mine").CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v %s", err, out)
+		}
+	}
+}
