@@ -25,7 +25,7 @@ type Request struct {
 	Count      int      // runs, default 1
 	Parallel   int      // at a time, default 1
 	First      int      // number of the first run
-	Measure    string   // "floor" or "pss" instead of a command
+	Measure    string   // "floor", "pss" or "private" (of programs) instead of a command
 }
 
 // Result is the answer: the time from the first start to the last exit, the
@@ -72,6 +72,8 @@ func serve(r Request) Result {
 		return measureFloor(r.First)
 	case r.Measure == "pss":
 		return measurePSS()
+	case r.Measure == "private":
+		return measurePrivate(r.Argv)
 	case r.Background != "":
 		return background(r)
 	}

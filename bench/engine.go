@@ -21,6 +21,7 @@ type RunOpts struct {
 	Image   string
 	Detach  bool
 	Publish string
+	Options []string // further ones, not for ctr
 	Args    []string
 }
 
@@ -65,6 +66,7 @@ func (en *Engine) Run(o RunOpts) []string {
 	if o.Publish != "" {
 		args = append(args, "-p", o.Publish)
 	}
+	args = append(args, o.Options...)
 	return en.argv(append(append(args, o.Image), o.Args...)...)
 }
 
@@ -145,7 +147,7 @@ func startTenon(e *Env) error {
 
 func startDocker(e *Env) error {
 	err := e.Start("dockerd", "dockerd", "--data-root", "/state/docker", "--exec-root", "/run/docker",
-		"--pidfile", "/run/docker.pid", "-H", dockerSock)
+		"--pidfile", "/run/docker.pid", "-H", dockerSock, "--add-runtime", "runsc=/cache/bin/runsc")
 	if err != nil {
 		return err
 	}

@@ -33,6 +33,14 @@ type Places struct {
 	Data  string // bundles and images made by the bench, read-only to peers
 }
 
+// rootOf is the Debian that an Env of a kind has as its root.
+func rootOf(kind string) string {
+	if kind == vmKind {
+		return "root-vm"
+	}
+	return "root-sid"
+}
+
 // setup is what the child needs to build its root; it travels by environment.
 type setup struct {
 	Dir, State, Root, Cache, Bin, Data string
@@ -54,7 +62,7 @@ func StartEnv(places Places, name, state string) (_ *Env, err error) {
 		return nil, err
 	}
 	raw, err := json.Marshal(setup{
-		Dir: e.dir, State: state, Root: filepath.Join(places.Cache, "root-sid"),
+		Dir: e.dir, State: state, Root: filepath.Join(places.Cache, rootOf(name)),
 		Cache: places.Cache, Bin: places.Bin, Data: places.Data, Cgroups: e.cgroups,
 	})
 	if err != nil {
@@ -162,8 +170,14 @@ func makeCgroups(name string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	known, err := os.ReadFile("/proc/cgroups")
+	if err != nil {
+		return nil, err
+	}
 	for _, ent := range entries {
-		if !ent.IsDir() || ent.Name() == "unified" { // crun refuses a hybrid layout
+		// Version 1's, and no others that somebody has mounted here: crun refuses a
+		// hybrid layout.
+		if ent.Name() != "systemd" && !strings.Contains(string(known), "\n"+ent.Name()+"\t") {
 			continue
 		}
 		dir := filepath.Join("/sys/fs/cgroup", ent.Name(), name)

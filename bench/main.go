@@ -41,6 +41,7 @@ var benches = []subBench{
 	{"pull", "pull of 10 layers and of 100 MB from a registry on loopback", benchPull},
 	{"logs", "1,000,000 log lines", benchLogs},
 	{"net", "container to container Gbit/s, requests/s to a published port, CPU time of round trips", benchNet},
+	{"vm", "containers with a kernel of their own, and gVisor's: run, exec, memory, 20 at a time, files, network", benchVM},
 }
 
 func main() {
@@ -71,7 +72,7 @@ func bench() error {
 	var (
 		n     = flag.Int("n", 20, "measured runs of each case")
 		quick = flag.Bool("quick", false, "5 runs of each case")
-		only  = flag.String("peers", "", "comma-separated kinds to measure (tenon, docker, podman, containerd, crun, runc, floor); default all")
+		only  = flag.String("peers", "", "comma-separated kinds to measure (tenon, docker, podman, containerd, crun, runc, gvisor, floor); default all")
 		cache = flag.String("cache", envOr("TENON_CACHE", "/var/cache/tenon-test"), "where peers were installed")
 		bin   = flag.String("bin", "bin", "where Tenon's binaries are")
 	)

@@ -4,6 +4,7 @@
 #   docker       dockerd and docker-proxy (moby)
 #   runc         runc (needs libseccomp's headers: installed when missing)
 #   registry     distribution's registry server
+#   gvisor       runsc
 # Arguments choose; without any, all are built. Heavy: for bench/, not for CI
 # (registry alone is quick enough for tests).
 . "$(dirname "$0")/lib.sh"
@@ -27,7 +28,7 @@ build() { # build NAME VERSION CGO TAGS MODULE PACKAGE...
 	mark "go-$name" "$version"
 }
 
-for name in "${@:-containerd docker runc registry}"; do
+for name in "${@:-containerd docker runc registry gvisor}"; do
 	for one in $name; do
 		case $one in
 		containerd) build containerd v2.4.2 0 '' github.com/containerd/containerd/v2 \
@@ -41,6 +42,7 @@ for name in "${@:-containerd docker runc registry}"; do
 			build runc v1.5.2 1 seccomp github.com/opencontainers/runc ''
 			;;
 		registry) build registry v3.1.2 0 '' github.com/distribution/distribution/v3 /cmd/registry ;;
+		gvisor) build gvisor v0.0.0-20260905035102-160fafc42237 0 '' gvisor.dev/gvisor /runsc ;;
 		*) echo "unknown peer $one" >&2; exit 2 ;;
 		esac
 	done
