@@ -77,11 +77,11 @@ func readAhead(target string) {
 func requests(f *os.File, c net.Conn) error {
 	buf := make([]byte, maxMessage)
 	for {
-		n, err := f.Read(buf)
+		n, err := rawRead(f, buf)
 		switch {
 		case errors.Is(err, unix.EINTR), errors.Is(err, unix.ENOENT), errors.Is(err, unix.EAGAIN):
 			continue // a request that was interrupted
-		case errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrClosed), errors.Is(err, io.EOF):
+		case errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrClosed), err == nil && n == 0:
 			return nil // unmounted
 		case err != nil:
 			return err
@@ -108,7 +108,7 @@ func replies(c net.Conn, f *os.File) error {
 		}
 		// ENOENT: the request was interrupted and is forgotten. Other errors are
 		// the reply's, and the kernel has told its caller.
-		if _, err := f.Write(buf[:n]); err != nil && errors.Is(err, os.ErrClosed) {
+		if _, err := rawWrite(f, buf[:n]); errors.Is(err, os.ErrClosed) {
 			return err
 		}
 	}

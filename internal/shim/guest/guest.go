@@ -8,6 +8,7 @@
 //	apply.go     the Guest service: what the host has done before containers run
 //	netlink.go   network interfaces
 //	fuse.go      host directories
+//	rawio.go     reading and writing at little cost
 //
 // The host is trusted. The containers are not, and find here what they find on
 // any host: the shim's own protection.
@@ -131,13 +132,15 @@ type port struct{ *os.File }
 
 func (p *port) Read(b []byte) (int, error) {
 	for {
-		n, err := p.File.Read(b)
-		if n > 0 || err != nil && !errors.Is(err, io.EOF) {
+		n, err := rawRead(p.File, b)
+		if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
 			return n, err
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
+
+func (p *port) Write(b []byte) (int, error) { return rawWrite(p.File, b) }
 
 // openLog sends a container's output to the host.
 func (g *service) openLog(id string, _ *taskv1.Log, onError func(error)) (logs.Sink, error) {
