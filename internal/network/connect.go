@@ -84,6 +84,7 @@ func (c *Controller) Connect(ctx context.Context, req Request) (_ *Namespace, er
 			return nil, err
 		}
 	}
+	defer c.attachLater(r.ID)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.sendDNSLocked(r)
@@ -395,7 +396,6 @@ func (c *Controller) plugs(eps []Endpoint) []Plug {
 		p := Plug{Bridge: bridge, BridgeIndex: n.segments[e.Segment].index, HostInterface: e.HostInterface, HostIndex: e.HostIndex, Interface: e.Interface,
 			MAC: e.MAC, MTU: n.rec.MTU, IPv4: e.IPv4, IPv6: e.IPv6, LinkLocal: e.LinkLocal, Sysctls: splitSysctls(e.DriverOpts[optSysctls]), Isolated: !n.optBool(optICC, true)}
 		p.Static = n.optBool(optGuard, true) && e.HostIndex != 0
-		_, p.Shortcut = c.shortcutLocked(e)
 		if n.rec.Driver == "macvlan" {
 			p.Parent = n.rec.Options[optParent]
 		}

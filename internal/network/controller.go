@@ -31,6 +31,7 @@ type Controller struct {
 	pool  *readyPool
 	path  *shortcut.Path // nil: the kernel takes none; fixed after Open
 	plain atomic.Bool    // its programs cannot be attached
+	late  latecomers
 	keys  keyLock
 	index *indexes
 
@@ -71,7 +72,8 @@ func Open(ctx context.Context, cfg Config) (_ *Controller, err error) {
 		return nil, fmt.Errorf("network: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	c := &Controller{cfg: cfg, log: cfg.Log, short: shortName(cfg.Name), index: newIndexes(),
-		nets: map[string]*netw{}, conts: map[string]*contRecord{}, names: map[string]string{}, ports: newPortTable()}
+		nets: map[string]*netw{}, conts: map[string]*contRecord{}, names: map[string]string{}, ports: newPortTable(),
+		late: latecomers{kick: make(chan struct{}, 1)}}
 	c.ctx, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
 		if err != nil {
@@ -106,6 +108,7 @@ func Open(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	c.dns = startDNS(c)
 	c.pool = startPool(c)
 	c.watchTable()
+	c.watchLate()
 	return c, nil
 }
 
@@ -121,6 +124,9 @@ func (cfg *Config) fill() error {
 	}
 	if cfg.MTU == 0 {
 		cfg.MTU = 1500
+	}
+	if cfg.ShortcutDelay == 0 {
+		cfg.ShortcutDelay = time.Second
 	}
 	if cfg.PoolSize == 0 {
 		cfg.PoolSize = 4

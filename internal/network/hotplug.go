@@ -83,6 +83,7 @@ func (c *Controller) ConnectNetwork(ctx context.Context, containerID string, req
 	c.sendDNSLocked(r)
 	rec := n.rec
 	c.mu.Unlock()
+	c.attachLater(r.ID)
 	c.emit("connect", rec, containerID)
 	return ep, nil
 }

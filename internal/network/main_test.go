@@ -82,7 +82,7 @@ type testNet struct {
 
 func testConfig(t *testing.T) Config {
 	dir := t.TempDir()
-	return Config{Name: "t" + randomHex(4), StateDir: dir + "/state", RunDir: dir + "/run", PoolSize: 2, DNSBinary: dnsBinary,
+	return Config{Name: "t" + randomHex(4), StateDir: dir + "/state", RunDir: dir + "/run", PoolSize: 2, DNSBinary: dnsBinary, ShortcutDelay: -1,
 		Pools: []Pool{{netip.MustParsePrefix("10.199.0.0/16"), 24}},
 		Log:   slog.New(slog.NewTextHandler(testWriter{t}, nil))}
 }

@@ -98,6 +98,9 @@ type Config struct {
 	FirewallBypass bool
 	// NoShortcuts has all frames go by the bridges.
 	NoShortcuts bool
+	// ShortcutDelay is how long containers have run before their frames take
+	// shortcuts; below 0: they do from the beginning. Default 1 s.
+	ShortcutDelay time.Duration
 	// OnEvent is called, without locks held, for each network event.
 	OnEvent func(Event)
 	// Log receives warnings; nil discards.

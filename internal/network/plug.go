@@ -48,8 +48,6 @@ type Plug struct {
 	// Static endpoints have one hardware address: the guard sees to that, and
 	// the bridge need not learn it from each frame.
 	Static bool
-	// Shortcut says that frames need not go by the bridge.
-	Shortcut bool
 
 	index int // of Interface; 0: the kernel chooses it
 }
@@ -82,8 +80,6 @@ type netnsPlumber struct {
 	rtnl *link.Socket // of the host's namespace
 	dir  string
 	from *os.File // the namespace that Setup takes instead of making one; nil: none
-	// attach is told the indexes of interfaces that have shortcuts.
-	attach func(ports ...int)
 }
 
 var _ Plumber = (*netnsPlumber)(nil)
@@ -143,11 +139,6 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 	}
 	if err := p.rtnl.Do(&host); err != nil {
 		return err
-	}
-	for _, pl := range plugs {
-		if pl.Shortcut {
-			p.attach(pl.HostIndex)
-		}
 	}
 	var links []link.Info // in the namespace
 	if slices.ContainsFunc(plugs, func(pl Plug) bool { return pl.index == 0 }) {
@@ -501,5 +492,5 @@ func (c *Controller) guardsLocked(eps []Endpoint) []nft.Guarded {
 }
 
 func (c *Controller) plumber() *netnsPlumber {
-	return &netnsPlumber{rtnl: c.rtnl, dir: filepath.Join(c.cfg.RunDir, "netns"), attach: c.attach}
+	return &netnsPlumber{rtnl: c.rtnl, dir: filepath.Join(c.cfg.RunDir, "netns")}
 }

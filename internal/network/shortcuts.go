@@ -1,9 +1,13 @@
 package network
 
 import (
+	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"tenon.dev/tenon/internal/network/link"
 	"tenon.dev/tenon/internal/network/shortcut"
@@ -85,15 +89,100 @@ func (c *Controller) shortcutLocked(e Endpoint) (shortcut.Port, bool) {
 	return p, true
 }
 
-// attach has the programs see what comes in by the given ports.
-func (c *Controller) attach(ports ...int) {
-	if c.path == nil || c.plain.Load() || len(ports) == 0 {
+// latecomers are containers whose ports the programs are to be attached to. That
+// and its undoing cost a tenth of a millisecond, which those that are gone in a
+// moment do not pay, and those that last do not notice.
+type latecomers struct {
+	kick chan struct{} // the list is not empty any more
+	mu   sync.Mutex
+	list []latecomer
+}
+
+type latecomer struct {
+	id   string
+	when time.Time
+}
+
+// attachLater has the programs see what comes in by a container's ports, before long.
+func (c *Controller) attachLater(id string) {
+	if c.path == nil || c.plain.Load() {
+		return
+	}
+	if c.cfg.ShortcutDelay < 0 {
+		c.attach(id)
+		return
+	}
+	c.late.mu.Lock()
+	c.late.list = append(c.late.list, latecomer{id, time.Now().Add(c.cfg.ShortcutDelay)})
+	first := len(c.late.list) == 1
+	c.late.mu.Unlock()
+	if first {
+		select {
+		case c.late.kick <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// due takes those out whose time has come. It says when the next one's is.
+func (l *latecomers) due(now time.Time) (ids []string, next time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for len(l.list) > 0 && !l.list[0].when.After(now) {
+		ids, l.list = append(ids, l.list[0].id), l.list[1:]
+	}
+	if len(l.list) > 0 {
+		next = l.list[0].when.Sub(now)
+	} else {
+		l.list = nil
+	}
+	return ids, next
+}
+
+// watchLate attaches the programs when it is time.
+func (c *Controller) watchLate() {
+	c.wg.Add(1)
+	go func() {
+		defer c.wg.Done()
+		timer := time.NewTimer(time.Hour)
+		defer timer.Stop()
+		for {
+			select {
+			case <-c.ctx.Done():
+				return
+			case <-c.late.kick:
+			case <-timer.C:
+			}
+			ids, next := c.late.due(time.Now())
+			c.attach(ids...)
+			if next == 0 {
+				next = time.Hour
+			}
+			timer.Reset(next)
+		}
+	}()
+}
+
+// attach has the programs see what comes in by the containers' ports. Containers
+// that are gone are no error.
+func (c *Controller) attach(ids ...string) {
+	if c.path == nil || c.plain.Load() {
 		return
 	}
 	var b link.Batch
-	for _, index := range ports {
-		b.AddFilter(index, false, c.path.In)
+	c.mu.Lock()
+	for _, id := range ids {
+		r := c.conts[id]
+		if r == nil {
+			continue
+		}
+		for _, e := range r.Endpoints {
+			if _, ok := c.shortcutLocked(e); ok {
+				b.AddFilter(e.HostIndex, false, c.path.In)
+			}
+		}
 	}
+	c.mu.Unlock()
 	c.filter(&b)
 }
 
@@ -121,11 +210,11 @@ func (c *Controller) attachBridge(index int) {
 // takeShortcuts gives the containers of a former daemon this one's programs, or
 // takes the former's away.
 func (c *Controller) takeShortcuts() error {
-	links, err := c.rtnl.Links()
-	if err != nil {
-		return err
-	}
 	if c.path == nil {
+		links, err := c.rtnl.Links()
+		if err != nil {
+			return err
+		}
 		var b link.Batch
 		for _, l := range c.ourPorts(links) {
 			b.DelFilter(l.Index, false)
@@ -143,13 +232,10 @@ func (c *Controller) takeShortcuts() error {
 	for _, r := range c.conts {
 		eps = append(eps, r.Endpoints...)
 	}
+	ids := slices.Collect(maps.Keys(c.conts))
 	c.mu.Unlock()
 	c.shorten(eps)
-	var ports []int
-	for _, l := range c.ourPorts(links) {
-		ports = append(ports, l.Index)
-	}
-	c.attach(ports...)
+	c.attach(ids...)
 	return nil
 }
 

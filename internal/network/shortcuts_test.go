@@ -230,3 +230,22 @@ func TestRootNoBPF(t *testing.T) {
 		}
 	}
 }
+
+// TestRootShortcutsLate: a container that has run for a while has shortcuts, and one
+// that is gone by then does not matter.
+func TestRootShortcutsLate(t *testing.T) {
+	n := openTest(t, func(c *Config) { c.ShortcutDelay = 50 * time.Millisecond })
+	on := []EndpointRequest{{Network: "bridge"}}
+	a, b := n.connect("aa", Request{Endpoints: on}), n.connect("bb", Request{Endpoints: on})
+	n.connect("gone", Request{Endpoints: on})
+	if err := n.Disconnect(t.Context(), fullID("gone")); err != nil {
+		t.Fatal(err)
+	}
+	serveTCP(t, a.Path, ":80", "web")
+	wantAnswer(t, b.Path, "tcp", addr4(a, 0)+":80", "web")
+	onlyShortcuts(t, n.bridgeOf("bridge"), a, b)
+	eventually(t, "after a while", b.Path, addr4(a, 0)+":80", true)
+	if n.plain.Load() {
+		t.Error("the programs could not be attached")
+	}
+}

@@ -129,9 +129,7 @@ func (c *Controller) plugTap(containerID, networkID, tap string) (Plug, error) {
 		}
 		return undo(err)
 	}
-	if plugs[i].Shortcut {
-		c.attach(index)
-	}
+	c.attachLater(r.ID)
 	if len(r.Ports) > 0 {
 		if err := c.hairpin(r); err != nil {
 			return undo(err)
