@@ -321,6 +321,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		Answered: quiet.touch,
 		Doctor:   func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
 		Quit:     func() { down.Store(true); quit() }, Log: log,
+		MachineSockets: filepath.Join(cfg.RunRoot, "machines"), Group: cfg.Group,
 	})
 	notify("READY=1")
 	log.Info("serving", "hosts", cfg.Hosts, "root", cfg.Root, "version", version.Version)

@@ -77,6 +77,7 @@ type Mount struct {
 	Spec        *mount.Mount        `json:"spec,omitempty"`    // for --mount
 	Tmpfs       string              `json:"tmpfs,omitempty"`   // options of --tmpfs
 	Create      bool                `json:"create,omitempty"`  // make a missing source directory (-v)
+	Within      string              `json:"within,omitempty"`  // the machine's share that the source must lie in, without links
 	Bind        *mount.BindOptions  `json:"bind,omitempty"`    // of --mount type=bind
 	TmpfsOpts   *mount.TmpfsOptions `json:"tmpfsOp,omitempty"` // of --mount type=tmpfs
 }

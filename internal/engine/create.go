@@ -67,7 +67,7 @@ func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ct
 	if err := e.checkImageMounts(ctx, r); err != nil { // they are in use from here on
 		return nil, res, err
 	}
-	if err := e.resolveVolumes(ctx, r, &u); err != nil {
+	if err := e.resolveVolumes(ctx, r, o.Tenant, &u); err != nil {
 		return nil, res, err
 	}
 	if err := failpoint("create-volumes"); err != nil {
@@ -101,6 +101,12 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	var asked mobycontainer.Isolation
 	if o.Request.HostConfig != nil {
 		asked = o.Request.HostConfig.Isolation
+	}
+	if o.Tenant != "" {
+		var err error
+		if asked, err = tenantIsolation(o.Tenant, asked); err != nil {
+			return nil, nil, err
+		}
 	}
 	isolation, about, err := e.isolation(ctx, asked)
 	if err != nil {
@@ -163,7 +169,10 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 			return nil, nil, err
 		}
 	}
-	if r.Mounts, err = e.planMounts(r); err != nil {
+	if r.Mounts, err = e.planMounts(r, o.Tenant != ""); err != nil {
+		return nil, nil, err
+	}
+	if err := e.checkTenant(ctx, o.Tenant, r); err != nil {
 		return nil, nil, err
 	}
 	if !onHost(r) {

@@ -10,6 +10,7 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/health"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/network"
 )
 
@@ -179,6 +180,9 @@ func (c *ctr) publish(f func(*container.Record)) {
 	c.rec.Store(r)
 }
 
+// IsolationAttribute, of the events of containers on machines, is their isolation.
+const IsolationAttribute = "tenon.isolation"
+
 // emit sends a container's event.
 func (e *Engine) emit(c *ctr, action events.Action, attrs map[string]string) {
 	r := c.record()
@@ -187,6 +191,9 @@ func (e *Engine) emit(c *ctr, action events.Action, attrs map[string]string) {
 		a[k] = v
 	}
 	a["image"], a["name"] = r.Image.Ref, r.Name
+	if delete(a, IsolationAttribute); machine.Named(r.Isolation) != "" {
+		a[IsolationAttribute] = r.Isolation
+	}
 	for k, v := range attrs {
 		a[k] = v
 	}

@@ -33,6 +33,9 @@ type CreateOptions struct {
 	Name     string // without the slash; empty: generated
 	Platform *ocispec.Platform
 	Request  container.CreateRequest // owned by the engine after the call
+	// Tenant is the machine whose own socket asks: the container may have nothing
+	// that is not of this machine. Empty: the daemon's socket asks.
+	Tenant string
 }
 
 // CreateResult tells what was made.
@@ -67,6 +70,7 @@ type ListOptions struct {
 	All, Size bool
 	Limit     int
 	Filters   Filters
+	Tenant    string // only containers of this machine; empty: all
 }
 
 // LogsOptions selects log lines.
@@ -184,6 +188,9 @@ type API interface {
 	MachineUpdate(ctx context.Context, ref string, o MachineUpdateOptions) error
 	MachineLogs(ctx context.Context, ref string, tail int, follow bool, w io.Writer) error
 	MachinePrune(ctx context.Context, f Filters) ([]string, error)
+	// TenantContainer and TenantPrune are for a machine's own socket.
+	TenantContainer(name, ref string) (id string, err error)
+	TenantPrune(ctx context.Context, name string, f Filters) (container.PruneReport, error)
 
 	// Events subscribes: past ones since (zero: none), then live until until
 	// (zero: ctx's end). The channel is closed at the end.

@@ -12,6 +12,7 @@ import (
 	mobynet "github.com/moby/moby/api/types/network"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/network"
 )
 
@@ -24,7 +25,7 @@ func (e *Engine) List(ctx context.Context, o ListOptions) ([]mobycontainer.Summa
 	if err := s.parse(); err != nil {
 		return nil, err
 	}
-	if err := e.resolveSelector(ctx, s); err != nil {
+	if err := e.resolveSelector(ctx, s, o.Tenant); err != nil {
 		return nil, err
 	}
 	ctrs := e.all()
@@ -39,6 +40,9 @@ func (e *Engine) List(ctx context.Context, o ListOptions) ([]mobycontainer.Summa
 	out := []mobycontainer.Summary{}
 	for _, c := range ctrs {
 		r := c.record()
+		if o.Tenant != "" && r.Isolation != machine.Prefix+o.Tenant {
+			continue
+		}
 		if !r.Running() && !r.Facts.Restarting && !o.All && o.Limit <= 0 && !s.all() {
 			continue
 		}
@@ -58,9 +62,15 @@ func (e *Engine) List(ctx context.Context, o ListOptions) ([]mobycontainer.Summa
 }
 
 // resolveSelector looks up what before, since and ancestor name.
-func (e *Engine) resolveSelector(ctx context.Context, s *selector) error {
+func (e *Engine) resolveSelector(ctx context.Context, s *selector, tenant string) error {
 	for key, at := range map[string]*time.Time{"before": &s.before, "since": &s.since} {
 		for _, ref := range s.f[key] {
+			if tenant != "" {
+				var err error
+				if ref, err = e.TenantContainer(tenant, ref); err != nil {
+					return err
+				}
+			}
 			c, err := e.find(ref)
 			if err != nil {
 				return err

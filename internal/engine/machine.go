@@ -180,7 +180,8 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 		return nil, nil, err
 	}
 	q.Plumbing = network.PlumbVM
-	p := &prepared{}
+	p := &prepared{held: func() {}}
+	defer func() { p.held() }()
 	if err := e.findPeers(ctx, c, p); err != nil {
 		return nil, nil, err
 	}
@@ -391,6 +392,11 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 	if p.mounts, err = e.specMounts(r); err != nil {
 		return h, err
 	}
+	release, err := holdMounts(r, p.mounts)
+	if err != nil {
+		return h, err
+	}
+	p.held = release
 	h.Shares, err = machineShares(p.mounts)
 	return h, err
 }

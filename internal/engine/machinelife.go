@@ -96,7 +96,7 @@ func (e *Engine) startMachLocked(ctx context.Context, m *mach) (err error) {
 	vm, err := e.cfg.Machines.Create(ctx, sandbox.MachineRequest{
 		ID: m.id, Hostname: r.Name, Memory: r.Memory, CPUs: r.CPUs,
 		Lasting: &sandbox.Lasting{
-			Name: r.Name, MaxCPUs: min(runtime.NumCPU(), machine.MaxCPUs), Data: filepath.Join(dir, "data.img"), DataSize: r.Disk,
+			Name: r.Name, Data: filepath.Join(dir, "data.img"), DataSize: r.Disk,
 			KernelLog: filepath.Join(dir, "kernel.log"), Containers: idsOf(e.containersOf(m)),
 		},
 	})

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"github.com/moby/moby/api/types/mount"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/volume"
 )
@@ -21,7 +23,7 @@ import (
 // planMounts resolves everything that asks for a mount: --volumes-from, -v,
 // --mount, --tmpfs and the image's volumes, in the order of increasing right.
 // It has no side effects.
-func (e *Engine) planMounts(r *container.Record) ([]container.Mount, error) {
+func (e *Engine) planMounts(r *container.Record, tenant bool) ([]container.Mount, error) {
 	at := map[string]container.Mount{}
 	for _, from := range r.HostConfig.VolumesFrom {
 		ms, err := e.volumesFrom(from)
@@ -86,7 +88,7 @@ func (e *Engine) planMounts(r *container.Record) ([]container.Mount, error) {
 	}
 	out := make([]container.Mount, 0, len(at))
 	for _, m := range at {
-		if err := e.checkSource(&m); err != nil {
+		if err := e.checkSource(&m, tenant); err != nil {
 			return nil, err
 		}
 		out = append(out, m)
@@ -95,9 +97,10 @@ func (e *Engine) planMounts(r *container.Record) ([]container.Mount, error) {
 	return out, nil
 }
 
-// checkSource refuses a --mount whose source is not there; -v makes it later.
-func (e *Engine) checkSource(m *container.Mount) error {
-	if m.Type == mount.TypeBind && !m.Create {
+// checkSource refuses a --mount whose source is not there; -v makes it later. A
+// tenant is not told what is there: its mounts are looked at when they are allowed.
+func (e *Engine) checkSource(m *container.Mount, tenant bool) error {
+	if m.Type == mount.TypeBind && !m.Create && !tenant {
 		if err := e.cfg.Kernel.BindSource(m.Source, false); err != nil {
 			return invalid("invalid mount config for type \"bind\": %v", err)
 		}
@@ -298,7 +301,9 @@ func (e *Engine) volumesFrom(text string) ([]container.Mount, error) {
 }
 
 // resolveVolumes makes the volumes that a new container's mounts name.
-func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, u *undo) error {
+// Those that a tenant's container makes, and anonymous ones of any on a machine,
+// are the machine's.
+func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, tenant string, u *undo) error {
 	for i := range r.Mounts {
 		m := &r.Mounts[i]
 		if m.Type != mount.TypeVolume || m.Source != "" {
@@ -311,6 +316,13 @@ func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, u *und
 				o.Options = d.Options
 			}
 		}
+		if name := machine.Named(r.Isolation); tenant != "" || name != "" && m.Name == "" {
+			o.Labels = maps.Clone(o.Labels)
+			if o.Labels == nil {
+				o.Labels = map[string]string{}
+			}
+			o.Labels[MachineLabel] = name
+		}
 		_, err := e.cfg.Volumes.Get(m.Name)
 		existed := m.Name != "" && err == nil
 		v, err := e.cfg.Volumes.Create(ctx, o)
@@ -321,6 +333,9 @@ func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, u *und
 			name := v.Name
 			u.add("volume "+name, func(ctx context.Context) error { return e.cfg.Volumes.Remove(ctx, name) })
 			e.emitVolume(v.Name, events.ActionCreate, map[string]string{"driver": "local"})
+		}
+		if tenant != "" && v.Labels[MachineLabel] != tenant { // made by others since it was looked at
+			return Denied(tenant, "the volume %s belongs to others", v.Name)
 		}
 		m.Name, m.Driver, m.Source = v.Name, "local", e.cfg.Volumes.Path(v.Name)
 	}
@@ -353,8 +368,10 @@ func (e *Engine) specMount(m *container.Mount) (spec.Mount, error) {
 	s := spec.Mount{Destination: m.Destination, ReadOnly: !m.RW, Propagation: m.Propagation}
 	switch m.Type {
 	case mount.TypeBind:
-		if err := e.cfg.Kernel.BindSource(m.Source, m.Create); err != nil {
-			return s, err
+		if m.Within == "" { // what a tenant mounts is opened apart
+			if err := e.cfg.Kernel.BindSource(m.Source, m.Create); err != nil {
+				return s, err
+			}
 		}
 		s.Type, s.Source, s.Recursive, s.Options = "bind", m.Source, true, []string{"rbind"}
 		if b := m.Bind; b != nil {

@@ -163,6 +163,11 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 			_ = e.endMachine(context.WithoutCancel(ctx), c, g, false) // the first error says more
 		}
 	}()
+	release, err := holdMounts(r, mounts)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	shares, err := machineShares(mounts)
 	if err != nil {
 		return nil, err

@@ -14,6 +14,7 @@ import (
 	"github.com/moby/moby/api/types/mount"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 )
 
 // Remove removes a container. With Force a running one is killed first. A
@@ -253,6 +254,16 @@ func (e *Engine) dependents(c *ctr) error {
 
 // PruneContainers removes all stopped ones that pass the filters.
 func (e *Engine) PruneContainers(ctx context.Context, f Filters) (mobycontainer.PruneReport, error) {
+	return e.prune(ctx, f, "")
+}
+
+// TenantPrune is PruneContainers for those of one machine.
+func (e *Engine) TenantPrune(ctx context.Context, name string, f Filters) (mobycontainer.PruneReport, error) {
+	return e.prune(ctx, f, machine.Prefix+name)
+}
+
+// prune removes those of an isolation; empty: of any.
+func (e *Engine) prune(ctx context.Context, f Filters, isolation string) (mobycontainer.PruneReport, error) {
 	var rep mobycontainer.PruneReport
 	sel, err := pruneFilter(f)
 	if err != nil {
@@ -260,7 +271,7 @@ func (e *Engine) PruneContainers(ctx context.Context, f Filters) (mobycontainer.
 	}
 	for _, c := range e.all() {
 		r := c.record()
-		if r.Running() || r.Facts.Restarting || r.Facts.Removing || r.Facts.Pending == "start" || !sel(r) {
+		if r.Running() || r.Facts.Restarting || r.Facts.Removing || r.Facts.Pending == "start" || !sel(r) || isolation != "" && r.Isolation != isolation {
 			continue
 		}
 		size, _, err := e.cfg.Roots.Usage(ctx, c.id)

@@ -303,6 +303,7 @@ type prepared struct {
 	// the same machine; pids are the first processes of those whose namespaces
 	// are, as the machine counts.
 	netPeer string
+	held    func() // lets go what was opened to be mounted
 	pids    map[string]int
 
 	userns     *userns.Namespace

@@ -156,6 +156,9 @@ type PushOptions struct {
 // LoadOptions are the options of Load.
 type LoadOptions struct {
 	Platform *ocispec.Platform
+	// Name, if not nil, may refuse a name that an image of the archive has, before
+	// any image gets one.
+	Name     func(ref string) error
 	Progress ProgressFunc
 }
 

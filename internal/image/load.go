@@ -67,6 +67,7 @@ type loader struct {
 	group    errgroup.Group
 	slots    chan struct{} // of layers unpacked at the same time
 	progress ProgressFunc
+	name     func(ref string) error
 }
 
 // Load reads a docker archive or an OCI layout, either compressed with gzip or
@@ -81,7 +82,7 @@ func (s *Store) Load(ctx context.Context, r io.Reader, opts LoadOptions) ([]Load
 	defer end()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	l := &loader{s: s, ctx: ctx, files: map[string]*archiveFile{}, slots: make(chan struct{}, s.cfg.Unpacks), progress: serial(opts.Progress)}
+	l := &loader{s: s, ctx: ctx, files: map[string]*archiveFile{}, slots: make(chan struct{}, s.cfg.Unpacks), progress: serial(opts.Progress), name: opts.Name}
 	imgs, err := l.load(r, opts.Platform)
 	if err != nil {
 		cancel(err)
@@ -416,6 +417,16 @@ func (l *loader) record(all []loadedImage) ([]Loaded, error) {
 	var out []Loaded
 	if len(all) == 0 {
 		return nil, fmt.Errorf("the archive holds no image: %w", errdefs.ErrInvalidArgument)
+	}
+	for _, li := range all {
+		for _, n := range li.names {
+			if l.name == nil {
+				break
+			}
+			if err := l.name(n); err != nil {
+				return nil, err
+			}
+		}
 	}
 	if err := l.s.recordLoaded(all, "load"); err != nil {
 		return nil, err

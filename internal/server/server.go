@@ -23,7 +23,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
@@ -54,6 +53,9 @@ type Config struct {
 	// AllowedHosts are further names that a Host header may carry on TCP
 	// listeners, beside IP addresses, localhost and the certificate's names.
 	AllowedHosts []string
+	// MachineSockets is the directory of the machines' own sockets, owned by Group
+	// as ListenConfig's; empty: they have none.
+	MachineSockets, Group string
 	// Log receives warnings, and at debug level one line per request. nil discards.
 	Log *slog.Logger
 }
@@ -69,8 +71,11 @@ type Server struct {
 	cfg  Config
 	log  *slog.Logger
 	http *http.Server
+	base context.Context // of all requests
 	stop context.CancelFunc
 	live sync.WaitGroup // handlers, hijacked ones as well
+
+	doors *doors // nil: machines have no sockets
 }
 
 // New makes a server; it does nothing until Serve.
@@ -83,28 +88,14 @@ func New(cfg Config) *Server {
 		Engine: cfg.Engine, Images: cfg.Images, Networks: cfg.Networks,
 		Version: cfg.Version, GitCommit: cfg.GitCommit, BuildTime: cfg.BuildTime, Log: log,
 	})
-	t := tenon.New(tenon.Config{
-		Engine: cfg.Engine, Images: cfg.Images,
-		Doctor: cfg.Doctor, Quit: cfg.Quit, Log: log,
-	})
 	s := &Server{cfg: cfg, log: log}
-	mux := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(r.URL.Path, tenon.Prefix) {
-			t.ServeHTTP(w, r)
-			return
-		}
-		d.ServeHTTP(w, r)
-	})
-	base, stop := context.WithCancel(context.Background())
-	s.stop = stop
-	s.http = &http.Server{
-		Handler:           s.guard(mux),
-		ReadHeaderTimeout: headerTimeout,
-		MaxHeaderBytes:    1 << 20,
-		BaseContext:       func(net.Listener) context.Context { return base },
-		ConnContext:       connContext,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	own := tenon.Config{Engine: cfg.Engine, Images: cfg.Images, Doctor: cfg.Doctor, Quit: cfg.Quit, Log: log}
+	if cfg.MachineSockets != "" {
+		s.doors = &doors{s: s, dir: cfg.MachineSockets, open: map[string]*http.Server{}}
+		own.Doors = s.doors
 	}
+	s.base, s.stop = context.WithCancel(context.Background())
+	s.http = s.httpServer(s.guard(route(tenon.New(own), d)))
 	return s
 }
 
@@ -123,6 +114,9 @@ func (s *Server) Serve(ctx context.Context, listeners []net.Listener) error {
 		defer cancel()
 		_ = s.Shutdown(grace) // what is left is cut off when the process ends
 	})
+	if s.doors != nil {
+		s.doors.openAll(ctx)
+	}
 	errs := make(chan error, len(listeners))
 	for _, l := range listeners {
 		go func() { errs <- s.http.Serve(l) }()
@@ -151,7 +145,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-done:
 		return err
 	case <-ctx.Done():
-		return errors.Join(err, s.http.Close(), context.Cause(ctx))
+		return errors.Join(err, s.Close(), context.Cause(ctx))
 	}
 }
 
@@ -161,7 +155,13 @@ func (s *Server) shutdownHTTP(ctx context.Context) error {
 	t := time.AfterFunc(300*time.Millisecond, s.stop)
 	defer t.Stop()
 	defer s.stop()
-	return s.http.Shutdown(ctx)
+	if s.doors == nil {
+		return s.http.Shutdown(ctx)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.doors.shutdown(ctx) }()
+	err := s.http.Shutdown(ctx)
+	return errors.Join(err, <-ended)
 }
 
 var _ io.Closer = (*Server)(nil)
@@ -169,5 +169,8 @@ var _ io.Closer = (*Server)(nil)
 // Close ends everything at once.
 func (s *Server) Close() error {
 	s.stop()
+	if s.doors != nil {
+		s.doors.closeAll()
+	}
 	return s.http.Close()
 }

@@ -33,9 +33,29 @@ import (
 type Config struct {
 	Engine                        engine.API
 	Images                        *image.Store
-	Networks                      *network.Controller
+	Networks                      Networks
 	Version, GitCommit, BuildTime string
 	Log                           *slog.Logger
+	// Tenant, if not nil, says that this is a machine's own socket, with Engine and
+	// Networks scoped to it.
+	Tenant Tenant
+}
+
+// Networks are the networks that clients see; *network.Controller is all of them.
+type Networks interface {
+	List(ctx context.Context, f network.Filters) ([]network.Inspect, error)
+	Inspect(ctx context.Context, ref string) (network.Inspect, error)
+	Create(ctx context.Context, req network.CreateRequest) (network.Inspect, error)
+	Remove(ctx context.Context, ref string) error
+	Prune(ctx context.Context, f network.Filters) ([]string, error)
+}
+
+// Tenant is what a machine's own socket adds to that.
+type Tenant interface {
+	// ImageName refuses a name that may not be given to an image, or taken away.
+	ImageName(ref string) error
+	// Kernel is the release of the machine's kernel.
+	Kernel(ctx context.Context) string
 }
 
 // API is the Docker Engine API as an http.Handler. Make it with New.
@@ -43,7 +63,7 @@ type API struct {
 	cfg    Config
 	eng    engine.API
 	images *image.Store
-	nets   *network.Controller
+	nets   Networks
 	log    *slog.Logger
 	mux    func() *http.ServeMux
 	server string // Server header

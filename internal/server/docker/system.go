@@ -71,6 +71,10 @@ func (a *API) version(c *call) error {
 	if commit == "" && built == "" {
 		commit, built = vcs()
 	}
+	kernel := kernelVersion()
+	if t := a.cfg.Tenant; t != nil {
+		kernel = t.Kernel(c.ctx)
+	}
 	v := system.VersionResponse{
 		Platform:      system.PlatformInfo{Name: "Tenon"},
 		Version:       a.cfg.Version,
@@ -80,7 +84,7 @@ func (a *API) version(c *call) error {
 		Arch:          runtime.GOARCH,
 		GitCommit:     commit,
 		GoVersion:     runtime.Version(),
-		KernelVersion: kernelVersion(),
+		KernelVersion: kernel,
 		BuildTime:     built,
 	}
 	v.Components = []system.ComponentVersion{{

@@ -182,6 +182,12 @@ func (a *API) imageImport(c *call) error {
 	if err != nil {
 		return err
 	}
+	if err := a.mayName(ref); err != nil {
+		return err
+	}
+	if src != "-" && a.cfg.Tenant != nil { // the daemon's own way into the network
+		return errdefs.ErrPermissionDenied.WithMessage("an image can't be imported from a URL here: send the archive itself")
+	}
 	m := c.messages(src == "-")
 	body := io.Reader(c.r.Body)
 	if src != "-" {
@@ -280,7 +286,7 @@ func (a *API) imageLoad(c *call) error {
 		return err
 	}
 	m := c.messages(true)
-	o := image.LoadOptions{Platform: p}
+	o := image.LoadOptions{Platform: p, Name: a.mayName}
 	if !c.flagOr("quiet", true) {
 		o.Progress = m.progress
 	}

@@ -18,8 +18,8 @@ import (
 
 // Doors opens and closes the machines' own sockets.
 type Doors interface {
-	// Check says why a machine of this name could have none.
-	Check(name string) error
+	// Check says why a machine of this name could have none, or none of this group's.
+	Check(name, group string) error
 	// Open listens; a second call does nothing.
 	Open(ctx context.Context, r *machine.Record) error
 	// Close stops listening, ends what is under way there and removes the socket.
@@ -78,7 +78,7 @@ func (a *API) machineCreate(w http.ResponseWriter, r *http.Request) error {
 		rec.Shares = append(rec.Shares, machine.Share{Path: s.Path, ReadOnly: s.ReadOnly})
 	}
 	if a.cfg.Doors != nil {
-		if err := a.cfg.Doors.Check(req.Name); err != nil {
+		if err := a.cfg.Doors.Check(req.Name, req.Group); err != nil {
 			return err
 		}
 	}

@@ -29,6 +29,8 @@ type Config struct {
 	Doctor func(ctx context.Context) (any, error)
 	// Quit makes the daemon end; nil: shutdown is answered with 501.
 	Quit func()
+	// Tenant is the machine whose own socket this is: run and exec alone are served.
+	Tenant string
 	// Doors are the machines' own sockets; nil: they have none.
 	Doors Doors
 	Log   *slog.Logger
@@ -49,6 +51,12 @@ func New(cfg Config) *API {
 	a := &API{cfg: cfg, log: cfg.Log, mux: http.NewServeMux()}
 	a.handle("POST "+runproto.Path, a.run)
 	a.handle("POST "+runproto.ExecPath, a.exec)
+	if cfg.Tenant != "" {
+		a.handle("/tenon/", func(http.ResponseWriter, *http.Request) error {
+			return engine.Denied(cfg.Tenant, "this is served on the daemon's own socket")
+		})
+		return a
+	}
 	a.handle("GET /tenon/v1/doctor", a.doctor)
 	a.handle("POST /tenon/v1/images/bootstrap", a.bootstrap)
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
