@@ -180,6 +180,9 @@ func makeCgroups(name string) ([]string, error) {
 		if ent.Name() != "systemd" && !strings.Contains(string(known), "\n"+ent.Name()+"\t") {
 			continue
 		}
+		if _, err := os.Stat(filepath.Join("/sys/fs/cgroup", ent.Name(), "cgroup.procs")); err != nil {
+			continue // no hierarchy
+		}
 		dir := filepath.Join("/sys/fs/cgroup", ent.Name(), name)
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return made, err

@@ -54,6 +54,7 @@ func (e *Engine) files(ctx context.Context, c *ctr) (_ *task.Client, f task.File
 		if mounts, err = e.specMounts(r); err != nil {
 			return nil, f, nil, err
 		}
+		mounts = append(mounts, e.writtenFiles(r, mounts)...)
 	}
 	f.Root = e.rootMessage(r, root, mounts)
 	return client, f, func() {}, nil
@@ -74,9 +75,9 @@ func (l lent) Close() error {
 // are no change of the container's.
 var engineFiles = []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev", "/proc", "/sys", "/sbin/docker-init", "/.dockerenv"}
 
-func pathError(c *ctr, p string, err error) error {
+func pathError(ref, p string, err error) error {
 	if errdefs.IsNotFound(err) {
-		return notFound("Could not find the file %s in container %s", p, c.id)
+		return notFound("Could not find the file %s in container %s", p, ref)
 	}
 	return err
 }
@@ -94,7 +95,7 @@ func (e *Engine) StatPath(ctx context.Context, ref, p string) (*mobycontainer.Pa
 	defer release()
 	st, err := client.StatFile(ctx, f, p)
 	if err != nil {
-		return nil, pathError(c, p, err)
+		return nil, pathError(ref, p, err)
 	}
 	return pathStat(st), nil
 }
@@ -116,7 +117,7 @@ func (e *Engine) ReadArchive(ctx context.Context, ref, p string) (io.ReadCloser,
 	r, st, err := client.ReadFiles(ctx, f, p)
 	if err != nil {
 		release()
-		return nil, nil, pathError(c, p, err)
+		return nil, nil, pathError(ref, p, err)
 	}
 	e.emit(c, events.ActionArchivePath, nil)
 	return lent{r, release}, pathStat(st), nil
@@ -137,7 +138,7 @@ func (e *Engine) WriteArchive(ctx context.Context, ref, p string, tar io.Reader,
 		return err
 	}
 	if err := client.WriteFiles(ctx, f, p, tar, noOverwriteDirNonDir, copyUIDGID); err != nil {
-		return pathError(c, p, err)
+		return pathError(ref, p, err)
 	}
 	if r := c.record(); !onHost(r) && !r.Facts.Changed {
 		if err := e.change(c, func(r *container.Record) { r.Facts.Changed = true }); err != nil {

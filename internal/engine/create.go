@@ -131,10 +131,14 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 			return nil, nil, err
 		}
 	}
+	manifest := img.Manifest
+	if manifest.Platform == nil {
+		manifest.Platform = &img.Platform
+	}
 	r := &container.Record{
 		V: container.Version, Seq: 1, ID: id, Name: o.Name, Created: time.Now().UTC(),
 		Config: cfg, HostConfig: h, Isolation: isolation,
-		Image: container.Image{ID: img.ID, Ref: o.Request.Config.Image, Manifest: &img.Manifest, Platform: img.Platform},
+		Image: container.Image{ID: img.ID, Ref: o.Request.Config.Image, Manifest: &manifest, Platform: img.Platform},
 	}
 	if err := e.checkRelations(r); err != nil {
 		return nil, nil, err

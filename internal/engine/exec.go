@@ -138,7 +138,7 @@ func execable(c *ctr) error {
 	case !r.Running():
 		return conflict("container %s is not running", c.id)
 	case r.Facts.Paused:
-		return conflict("container %s is paused, unpause the container before exec", c.id)
+		return conflict("Container %s is paused, unpause the container before exec", c.id)
 	}
 	return nil
 }

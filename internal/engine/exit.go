@@ -74,6 +74,7 @@ func (e *Engine) recordExit(c *ctr, rn *run, x exitFacts) {
 	}
 	r := c.record()
 	ran := r.Facts.Finished.Sub(r.Facts.Started)
+	e.volumesUsed(r, false)
 	e.emit(c, events.ActionDie, map[string]string{"exitCode": strconv.Itoa(x.code), "execDuration": strconv.FormatInt(int64(ran.Seconds()), 10)})
 	c.mu.Lock()
 	close(rn.exited)

@@ -129,18 +129,18 @@ var listFilters = []string{"ancestor", "before", "exited", "expose", "health", "
 func (s *selector) parse() error {
 	for _, st := range s.f["status"] {
 		if err := mobycontainer.ValidateContainerState(mobycontainer.ContainerState(st)); err != nil {
-			return invalid("invalid filter 'status=%s'", st)
+			return invalid("invalid filter 'status=%s': %v", st, err)
 		}
 	}
 	for _, h := range s.f["health"] {
 		if err := mobycontainer.ValidateHealthStatus(mobycontainer.HealthStatus(h)); err != nil {
-			return invalid("invalid filter 'health=%s'", h)
+			return invalid("invalid filter 'health=%s': %v", h, err)
 		}
 	}
 	for _, x := range s.f["exited"] {
 		n, err := strconv.Atoi(x)
 		if err != nil {
-			return invalid("invalid filter 'exited=%s'", x)
+			return invalid("invalid filter 'exited=%s': not a number", x)
 		}
 		s.exit = append(s.exit, n)
 	}

@@ -200,6 +200,11 @@ func (e *Engine) endpoints(r *container.Record, ns *network.Namespace) map[strin
 	out := map[string]*mobynet.EndpointSettings{}
 	for name, s := range r.Networks {
 		out[name] = endpointSettings(s, endpointOf(ns, name))
+		if out[name].NetworkID == "" && r.Facts.Run > 0 { // it was there once
+			if n, err := e.cfg.Networks.Inspect(e.ctx, name); err == nil {
+				out[name].NetworkID = n.ID
+			}
+		}
 	}
 	return out
 }

@@ -49,6 +49,9 @@ func (e *Engine) planNetworks(ctx context.Context, r *container.Record, req *mob
 		if err := checkEndpoint(name, s); err != nil {
 			return nil, err
 		}
+		if err := e.checkAddresses(ctx, name, s); err != nil {
+			return nil, err
+		}
 	}
 	if (mode.IsHost() || mode.IsNone()) && len(out) > 1 {
 		return nil, invalid("conflicting options: cannot attach both user-defined and non-user-defined network-modes")
@@ -67,6 +70,27 @@ func (e *Engine) networkName(ctx context.Context, ref string) string {
 		return n.Name
 	}
 	return ref
+}
+
+// checkAddresses refuses addresses that no subnet of the network has. A network
+// that is not there yet is asked again by the start.
+func (e *Engine) checkAddresses(ctx context.Context, name string, s *mobynet.EndpointSettings) error {
+	if s.IPAMConfig == nil {
+		return nil
+	}
+	for _, a := range []netip.Addr{s.IPAMConfig.IPv4Address, s.IPAMConfig.IPv6Address} {
+		if !a.IsValid() {
+			continue
+		}
+		n, err := e.cfg.Networks.Inspect(ctx, name)
+		if err != nil {
+			return nil
+		}
+		if !slices.ContainsFunc(n.IPAM.Config, func(c mobynet.IPAMConfig) bool { return c.Subnet.Contains(a) }) {
+			return invalid("invalid config for network %s: invalid endpoint settings:\nno configured subnet contains IP address %s", name, a)
+		}
+	}
+	return nil
 }
 
 func checkEndpoint(name string, s *mobynet.EndpointSettings) error {

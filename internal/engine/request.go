@@ -95,7 +95,8 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 			return in, err
 		}
 	}
-	if in.Init = p.init; h.Init != nil && *h.Init && p.init == "" {
+	// Only the first process of a pid namespace is left the orphans.
+	if in.Init = p.init; h.Init != nil && *h.Init && p.init == "" && !h.PidMode.IsHost() && !h.PidMode.IsContainer() {
 		if in.Init, err = kernel.Init(); err != nil {
 			return in, err
 		}

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -238,6 +240,7 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	if err != nil {
 		return err
 	}
+	e.volumesUsed(c.record(), true)
 	e.emit(c, events.ActionStart, nil)
 	e.startHealth(c)
 	return nil
@@ -344,7 +347,7 @@ func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (_ *prepared, err
 	}()
 	rootErr := e.prepareRoot(ctx, c, p)
 	if err := <-netDone; err != nil {
-		return nil, err
+		return nil, fmt.Errorf("failed to set up container networking: %w", err)
 	}
 	c.setNetwork(p.ns)
 	if rootErr != nil {
@@ -427,13 +430,34 @@ func (e *Engine) writeFiles(r *container.Record, ns *network.Namespace) ([]spec.
 	}
 	var out []spec.Mount
 	for _, f := range []struct{ name, dest string }{{"resolv.conf", "/etc/resolv.conf"}, {"hostname", "/etc/hostname"}, {"hosts", "/etc/hosts"}} {
-		out = append(out, spec.Mount{Type: "bind", Source: filepath.Join(dir, f.name), Destination: f.dest, Engine: true})
+		out = append(out, spec.Mount{Type: "bind", Source: filepath.Join(dir, f.name), Destination: f.dest, ReadOnly: r.HostConfig.ReadonlyRootfs, Engine: true})
 	}
 	return out, nil
 }
 
 // networkFiles are what writeNetworkFiles makes.
 var networkFiles = []string{"hostname", "hosts", "resolv.conf"}
+
+// writtenFiles are the mounts of those that the last start of a container wrote,
+// but for where the container has mounts of its own.
+func (e *Engine) writtenFiles(r *container.Record, own []spec.Mount) []spec.Mount {
+	dir := e.runDir(r.ID)
+	if r.HostConfig.NetworkMode.IsContainer() {
+		dir = e.runDir(r.HostConfig.NetworkMode.ConnectedContainer())
+	}
+	var out []spec.Mount
+	for _, name := range networkFiles {
+		m := spec.Mount{Type: "bind", Source: filepath.Join(dir, name), Destination: "/etc/" + name, Options: []string{"bind"}, Engine: true}
+		hidden := slices.ContainsFunc(own, func(o spec.Mount) bool {
+			d := path.Clean(o.Destination)
+			return d == "/etc" || d == m.Destination
+		})
+		if _, err := os.Stat(m.Source); err == nil && !hidden {
+			out = append(out, m)
+		}
+	}
+	return out
+}
 
 func writeNetworkFiles(dir string, r *container.Record, ns *network.Namespace) error {
 	hostname := r.Config.Hostname

@@ -300,7 +300,7 @@ func (e *Engine) freeze(ctx context.Context, ref string, pause bool) error {
 	r := c.record()
 	switch {
 	case !r.Running() && !pause:
-		return conflict("container %s is not paused", c.id)
+		return conflict("Container %s is not paused", c.id)
 	case r.Facts.Restarting:
 		return conflict("container %s is restarting, wait until the container is running", c.id)
 	case !r.Running():
@@ -308,7 +308,7 @@ func (e *Engine) freeze(ctx context.Context, ref string, pause bool) error {
 	case pause && r.Facts.Paused:
 		return conflict("container %s is already paused", c.id)
 	case !pause && !r.Facts.Paused:
-		return conflict("container %s is not paused", c.id)
+		return conflict("Container %s is not paused", c.id)
 	}
 	client, err := e.client(ctx, c)
 	if err != nil {

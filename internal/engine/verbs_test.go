@@ -157,6 +157,12 @@ func TestRootFilesOfContainers(t *testing.T) {
 		if got := readTar(t, b, "files", "/vol/in"); got["in"] != "in\n" {
 			t.Errorf("%s: read from a volume: %v", state, got)
 		}
+		if got := readTar(t, b, "files", "/etc/hosts"); !strings.Contains(got["hosts"], "127.0.0.1") {
+			t.Errorf("%s: the engine's own file: %v", state, got)
+		}
+		if _, err := b.StatPath(ctx, "files", "/.dockerenv"); err != nil {
+			t.Errorf("%s: programs don't see that they are in a container: %v", state, err)
+		}
 		var buf bytes.Buffer
 		tw := tar.NewWriter(&buf)
 		name := "w-" + state

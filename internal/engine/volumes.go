@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/moby/moby/api/types/mount"
 	mobyvolume "github.com/moby/moby/api/types/volume"
 
+	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/image"
 	"tenon.dev/tenon/internal/layered"
 	"tenon.dev/tenon/internal/safepath"
@@ -32,6 +34,20 @@ func (e *Engine) emitVolume(name string, action events.Action, attrs map[string]
 		attrs = map[string]string{"driver": "local"}
 	}
 	e.cfg.Events.Publish(events.Message{Type: events.VolumeEventType, Action: action, Actor: events.Actor{ID: name, Attributes: attrs}})
+}
+
+// volumesUsed sends the events of a container's volumes at its start and end.
+func (e *Engine) volumesUsed(r *container.Record, start bool) {
+	for _, m := range r.Mounts {
+		switch {
+		case m.Type != mount.TypeVolume:
+		case start:
+			e.emitVolume(m.Name, events.ActionMount, map[string]string{"driver": m.Driver, "container": r.ID, "destination": m.Destination,
+				"read/write": strconv.FormatBool(m.RW), "propagation": string(m.Propagation)})
+		default:
+			e.emitVolume(m.Name, events.ActionUnmount, map[string]string{"driver": m.Driver, "container": r.ID})
+		}
+	}
 }
 
 // volumeUsers names the containers that use a volume, but for one.

@@ -217,6 +217,9 @@ func (s *Store) Import(ctx context.Context, r io.Reader, opts ImportOptions) (*I
 	if len(names) > 0 {
 		ref = familiar(names[0])
 	}
+	if len(names) > 0 {
+		s.event("tag", img.ID, ref, nil)
+	}
 	s.event("import", img.ID, ref, nil)
 	return img, nil
 }
@@ -252,6 +255,9 @@ func (s *Store) Commit(ctx context.Context, opts CommitOptions) (*Image, error) 
 		ref = familiar(names[0])
 	}
 	s.event("create", img.ID, ref, map[string]string{"comment": opts.Comment})
+	if len(names) > 0 {
+		s.event("tag", img.ID, ref, nil)
+	}
 	return img, nil
 }
 

@@ -8,12 +8,14 @@ import (
 )
 
 // baseDirs and baseFiles are the mount points that every container needs and few
-// images have. They lie in a layer of their own below all of the image's, which
+// images have, and what programs look for: /.dockerenv by which they know that they
+// are in a container, and the list of mounts. They lie in a layer of their own below all of the image's, which
 // hide it where they have the same: so that nothing has to be made in each
 // container's writable layer, and copied up for it, before it can be mounted on.
 var (
 	baseDirs  = []string{"dev", "etc", "proc", "sys"}
-	baseFiles = []string{"etc/hostname", "etc/hosts", "etc/resolv.conf"}
+	baseFiles = []string{".dockerenv", "etc/hostname", "etc/hosts", "etc/resolv.conf"}
+	baseLinks = map[string]string{"etc/mtab": "/proc/mounts"}
 )
 
 // makeBase makes the lowest layer, or completes it. The directory that it lies in
@@ -34,11 +36,16 @@ func makeBase(dir string) error {
 	}
 	for _, name := range baseFiles {
 		path := filepath.Join(dir, name)
-		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(f.Chmod(0o644), f.Close()); err != nil {
+		if err := errors.Join(f.Chmod(0o755), f.Close()); err != nil { // as Docker's, in exports too
+			return err
+		}
+	}
+	for name, to := range baseLinks {
+		if err := os.Symlink(to, filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 	}

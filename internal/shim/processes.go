@@ -2,6 +2,7 @@ package shim
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -109,7 +110,8 @@ func hostPS(ctx context.Context, args []string, pids []int) (*taskv1.ProcessesRe
 	cmd.Stderr = &limited{b: &stderr, left: 1024}
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("ps: %w: %s: %w", err, strings.TrimSpace(stderr.String()), errdefs.ErrInvalidArgument)
+		why, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n") // how to use ps comes after it
+		return nil, fmt.Errorf("ps: %s: %w", cmp.Or(why, err.Error()), errdefs.ErrInvalidArgument)
 	}
 	return parsePS(string(out), pids)
 }

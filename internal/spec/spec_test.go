@@ -163,11 +163,11 @@ func TestResolveUser(t *testing.T) {
 		add  []string
 		want User
 	}{
-		{"", nil, User{Home: "/root"}},
+		{"", nil, User{Additional: []uint32{0}, Home: "/root"}},
 		{"app", nil, User{UID: 1000, GID: 100, Additional: []uint32{100, 5}, Home: "/home/app"}},
 		{"1000", nil, User{UID: 1000, GID: 100, Additional: []uint32{100, 5}, Home: "/home/app"}},
-		{"app:root", nil, User{UID: 1000, GID: 0, Home: "/home/app"}},
-		{"4242", nil, User{UID: 4242, Home: "/"}},
+		{"app:root", nil, User{UID: 1000, GID: 0, Additional: []uint32{0}, Home: "/home/app"}},
+		{"4242", nil, User{UID: 4242, Additional: []uint32{0}, Home: "/"}},
 		{"4242:77", []string{"audio", "123"}, User{UID: 4242, GID: 77, Additional: []uint32{77, 29, 123}, Home: "/"}},
 	} {
 		got, err := ResolveUser(c.text, c.add, passwd, group)

@@ -47,9 +47,9 @@ func ResolveUser(text string, groupAdd []string, passwd, group []byte) (User, er
 		}
 		gids = append(gids, more...)
 	}
-	if len(gids) > 0 {
-		u.Additional = append(u.Additional, u.GID)
-	}
+	// Always in the list, so that leaving the group with setgid(2) doesn't leave
+	// what it is kept from (CVE-2022-36109).
+	u.Additional = append(u.Additional, u.GID)
 	for _, g := range gids {
 		if g < 0 || g > 1<<31-1 {
 			return User{}, invalid("uids and gids must be in range 0-2147483647: group %d", g)

@@ -33,7 +33,8 @@ func mountOf(v *Volume, data string) (Mount, error) {
 	case typ == "" && device == "" && len(opts) == 0:
 		return Mount{Type: "bind", Source: data, Options: []string{"rbind"}}, nil
 	case typ == "tmpfs":
-		return Mount{Type: "tmpfs", Source: "tmpfs", Options: opts}, nil
+		// A volume has none of the limits that --tmpfs has; o= may ask for them.
+		return Mount{Type: "tmpfs", Source: "tmpfs", Options: append([]string{"exec", "suid", "dev"}, opts...)}, nil
 	case device == "":
 		return Mount{}, fmt.Errorf("volume %s: type=%s needs device=: %w", v.Name, typ, errdefs.ErrInvalidArgument)
 	case typ == "none" || typ == "" || typ == "bind":
