@@ -28,8 +28,13 @@ import (
 
 type throttle = blkiodev.ThrottleDevice
 
-// startTime bounds a start; a client that hangs up does not end it.
-const startTime = 2 * time.Minute
+// startTime bounds a start; a client that hangs up does not end it. On a kernel of
+// its own, firstTime does: the first start of all makes the template of machines,
+// which an emulator that is short of processors takes minutes for.
+const (
+	startTime = 2 * time.Minute
+	firstTime = 15 * time.Minute
+)
 
 type startOptions struct {
 	byUser bool // resets the restart count and the back-off
@@ -50,7 +55,11 @@ func (e *Engine) start(ctx context.Context, c *ctr, o startOptions) error {
 	if err := c.op.lock(ctx); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTime)
+	limit := startTime
+	if !onHost(c.record()) {
+		limit = firstTime
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
 	err := e.startLocked(ctx, c, o)
 	c.op.unlock()

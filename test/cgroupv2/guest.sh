@@ -30,6 +30,7 @@ fi
 echo "cgroupv2: $(uname -r), controllers: $(cat /sys/fs/cgroup/cgroup.controllers); in $(cat /proc/self/cgroup)"
 
 mkdir -p /var/tmp/e2e
+export TENON_PATIENCE=5 # all of this machine is emulated
 status=0
 if [ -e /job/vm.sh ]; then
 	modprobe -a tun

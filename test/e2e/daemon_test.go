@@ -173,7 +173,7 @@ func (d *Daemon) start() error {
 	end := make(chan error, 1)
 	go func() { end <- cmd.Wait() }()
 	d.cmd, d.end = cmd, end
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(patience(time.Minute))
 	for {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		out, err := exec.CommandContext(ctx, "curl", "-sf", "--unix-socket", d.Socket, "http://tenon/_ping").Output()
@@ -237,7 +237,7 @@ func (d *Daemon) Wait(t testing.TB, limit time.Duration) {
 func (d *Daemon) teardown(t testing.TB) {
 	t.Helper()
 	d.Kill(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience(2*time.Minute))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(d.bin, "tenond"), append(d.Args, "--shutdown")...)
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -297,6 +297,15 @@ type Result struct {
 	Code     int
 }
 
+// patience multiplies a bound by TENON_PATIENCE: where the whole machine is
+// emulated, everything takes a while.
+func patience(d time.Duration) time.Duration {
+	if n, err := strconv.Atoi(os.Getenv("TENON_PATIENCE")); err == nil && n > 0 {
+		return d * time.Duration(n)
+	}
+	return d
+}
+
 // Docker runs the stock docker CLI against the daemon.
 func (d *Daemon) Docker(t testing.TB, args ...string) Result {
 	t.Helper()
@@ -328,6 +337,7 @@ func (d *Daemon) Environ() []string {
 
 func (d *Daemon) run(t testing.TB, limit time.Duration, name string, args ...string) Result {
 	t.Helper()
+	limit = patience(limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)

@@ -29,7 +29,7 @@ func kills(t *testing.T, n int) int {
 // what f said last.
 func eventually(t testing.TB, what string, f func() string) {
 	t.Helper()
-	deadline := time.Now().Add(60 * time.Second)
+	deadline := time.Now().Add(patience(60 * time.Second))
 	for {
 		last := f()
 		if last == "" {

@@ -20,7 +20,7 @@ func (d *Daemon) dieAt(t *testing.T, point, script string) {
 	d.Env = []string{"TENON_FAILPOINT=" + point + ":kill"}
 	d.Start(t)
 	d.Sh(t, script) // its client sees the connection break
-	d.Wait(t, time.Minute)
+	d.Wait(t, patience(time.Minute))
 	d.Env = nil
 	d.Start(t)
 }
@@ -221,7 +221,7 @@ func TestShimDiesInTheMiddle(t *testing.T) {
 	d.Env = []string{"TENON_FAILPOINT=start-created:kill"}
 	d.Start(t)
 	d.Docker(t, "start", "half")
-	d.Wait(t, 30*time.Second)
+	d.Wait(t, patience(time.Minute))
 	d.Sh(t, "kill -9 "+d.shimPid(t))
 	d.Env = nil
 	d.Start(t)

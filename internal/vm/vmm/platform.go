@@ -116,6 +116,9 @@ func identity(path string) (string, error) {
 // bootTime bounds a boot: emulated, on a busy host.
 const bootTime = 5 * time.Minute
 
+// templateTime bounds the making of a template: a boot, and the warm-up.
+const templateTime = 12 * time.Minute
+
 // getTemplate returns the template of this platform, making it if need be.
 func (m *Manager) getTemplate(ctx context.Context) (*platform, *template.Template, error) {
 	p, err := m.findPlatform(ctx)
@@ -124,7 +127,7 @@ func (m *Manager) getTemplate(ctx context.Context) (*platform, *template.Templat
 	}
 	t, err := m.store.Get(ctx, p.key, p.tsc, func(ctx context.Context, ram *os.File) ([]byte, error) {
 		m.log.Info("making the template of virtual machines", "kernel", p.kernel.Release, "accel", p.accel.Accel)
-		ctx, cancel := context.WithTimeout(ctx, bootTime)
+		ctx, cancel := context.WithTimeout(ctx, templateTime)
 		defer cancel()
 		v, err := m.birth(ctx, birth{platform: p, hardware: p.hardware, ram: ram})
 		if err != nil {

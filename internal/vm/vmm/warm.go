@@ -34,7 +34,7 @@ const (
 	warmDir  = "/run/tenon/warm"
 	warmNet  = "/run/tenon/netns/warm"
 	warmMAC  = "52:54:00:74:6e:ff"
-	warmTime = 2 * time.Minute // on a busy host, emulated
+	warmTime = 5 * time.Minute // on a busy host, emulated
 )
 
 // warm runs what every container does: its code is then in memory, in the state
