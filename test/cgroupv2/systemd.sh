@@ -9,7 +9,7 @@ check() { # check NAME WANT COMMAND…: compares what the command prints
 	if [ "$(type -t "$1")" = function ]; then # which has bounds of its own
 		got=$("$@" 2>&1) || got="$got (exit $?)"
 	else
-		got=$(timeout 240 "$@" 2>&1) || got="$got (exit $?)"
+		got=$(timeout 900 "$@" 2>&1) || got="$got (exit $?)"
 	fi
 	if [ "$got" = "$want" ]; then
 		echo "--- PASS: $name"
@@ -21,7 +21,7 @@ check() { # check NAME WANT COMMAND…: compares what the command prints
 within() { # within SECONDS COMMAND…: until it succeeds
 	local end=$((SECONDS + $1))
 	shift
-	until timeout 20 "$@" >/dev/null 2>&1; do
+	until timeout 120 "$@" >/dev/null 2>&1; do
 		[ $SECONDS -lt $end ] || { echo "'$*' did not come true" && return 1; }
 		sleep 0.2
 	done
@@ -36,17 +36,17 @@ finish() { # finish: how it ended, and the end of the machine
 	sync
 	systemctl poweroff --force --force
 }
-field() { timeout 20 tenon inspect -f "$2" "$1"; }
+field() { timeout 120 tenon inspect -f "$2" "$1"; }
 same() { # same: the containers are as they were, and answer
-	echo "$(field ticks '{{.State.Running}} {{.State.Pid}}')" "$(curl -sS -m 20 --retry 5 --retry-connrefused http://127.0.0.1:8080/)" "$(timeout 20 tenon exec web echo exec)"
+	echo "$(field ticks '{{.State.Running}} {{.State.Pid}}')" "$(curl -sS -m 120 --retry 5 --retry-connrefused http://127.0.0.1:8080/)" "$(timeout 120 tenon exec web echo exec)"
 }
 
 if [ -e /var/lib/rebooted ]; then # the second boot
-	check "starts by itself after a reboot" "" within 240 systemctl -q is-active tenond
+	check "starts by itself after a reboot" "" within 900 systemctl -q is-active tenond
 	check "a reboot ends containers by their stop signal" "asked" cat /var/lib/tenon/volumes/word/_data/end
-	check "--restart always comes back" "" within 120 sh -c "[ \$(tenon inspect -f '{{.State.Running}}' polite) = true ]"
-	check "--restart unless-stopped comes back" "" within 120 sh -c "[ \$(tenon inspect -f '{{.State.Running}}' web) = true ]"
-	check "published ports come back" "page" curl -sS -m 20 --retry 10 --retry-connrefused http://127.0.0.1:8080/
+	check "--restart always comes back" "" within 600 sh -c "[ \$(tenon inspect -f '{{.State.Running}}' polite) = true ]"
+	check "--restart unless-stopped comes back" "" within 600 sh -c "[ \$(tenon inspect -f '{{.State.Running}}' web) = true ]"
+	check "published ports come back" "page" curl -sS -m 120 --retry 10 --retry-connrefused http://127.0.0.1:8080/
 	check "one stopped by hand stays stopped" "false" field byhand '{{.State.Running}}'
 	check "no policy: stays ended" "false" field ticks '{{.State.Running}}'
 	check "start of what a reboot ended" "ticks" tenon start ticks
@@ -63,7 +63,7 @@ useradd -M -G tenon member
 useradd -M stranger
 systemctl daemon-reload
 check "enable --now" "" sh -c 'systemctl enable -q --now tenond && systemctl is-active -q tenond'
-check "starting means that it serves" "v2" timeout 60 tenon info -f '{{.Name}}'
+check "starting means that it serves" "v2" timeout 300 tenon info -f '{{.Name}}'
 check "the socket's owner and mode" "root tenon 660" stat -c '%U %G %a' /run/tenon/docker.sock
 check "a member of the group uses it" "v2" setpriv --reuid member --regid member --init-groups tenon info -f '{{.Name}}'
 check "a stranger is refused" "refused" sh -c 'setpriv --reuid stranger --regid stranger --init-groups tenon info >/dev/null 2>&1 || echo refused'
@@ -72,7 +72,7 @@ check "doctor" "" sh -c 'tenon doctor >/tmp/doctor || cat /tmp/doctor'
 tenon image bootstrap busybox >/dev/null
 tenon run -d --name ticks --memory 64m --pids-limit 50 busybox sh -c 'i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done' >/dev/null
 tenon run -d --init --name web --restart unless-stopped -p 8080:80 busybox sh -c 'mkdir /w; echo page >/w/index.html; exec httpd -f -h /w' >/dev/null
-check "containers run" "" within 120 curl -sS -m 5 http://127.0.0.1:8080/
+check "containers run" "" within 600 curl -sS -m 60 http://127.0.0.1:8080/
 before=$(same)
 limits="cat /sys/fs/cgroup/tenon/$(field ticks '{{.Id}}')/memory.max /sys/fs/cgroup/tenon/$(field ticks '{{.Id}}')/pids.max"
 check "limits are the kernel's" $'67108864\n50' $limits
@@ -80,10 +80,10 @@ check "limits are the kernel's" $'67108864\n50' $limits
 systemctl restart tenond
 check "restart: containers go on" "$before" same
 systemctl kill -s KILL tenond # all processes of its
-check "killed: comes back by itself" "" within 120 tenon version
+check "killed: comes back by itself" "" within 600 tenon version
 check "killed: containers go on" "$before" same
 systemctl stop tenond
-check "stop: containers go on" "alive page" sh -c "[ -d /proc/$(echo "$before" | cut -d' ' -f2) ] && echo alive \$(curl -sS -m 20 --retry 5 --retry-connrefused http://127.0.0.1:8080/)"
+check "stop: containers go on" "alive page" sh -c "[ -d /proc/$(echo "$before" | cut -d' ' -f2) ] && echo alive \$(curl -sS -m 120 --retry 5 --retry-connrefused http://127.0.0.1:8080/)"
 systemctl daemon-reload
 check "stop, daemon-reload: limits stay" $'67108864\n50' $limits
 systemctl start tenond
