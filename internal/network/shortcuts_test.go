@@ -10,9 +10,20 @@ import (
 	"tenon.dev/tenon/internal/network/link"
 )
 
-// onlyShortcuts has the bridge take nothing from the containers' ports any more:
-// what arrives now has not come by it. Neighbours must know each other already.
+// onlyShortcuts has the bridge take nothing from one of the containers to another any
+// more: what arrives now has not come by it. Neighbours must know each other already.
 func onlyShortcuts(t *testing.T, bridge string, spaces ...*Namespace) {
+	t.Helper()
+	bridgeSays(t, bridge, []string{"isolated", "on"}, spaces)
+}
+
+// noBridge has it take nothing at all by these ports. Another one must keep it up.
+func noBridge(t *testing.T, bridge string, spaces ...*Namespace) {
+	t.Helper()
+	bridgeSays(t, bridge, []string{"state", "0"}, spaces)
+}
+
+func bridgeSays(t *testing.T, bridge string, setting []string, spaces []*Namespace) {
 	t.Helper()
 	for _, s := range spaces {
 		for _, e := range s.Endpoints {
@@ -22,7 +33,7 @@ func onlyShortcuts(t *testing.T, bridge string, spaces ...*Namespace) {
 					t.Fatal(err)
 				}
 			}
-			if out, err := exec.Command("bridge", "link", "set", "dev", e.HostInterface, "state", "0").CombinedOutput(); err != nil {
+			if out, err := exec.Command("bridge", append([]string{"link", "set", "dev", e.HostInterface}, setting...)...).CombinedOutput(); err != nil {
 				t.Fatalf("bridge link set %s: %v %s", e.HostInterface, err, out)
 			}
 		}
@@ -62,6 +73,7 @@ func TestRootShortcuts(t *testing.T) {
 	for _, network := range []string{"slow", "apart", "fast"} {
 		on := []EndpointRequest{{Network: network}}
 		a, b = n.connect("a"+network, Request{Endpoints: on}), n.connect("b"+network, Request{Endpoints: on})
+		n.connect("k"+network, Request{Endpoints: on})
 		host := a.Endpoints[0].Gateway.String() + ":7000"
 		serveTCP(t, a.Path, ":80", "web")
 		serveTCP(t, "", host, "host")
@@ -70,7 +82,7 @@ func TestRootShortcuts(t *testing.T) {
 		}
 		wantAnswer(t, "", "tcp", addr4(a, 0)+":80", "web")
 		wantAnswer(t, b.Path, "tcp", host, "host")
-		onlyShortcuts(t, n.bridgeOf(network), a, b)
+		noBridge(t, n.bridgeOf(network), a, b)
 		if network == "slow" {
 			for _, addr := range []string{addr4(a, 0) + ":80", host} {
 				wantNothing(t, b.Path, "tcp", addr)
@@ -135,7 +147,7 @@ func TestRootShortcutsTaken(t *testing.T) {
 	c := n.connect("cc", Request{Endpoints: on})
 	live = append(live, fullID("cc"))
 	for _, ns := range []*Namespace{a, b} {
-		if out, err := exec.Command("bridge", "link", "set", "dev", ns.Endpoints[0].HostInterface, "state", "3").CombinedOutput(); err != nil {
+		if out, err := exec.Command("bridge", "link", "set", "dev", ns.Endpoints[0].HostInterface, "isolated", "off").CombinedOutput(); err != nil {
 			t.Fatalf("%v %s", err, out)
 		}
 	}
