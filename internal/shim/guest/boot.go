@@ -134,6 +134,9 @@ func second() error {
 	if err := os.MkdirAll(runDir, 0o700); err != nil {
 		return err
 	}
+	if err := makeBase(); err != nil {
+		return err
+	}
 	limit := unix.Rlimit{Cur: 1 << 20, Max: 1 << 20}
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return os.NewSyscallError("setrlimit", err)
@@ -150,6 +153,27 @@ func second() error {
 		}
 	}
 	return loopbackUp()
+}
+
+// Base is the lowest layer of all roots: the mount points that every container needs
+// and few images have, and what programs look for (as internal/rootfs makes on hosts).
+const Base = runDir + "/base"
+
+func makeBase() error {
+	for _, d := range []string{"", "/dev", "/etc", "/proc", "/sys"} {
+		if err := os.Mkdir(Base+d, 0o755); err != nil {
+			return err
+		}
+	}
+	for _, f := range []string{"/.dockerenv", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"} {
+		if err := os.WriteFile(Base+f, nil, 0o755); err != nil {
+			return err
+		}
+		if err := os.Chmod(Base+f, 0o755); err != nil { // whatever the umask
+			return err
+		}
+	}
+	return os.Symlink("/proc/mounts", Base+"/etc/mtab")
 }
 
 // loadModules loads the modules that a list names.
