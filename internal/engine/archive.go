@@ -278,7 +278,10 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 	if u.Memory == 0 && u.MemorySwap == 0 {
 		change.MemorySwap = 0
 	}
-	numbered, err := e.numberDevices(&change)
+	if throttled(&change) && !onHost(r) { // of the host's devices, which it has not
+		return nil, errdefs.ErrNotImplemented.WithMessage("a limit of a block device can't be changed with --isolation " + r.Isolation + " in this release")
+	}
+	numbered, err := e.numberDevices(&change, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -107,6 +107,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 		if asked, err = tenantIsolation(o.Tenant, asked); err != nil {
 			return nil, nil, err
 		}
+		if err := e.tenantPeers(o.Tenant, o.Request.HostConfig); err != nil {
+			return nil, nil, err
+		}
 	}
 	isolation, about, err := e.isolation(ctx, asked)
 	if err != nil {

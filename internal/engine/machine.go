@@ -346,7 +346,7 @@ func (e *Engine) machineDisks(ctx context.Context, r *container.Record) (sandbox
 // machineHandover plugs the machine in and lists what its container gets.
 func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *guest, disks sandbox.Disks) (sandbox.MachineHandover, error) {
 	r := c.record()
-	h := sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: r.HostConfig.NetworkMode.IsHost() || p.netPeer != ""}
+	h := sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: r.HostConfig.NetworkMode.IsHost() && !ownHost(r) || p.netPeer != ""}
 	if g.machine.Lasting() {
 		if err := e.lastingHandover(r, &h); err != nil {
 			return h, err

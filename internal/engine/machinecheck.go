@@ -9,6 +9,7 @@ import (
 	"github.com/moby/moby/api/types/mount"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/sandbox"
 )
 
@@ -20,29 +21,36 @@ func (e *Engine) checkMachine(r *container.Record) error {
 		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had with --isolation " + r.Isolation + " in this release; nothing was started")
 	}
 	own := r.Isolation == sandbox.VM
+	another := func(what string) error { return no(what + " (the other container runs on another kernel)") }
 	switch {
 	case len(h.DeviceRequests) > 0:
 		return no("--gpus and other device requests")
-	case len(h.BlkioDeviceReadBps)+len(h.BlkioDeviceWriteBps)+len(h.BlkioDeviceReadIOps)+len(h.BlkioDeviceWriteIOps)+len(h.BlkioWeightDevice) > 0:
-		return no("a limit of a block device")
-	case own && h.NetworkMode.IsHost():
-		return no("--network host")
+	case len(h.BlkioWeightDevice) > 0:
+		return no("--blkio-weight-device (the container's disks are its machine's; --device-read-bps and the like limit them)")
 	case own && h.NetworkMode.IsContainer():
-		return no("--network container:… (the other container runs on another kernel)")
-	case h.PidMode != "" && (own || !h.PidMode.IsContainer()):
-		return no("--pid " + string(h.PidMode))
-	case h.IpcMode.IsHost() || own && h.IpcMode.IsContainer():
-		return no("--ipc " + string(h.IpcMode))
-	case h.UTSMode.IsHost():
-		return no("--uts host")
-	case h.CgroupnsMode.IsHost():
-		return no("--cgroupns host")
+		return another("--network container:…")
+	case own && h.PidMode.IsContainer():
+		return another("--pid container:…")
+	case own && h.IpcMode.IsContainer():
+		return another("--ipc container:…")
 	case h.UsernsMode != "" && h.UsernsMode != "host":
 		return no("--userns " + string(h.UsernsMode))
 	case h.CgroupParent != "":
 		return no("--cgroup-parent")
 	case h.Runtime != "" && h.Runtime != "tenon":
 		return no("--runtime " + h.Runtime)
+	}
+	for name, ep := range r.Networks {
+		if ep != nil && ep.DriverOpts["com.docker.network.endpoint.sysctls"] != "" {
+			return no("a sysctl of an interface (" + ep.DriverOpts["com.docker.network.endpoint.sysctls"] + ")")
+		}
+		n, err := e.cfg.Networks.Inspect(e.ctx, name)
+		if err == nil { // of one that is not there the start speaks
+			err = machineNetwork(r, n)
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
 	}
 	for _, d := range h.Devices {
 		if !slices.Contains(guestDevices, d.PathOnHost) {
@@ -53,9 +61,8 @@ func (e *Engine) checkMachine(r *container.Record) error {
 		switch {
 		case m.Type == mount.TypeTmpfs:
 		case m.Type == mount.TypeVolume:
-			v, err := e.cfg.Volumes.Mount(m.Name)
-			if err == nil && v.Type != "bind" && v.Type != "tmpfs" { // a new one is a directory
-				return no("a volume of type " + v.Type + " (" + m.Name + ")")
+			if t := e.volumeType(&m); t != "bind" && t != "tmpfs" {
+				return no("a volume of a file system that the host would mount, of type " + t + " (" + m.Destination + ")")
 			}
 		case m.Type == mount.TypeBind && m.Propagation != "" && !strings.HasSuffix(string(m.Propagation), "private"):
 			return no("mount propagation " + string(m.Propagation) + " (" + m.Destination + ")")
@@ -68,4 +75,33 @@ func (e *Engine) checkMachine(r *container.Record) error {
 		}
 	}
 	return e.checkPeers(r)
+}
+
+// machineNetwork refuses networks that extend an interface of the host by the
+// host's kernel.
+func machineNetwork(r *container.Record, n network.Inspect) error {
+	if onHost(r) || n.Driver != "macvlan" {
+		return nil
+	}
+	return errdefs.ErrNotImplemented.WithMessage("a " + n.Driver + " network (" + n.Name + ") can't be had with --isolation " + r.Isolation + " in this release; nothing was started")
+}
+
+// volumeType is what would be mounted for a volume: that of one to be made is
+// what the mount asks for.
+func (e *Engine) volumeType(m *container.Mount) string {
+	if v, err := e.cfg.Volumes.Mount(m.Name); m.Name != "" && err == nil {
+		return v.Type
+	}
+	if m.Spec != nil && m.Spec.VolumeOptions != nil && m.Spec.VolumeOptions.DriverConfig != nil {
+		if t := m.Spec.VolumeOptions.DriverConfig.Options["type"]; t != "" && t != "none" {
+			return t
+		}
+	}
+	return "bind"
+}
+
+// ownHost gives a container that is alone on its kernel what "host" means there:
+// the network of that kernel is the container's, on the default bridge.
+func ownHost(r *container.Record) bool {
+	return r.Isolation == sandbox.VM && r.HostConfig.NetworkMode.IsHost()
 }

@@ -23,9 +23,10 @@ import (
 var guestDevices = []string{"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/kmsg", "/dev/fuse", "/dev/net/tun"}
 
 // machineDevices finds what --privileged and --device ask for among the devices
-// of a machine.
+// of a machine, and its disks if I/O is limited.
 func machineDevices(ctx context.Context, client *task.Client, h *mobycontainer.HostConfig, p *prepared) error {
-	if !h.Privileged && len(h.Devices) == 0 {
+	limited := throttled(&h.Resources)
+	if !h.Privileged && len(h.Devices) == 0 && !limited {
 		return nil
 	}
 	all, err := listDevices(ctx, client)
@@ -34,6 +35,11 @@ func machineDevices(ctx context.Context, client *task.Client, h *mobycontainer.H
 	}
 	if h.Privileged {
 		p.allDevices = all
+	}
+	for _, x := range all {
+		if limited && x.Type == "b" && strings.HasPrefix(x.Path, "/dev/vd") {
+			p.disks = append(p.disks, x)
+		}
 	}
 	for _, d := range h.Devices {
 		found := false
@@ -51,6 +57,11 @@ func machineDevices(ctx context.Context, client *task.Client, h *mobycontainer.H
 		}
 	}
 	return nil
+}
+
+// throttled says whether I/O of devices is limited.
+func throttled(r *mobycontainer.Resources) bool {
+	return len(r.BlkioDeviceReadBps)+len(r.BlkioDeviceWriteBps)+len(r.BlkioDeviceReadIOps)+len(r.BlkioDeviceWriteIOps) > 0
 }
 
 // listDevices lists a machine's /dev, as an archive of it shows them.

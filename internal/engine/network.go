@@ -162,6 +162,9 @@ func (e *Engine) networkRequest(r *container.Record) (network.Request, error) {
 		Mode: network.ModeBridge, DNS: h.DNS, DNSSearch: h.DNSSearch, DNSOptions: h.DNSOptions, ExtraHosts: h.ExtraHosts,
 	}
 	switch {
+	case ownHost(r):
+		q.Endpoints = []network.EndpointRequest{{Network: mobynet.NetworkBridge}}
+		return q, nil
 	case h.NetworkMode.IsHost():
 		q.Mode = network.ModeHost
 		return q, nil

@@ -33,6 +33,8 @@ func (e *Engine) ConnectNetwork(ctx context.Context, net, ref string, cfg *mobyn
 		return conflict("cannot connect or disconnect container to host network: container %s has the host's network", r.Name)
 	case r.HostConfig.NetworkMode.IsContainer():
 		return conflict("container sharing network namespace with another container or host cannot be connected to any other network")
+	case machineNetwork(r, n) != nil:
+		return machineNetwork(r, n)
 	case n.Name == mobynet.NetworkHost:
 		return conflict("cannot connect container to host network - container must be created in host network mode")
 	case r.Networks[n.Name] != nil || r.Networks[n.ID] != nil:

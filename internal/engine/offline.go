@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
@@ -76,7 +77,9 @@ func (e *Engine) offlineFiles(ctx context.Context, c *ctr) (client *task.Client,
 		g = nil
 	}
 	if g == nil {
-		if g, err = e.makeOffline(ctx, c); err != nil {
+		if g, err = e.makeOffline(ctx, c); err != nil && machine.Named(c.record().Isolation) != "" {
+			return nil, nil, nil, false, fmt.Errorf("container %s: %w", c.id, err)
+		} else if err != nil {
 			return nil, nil, nil, false, fmt.Errorf("container %s: a machine for its files: %w", c.id, err)
 		}
 	}

@@ -59,7 +59,13 @@ func ownerOf(_ string, n uint64) string { return fmt.Sprintf("run %d", n) }
 
 func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error) {
 	h := *r.HostConfig
-	res, err := e.numberDevices(&h.Resources)
+	if ownHost(r) {
+		h.NetworkMode = "bridge"
+	}
+	if !onHost(r) && h.IpcMode.IsHost() {
+		p.shm = "/dev/shm"
+	}
+	res, err := e.numberDevices(&h.Resources, p.disks)
 	if err != nil {
 		return spec.Input{}, err
 	}

@@ -120,13 +120,14 @@ func (e *Engine) planDevices(h *mobycontainer.HostConfig) ([]spec.Device, error)
 		}
 		out = append(out, ds...)
 	}
-	_, err := e.numberDevices(&h.Resources)
+	_, err := e.numberDevices(&h.Resources, nil)
 	return out, err
 }
 
 // numberDevices returns a copy of r in which device paths are numbers, as
-// package spec wants them.
-func (e *Engine) numberDevices(r *mobycontainer.Resources) (*mobycontainer.Resources, error) {
+// package spec wants them. Where the container's own disks are given, they
+// stand for each of the host's that is named.
+func (e *Engine) numberDevices(r *mobycontainer.Resources, disks []spec.Device) (*mobycontainer.Resources, error) {
 	c := *r
 	resolve := func(path string) (string, error) {
 		major, minor, err := e.cfg.Kernel.BlockDevice(path)
@@ -149,7 +150,12 @@ func (e *Engine) numberDevices(r *mobycontainer.Resources) (*mobycontainer.Resou
 			if x.Path, err = resolve(d.Path); err != nil {
 				return nil, err
 			}
-			*list = append(*list, &x)
+			if len(disks) == 0 {
+				*list = append(*list, &x)
+			}
+			for _, own := range disks {
+				*list = append(*list, &throttle{Path: spec.DevPath(uint32(own.Major), uint32(own.Minor)), Rate: d.Rate})
+			}
 		}
 	}
 	return &c, nil

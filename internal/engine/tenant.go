@@ -102,19 +102,31 @@ func (e *Engine) checkTenant(ctx context.Context, name string, r *container.Reco
 			return invalid("No such container: %s", ref)
 		}
 	}
-	for _, ref := range []string{r.HostConfig.NetworkMode.ConnectedContainer(), r.HostConfig.IpcMode.Container(), r.HostConfig.PidMode.Container()} {
-		if ref == "" {
+	return nil
+}
+
+// tenantPeers resolves the container: modes of a request among the tenant's own
+// containers.
+func (e *Engine) tenantPeers(name string, h *mobycontainer.HostConfig) error {
+	if h == nil {
+		return nil
+	}
+	for _, m := range []*string{(*string)(&h.NetworkMode), (*string)(&h.PidMode), (*string)(&h.IpcMode), (*string)(&h.UsernsMode)} {
+		kind, ref, ok := strings.Cut(*m, ":")
+		if !ok || kind != "container" {
 			continue
 		}
-		if _, err := e.TenantContainer(name, ref); err != nil {
+		id, err := e.TenantContainer(name, ref)
+		if err != nil {
 			return invalid("No such container: %s", ref)
 		}
+		*m = "container:" + id
 	}
 	return nil
 }
 
-// tenantNetwork says whether a network is a tenant's own. NotFound if the tenant
-// can't see it.
+// tenantNetwork says whether a network is a tenant's own. InvalidArgument if the
+// tenant can't see it: clients take NotFound for a missing image.
 func (e *Engine) tenantNetwork(ctx context.Context, name, ref string) (own bool, err error) {
 	switch ref {
 	case "none", "host": // of the machine's kernel
@@ -127,7 +139,7 @@ func (e *Engine) tenantNetwork(ctx context.Context, name, ref string) (own bool,
 	case err == nil && n.Name == "bridge":
 		return false, nil
 	}
-	return false, notFound("network %s not found", ref)
+	return false, invalid("network %s not found", ref)
 }
 
 func (e *Engine) checkTenantMount(m *machine.Record, x *container.Mount) error {
