@@ -42,7 +42,7 @@ type Port struct {
 }
 
 // room is the number of endpoints that have shortcuts; more are as slow as without.
-const room = 32768
+const room = 16384
 
 // Path is the programs with their maps. A nil Path does nothing. Safe for
 // concurrent use.
