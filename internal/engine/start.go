@@ -311,7 +311,7 @@ type prepared struct {
 	// devices and allDevices are a machine's that its container gets.
 	devices, allDevices []spec.Device
 	disks               []spec.Device // of a machine, that limits of I/O are for
-	init                string // of --init, on the kernel; empty: the kernel knows
+	init                string        // of --init, on the kernel; empty: the kernel knows
 	// netPeer is the network namespace of another container that is joined, on
 	// the same machine; pids are the first processes of those whose namespaces
 	// are, as the machine counts.

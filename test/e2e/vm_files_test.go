@@ -20,6 +20,7 @@ func TestVMFiles(t *testing.T) {
 	t.Run("at rest", func(t *testing.T) { vmFilesAtRest(t, d) })
 	t.Run("shared", func(t *testing.T) { vmFilesShared(t, d) })
 	t.Run("disk", func(t *testing.T) { vmDisk(t, d) })
+	t.Run("host", func(t *testing.T) { vmHost(t, d) })
 	if log := d.Tail(); strings.Contains(log, "level=ERROR") {
 		t.Error(log)
 	}
@@ -99,6 +100,36 @@ func vmDisk(t *testing.T, d *Daemon) {
 		return ""
 	})
 	d.Must(t, "rm", "disk")
+}
+
+// vmHost: what "host" means to a container that is alone on its kernel is that
+// kernel, and limits of the host's disks are for its own.
+func vmHost(t *testing.T, d *Daemon) {
+	var disk string // whichever
+	blocks, err := filepath.Glob("/sys/class/block/*")
+	if err != nil || len(blocks) == 0 {
+		t.Fatalf("this machine has no block device: %v", err)
+	}
+	for _, b := range blocks {
+		name := "/dev/" + filepath.Base(b)
+		if st, err := os.Stat(name); err == nil && st.Mode()&os.ModeDevice != 0 {
+			disk = name
+		}
+	}
+	d.Must(t, "run", "-d", "--name", "near", "busybox", "sh", "-c", "echo hi >/index.html; exec httpd -f -h /")
+	defer d.Must(t, "rm", "-f", "near")
+	ip := d.Must(t, "inspect", "-f", "{{.NetworkSettings.Networks.bridge.IPAddress}}", "near")
+	out := d.Must(t, "run", "--rm", "--isolation", "vm", "--network", "host", "--pid", "host", "--ipc", "host", "--uts", "host", "--cgroupns", "host",
+		"--device-write-bps", disk+":4mb", "--device-read-iops", disk+":500", "busybox", "sh", "-c",
+		"wget -qO- http://"+ip+"/; cat /proc/1/comm; hostname; cd /sys/fs/cgroup/$(cut -d: -f3 /proc/self/cgroup); cut -d' ' -f2- io.max")
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := "rbps=max wbps=4194304 riops=500 wiops=max"
+	if want := strings.Join([]string{"hi", "init", host, limit, limit}, "\n"); out != want {
+		t.Errorf("%q, want %q", out, want)
+	}
 }
 
 // vmFilesAtRest: the files of a container that does not run are reached as those

@@ -169,8 +169,9 @@ func TestVMRefusals(t *testing.T) {
 	d := newVMDaemon(t, "--default-isolation", "vm")
 	d.Busybox(t)
 	for _, flags := range []string{
-		"--device /dev/sda", "--network host", "--pid host", "--ipc host", "--uts host", "--cgroupns host", "--cgroup-parent x",
-		"-v /dev/kmsg:/x", "-v /tmp:/x:shared", "--mount type=image,source=busybox,target=/x", "--isolation machine=m",
+		"--device /dev/sda", "--cgroup-parent x", "--gpus all", "--userns auto", "-v /dev/kmsg:/x", "-v /tmp:/x:shared",
+		"--mount type=image,source=busybox,target=/x", "--mount type=volume,source=nfs,target=/x,volume-opt=type=nfs",
+		"--isolation machine=m",
 	} {
 		r := d.Docker(t, append(append([]string{"run", "--name", "refused"}, strings.Fields(flags)...), "busybox", "true")...)
 		if r.Code != 125 || !strings.Contains(r.Err, "nothing was started") {
