@@ -56,7 +56,8 @@ type MachineRequest struct {
 	ID       string // up to 32 letters and digits
 	Hostname string
 	// Memory that its containers need, in bytes; 0: what a machine has. Of one
-	// that lasts it is the machine's own size.
+	// that lasts it is the machine's own size. ResourceExhausted if the host has
+	// not so much.
 	Memory int64
 	CPUs   int // that its containers need; 0: what a machine has
 	Disks  Disks
@@ -69,9 +70,7 @@ type MachineRequest struct {
 
 // Lasting is what only a machine that lasts has.
 type Lasting struct {
-	Name      string // Isolation is "machine=" and this
-	MaxMemory int64  // what GrowTo may give, bytes; 0: what the host has
-	MaxCPUs   int    // 0: what the host has
+	Name string // Isolation is "machine=" and this
 	// Data is the file of its data disk: where its containers write. It is made
 	// if it is missing, with DataSize bytes, of which it takes what is used; one
 	// that is smaller grows to that.
@@ -201,9 +200,12 @@ type MachineHandover struct {
 	SizeLimit int64       // what it may write, bytes; 0: no limit. Of a machine that lasts
 	Log       *taskv1.Log // where its output is kept. Of a machine that lasts
 	NoNet     bool        // no network namespace of its own
-	NICs      []NIC
-	Files     []File
-	Shares    []Share
+	// NetAdmin says that it may change its interfaces: no other container gets
+	// them after it.
+	NetAdmin bool
+	NICs     []NIC
+	Files    []File
+	Shares   []Share
 }
 
 // MachinePrepared is how the machine sees it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -34,6 +35,8 @@ type machine struct {
 	rpc    *ttrpc.Client // to the guest's own service; nil: not connected
 	guest  taskv1.GuestService
 	shares int
+
+	lasting *lasting // nil: it is one container's
 }
 
 var _ sandbox.Machine = (*machine)(nil)
@@ -44,6 +47,11 @@ func (v *VMs) newMachine(d *vmv1.Machine) *machine {
 	m.facts = sandbox.Facts{
 		BootID: d.BootId, KernelRelease: d.KernelRelease, CgroupV2: true, Capabilities: spec.CapabilityNames(1<<41 - 1),
 		CPUs: max(int(d.Cpus), 1), Memory: d.Memory,
+	}
+	m.facts.CPUSet, m.facts.MemorySet = cpuSet(m.facts.CPUs), "0"
+	if d.Lasting {
+		m.lasting = newLasting(d)
+		m.adopt()
 	}
 	return m
 }
@@ -68,8 +76,13 @@ func (m *machine) end(reason string) {
 // ID is the machine's name.
 func (m *machine) ID() string { return m.about.Id }
 
-// Isolation is "vm".
-func (m *machine) Isolation() string { return sandbox.VM }
+// Isolation is "vm", or "machine=" and the name of one that lasts.
+func (m *machine) Isolation() string {
+	if m.lasting != nil {
+		return sandbox.OnMachine + m.about.Name
+	}
+	return sandbox.VM
+}
 
 // Facts are of the guest's kernel.
 func (m *machine) Facts() sandbox.Facts {
@@ -84,29 +97,35 @@ func (m *machine) Proof() sandbox.Proof {
 }
 
 // Taps are the host's ends of a container's interfaces.
-func (m *machine) Taps(string) []string {
+func (m *machine) Taps(id string) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var out []string
 	for _, n := range m.nics {
-		out = append(out, n.Tap)
+		if m.lasting == nil || n.Owner == id {
+			out = append(out, n.Tap)
+		}
 	}
 	return out
 }
 
-// AddTap plugs in one more interface.
-func (m *machine) AddTap(ctx context.Context, _ string) (string, error) {
+// AddTap plugs in one more interface, or takes one that nobody has.
+func (m *machine) AddTap(ctx context.Context, id string) (string, error) {
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
 		return "", m.gone(err)
 	}
-	r, err := c.client.AttachNIC(ctx, &vmv1.AttachNICRequest{Id: m.about.Id})
+	req := &vmv1.AttachNICRequest{Id: m.about.Id}
+	if m.lasting != nil {
+		req.Owner = id
+	}
+	r, err := c.client.AttachNIC(ctx, req)
 	if err != nil {
 		return "", err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.nics = append(m.nics, r.Nic)
+	m.nics = append(slices.DeleteFunc(m.nics, func(n *vmv1.NIC) bool { return n.Id == r.Nic.Id }), r.Nic)
 	return r.Nic.Tap, nil
 }
 
@@ -189,22 +208,34 @@ func (m *machine) PowerOff(ctx context.Context) error {
 	}
 }
 
-// Grow plugs in memory.
-func (m *machine) Grow(ctx context.Context, memory int64, _ int) error {
+// Grow plugs in memory and processors.
+func (m *machine) Grow(ctx context.Context, memory int64, cpus int) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if memory+guestMemory <= m.facts.Memory {
+	req := &vmv1.ResizeRequest{Id: m.about.Id}
+	if memory > 0 && memory+guestMemory > m.facts.Memory {
+		req.Memory = machineMemory(memory)
+	}
+	if cpus > m.facts.CPUs {
+		req.Cpus = uint32(cpus)
+	}
+	if m.lasting != nil || req.Memory == 0 && req.Cpus == 0 { // one that lasts grows by Resize alone
 		return nil
 	}
+	return m.resizeLocked(ctx, req)
+}
+
+func (m *machine) resizeLocked(ctx context.Context, req *vmv1.ResizeRequest) error {
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
 		return m.gone(err)
 	}
-	r, err := c.client.Resize(ctx, &vmv1.ResizeRequest{Id: m.about.Id, Memory: machineMemory(memory)})
+	r, err := c.client.Resize(ctx, req)
 	if err != nil {
-		return fmt.Errorf("more memory for the virtual machine: %w", err)
+		return fmt.Errorf("another size of the virtual machine: %w", err)
 	}
-	m.facts.Memory = r.Memory
+	m.facts.Memory, m.facts.CPUs = r.Memory, int(r.Cpus)
+	m.facts.CPUSet = cpuSet(m.facts.CPUs)
 	return nil
 }
 
@@ -231,35 +262,10 @@ func (m *machine) Remove(ctx context.Context) error {
 // Teardown is Remove: nothing is shared with other machines.
 func (m *machine) Teardown(ctx context.Context) error { return m.Remove(ctx) }
 
-// Lasting says whether it holds several containers.
-func (m *machine) Lasting() bool { return false }
-
-var errOnlyLasting = errdefs.ErrNotImplemented.WithMessage("only a machine that lasts can do that")
-
-// Discard is for a machine that lasts.
-func (m *machine) Discard(context.Context, string) error { return errOnlyLasting }
-
-// Keep is for a machine that lasts.
-func (m *machine) Keep(context.Context, []string) error { return errOnlyLasting }
-
-// Resize is for a machine that lasts.
-func (m *machine) Resize(context.Context, int64, int) error { return errOnlyLasting }
-
-// GrowDisk is for a machine that lasts.
-func (m *machine) GrowDisk(context.Context, int64) error { return errOnlyLasting }
-
-// Usage is for a machine that lasts.
-func (m *machine) Usage(context.Context) (sandbox.MachineUsage, error) {
-	return sandbox.MachineUsage{}, errOnlyLasting
-}
-
 // Prepare is what Handover does.
 func (m *machine) Prepare(context.Context, sandbox.Handover) (sandbox.Prepared, error) {
 	return sandbox.Prepared{}, unlike("a root by its path")
 }
-
-// Release does nothing: what was handed over goes with the machine.
-func (m *machine) Release(context.Context, string) error { return nil }
 
 // NamespacePath is a namespace in the guest.
 func (m *machine) NamespacePath(pid int, t specs.LinuxNamespaceType) string {
@@ -270,11 +276,6 @@ func (m *machine) NamespacePath(pid int, t specs.LinuxNamespaceType) string {
 
 func unlike(what string) error {
 	return fmt.Errorf("%s can't be had with isolation vm: %w", what, errdefs.ErrNotImplemented)
-}
-
-// SharedMemory can't be shared beyond the machine.
-func (m *machine) SharedMemory(context.Context, string, int64) (string, error) {
-	return "", unlike("shared memory")
 }
 
 // Devices are the host's, and stay there.
@@ -311,6 +312,8 @@ func (m *machine) mac(tap string) (string, error) {
 }
 
 // place is the directory of a container in the guest.
-func place(id string) string { return "/run/tenon/c/" + id[:min(len(id), 20)] }
+func place(id string) string { return "/run/tenon/c/" + short(id) }
+
+func short(id string) string { return id[:min(len(id), 20)] }
 
 func netns(id string) string { return strings.Replace(place(id), "/c/", "/netns/", 1) }

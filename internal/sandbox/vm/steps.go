@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/network"
@@ -32,38 +31,72 @@ const shareCache = int64(1e9)
 // Handover mounts the root's disks, makes the network namespace with its
 // interfaces, writes the files and mounts the host's directories.
 func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sandbox.MachinePrepared, error) {
-	dir := place(h.ID)
 	out := sandbox.MachinePrepared{}
 	var steps []*taskv1.Step
-	if h.Disks.Image != "" {
-		steps = append(steps, mountStep("erofs", imageDisk, dir+"/image", unix.MS_RDONLY, ""))
-	}
-	steps = append(steps, mountStep("ext4", upperDisk, dir+"/disk", unix.MS_NOATIME, "noinit_itable,discard,errors=remount-ro"))
-	out.Rootfs = rootMounts(dir, h.Disks.Image != "")
-	if !h.NoNet {
-		var plugs []network.Plug
-		for _, n := range h.NICs {
-			plugs = append(plugs, n.Plug)
+	var err error
+	if m.lasting != nil {
+		if steps, err = m.lastingRoot(ctx, h); err != nil {
+			return out, err
 		}
-		out.NetNS = netns(h.ID)
-		steps = append(steps, &taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: out.NetNS, Sysctls: network.NamespaceSysctls(plugs)}}})
-		for _, n := range h.NICs {
-			s, err := m.nicStep(out.NetNS, n)
-			if err != nil {
-				return out, err
-			}
-			steps = append(steps, s)
+	} else {
+		dir := place(h.ID)
+		if h.Disks.Image != "" {
+			steps = append(steps, mountStep("erofs", imageDisk, dir+"/image", unix.MS_RDONLY, ""))
 		}
+		steps = append(steps, mountStep("ext4", upperDisk, dir+"/disk", unix.MS_NOATIME, diskOptions))
 	}
+	for _, x := range m.Root(h.ID, h.Disks.Image != "").Mounts {
+		out.Rootfs = append(out.Rootfs, task.Mount{Type: x.Type, Source: x.Source, Options: x.Options})
+	}
+	for _, more := range []func(context.Context, sandbox.MachineHandover, *sandbox.MachinePrepared) ([]*taskv1.Step, error){
+		m.netSteps, m.fileSteps, m.shareSteps,
+	} {
+		list, err := more(ctx, h, &out)
+		if err != nil {
+			return out, err
+		}
+		steps = append(steps, list...)
+	}
+	return out, m.apply(ctx, steps)
+}
+
+// diskOptions are those of the file systems that containers write to.
+const diskOptions = "noinit_itable,discard,errors=remount-ro"
+
+func (m *machine) netSteps(_ context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) ([]*taskv1.Step, error) {
+	if h.NoNet {
+		return nil, nil
+	}
+	var plugs []network.Plug
+	for _, n := range h.NICs {
+		plugs = append(plugs, n.Plug)
+	}
+	out.NetNS = netns(h.ID)
+	steps := []*taskv1.Step{{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: out.NetNS, Sysctls: network.NamespaceSysctls(plugs)}}}}
+	for _, n := range h.NICs {
+		s, err := m.nicStep(out.NetNS, n)
+		if err != nil {
+			return nil, err
+		}
+		steps = append(steps, s)
+	}
+	return steps, nil
+}
+
+func (m *machine) fileSteps(_ context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) (steps []*taskv1.Step, _ error) {
 	for _, f := range h.Files {
-		p := path.Join(dir, "files", f.Name)
+		p := path.Join(place(h.ID), "files", f.Name)
 		out.Files = append(out.Files, p)
 		steps = append(steps, &taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: p, Mode: f.Mode, Data: f.Data}}})
 	}
+	return steps, nil
+}
+
+func (m *machine) shareSteps(ctx context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) (steps []*taskv1.Step, _ error) {
 	for _, s := range h.Shares {
-		step, err := m.share(ctx, dir, s)
+		step, err := m.share(ctx, h.ID, s)
 		if err != nil {
-			return out, err
+			return nil, err
 		}
 		target := step.GetShare().Target
 		if s.File { // it is alone in a directory
@@ -72,27 +105,27 @@ func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sand
 		out.Shares = append(out.Shares, target)
 		steps = append(steps, step)
 	}
-	return out, m.apply(ctx, steps)
+	return steps, nil
 }
 
-// rootMounts make a container's root from its mounted disks.
-func rootMounts(dir string, image bool) []task.Mount {
-	upper, work := dir+"/disk/upper", dir+"/disk/work"
-	if !image {
-		return []task.Mount{{Type: "bind", Source: upper, Options: []string{"bind", "rw"}}}
-	}
-	return []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
-		"lowerdir=" + dir + "/image", "upperdir=" + upper, "workdir=" + work, "index=off",
-	}}}
-}
+// guestBase is the lowest layer of all roots, which the guest makes (shim/guest's Base).
+const guestBase = "/run/tenon/base"
 
 // Root is the root as Handover has made it.
 func (m *machine) Root(id string, image bool) *taskv1.Root {
-	dir := place(id)
-	r := &taskv1.Root{Upper: dir + "/disk/upper"}
-	for _, x := range rootMounts(dir, image) {
-		r.Mounts = append(r.Mounts, &taskv1.Mount{Type: x.Type, Source: x.Source, Options: x.Options})
+	lower, disk := place(id)+"/image", place(id)+"/disk"
+	if m.lasting != nil {
+		lower, disk = imagePlace(m.lasting.image(id)), dataPlace(id)
 	}
+	upper, work := disk+"/upper", disk+"/work"
+	r := &taskv1.Root{Upper: upper}
+	if !image {
+		r.Mounts = []*taskv1.Mount{{Type: "bind", Source: upper, Options: []string{"bind", "rw"}}}
+		return r
+	}
+	r.Mounts = []*taskv1.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+		"lowerdir=" + lower + ":" + guestBase, "upperdir=" + upper, "workdir=" + work, "index=off",
+	}}}
 	return r
 }
 
@@ -101,19 +134,23 @@ func mountStep(fstype, source, target string, flags uint64, data string) *taskv1
 }
 
 // share lets the guest mount a directory or file of the host.
-func (m *machine) share(ctx context.Context, dir string, s sandbox.Share) (*taskv1.Step, error) {
+func (m *machine) share(ctx context.Context, id string, s sandbox.Share) (*taskv1.Step, error) {
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
 		return nil, m.gone(err)
 	}
 	m.mu.Lock()
 	m.shares++
-	tag := fmt.Sprintf("s%d", m.shares)
+	hs := &vmv1.HostShare{Tag: fmt.Sprintf("s%d", m.shares), Path: s.Path, ReadOnly: s.ReadOnly, Cache: shareCache}
 	m.mu.Unlock()
-	if _, err := c.client.Share(ctx, &vmv1.ShareRequest{Id: m.about.Id, Share: &vmv1.HostShare{Tag: tag, Path: s.Path, ReadOnly: s.ReadOnly, Cache: shareCache}}); err != nil {
+	if m.lasting != nil {
+		hs.Tag, hs.Owner = short(id)+"-"+hs.Tag, id
+		m.lasting.of(id, func(h *holdings) { h.shares = append(h.shares, hs.Tag) })
+	}
+	if _, err := c.client.Share(ctx, &vmv1.ShareRequest{Id: m.about.Id, Share: hs}); err != nil {
 		return nil, fmt.Errorf("share %s: %w", s.Path, err)
 	}
-	return &taskv1.Step{Kind: &taskv1.Step_Share{Share: &taskv1.Share{Tag: tag, Target: path.Join(dir, "shares", tag), ReadOnly: s.ReadOnly}}}, nil
+	return &taskv1.Step{Kind: &taskv1.Step_Share{Share: &taskv1.Share{Tag: hs.Tag, Target: path.Join(place(id), "shares", hs.Tag), ReadOnly: s.ReadOnly}}}, nil
 }
 
 // nicStep puts an interface into the network namespace and configures it.
@@ -126,7 +163,7 @@ func (m *machine) nicStep(ns string, n sandbox.NIC) (*taskv1.Step, error) {
 	if len(p.Sysctls) > 0 {
 		return nil, unlike("a sysctl of an interface (" + strings.Join(p.Sysctls, ", ") + ")")
 	}
-	i := &taskv1.Interface{Mac: mac, Netns: ns, Name: p.Interface, NewMac: p.MAC.String(), Mtu: uint32(p.MTU)}
+	i := &taskv1.Interface{Mac: mac, Netns: ns, Name: p.Interface, NewMac: p.MAC.String(), Mtu: uint32(p.MTU), Wait: uint32(plugTime.Milliseconds())}
 	for _, a := range append([]netip.Prefix{p.IPv4, p.IPv6}, p.LinkLocal...) {
 		if a.IsValid() {
 			i.Addresses = append(i.Addresses, a.String())
@@ -146,19 +183,7 @@ func (m *machine) Plug(ctx context.Context, id string, n sandbox.NIC) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, plugTime)
-	defer cancel()
-	for {
-		err := m.apply(ctx, []*taskv1.Step{s})
-		if !errdefs.IsNotFound(err) {
-			return err
-		}
-		select { // the guest has not seen the new one yet
-		case <-ctx.Done():
-			return err
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
+	return m.apply(ctx, []*taskv1.Step{s})
 }
 
 // plugTime bounds how long a guest may take to see a new interface.
@@ -168,24 +193,34 @@ const plugTime = 20 * time.Second
 func (m *machine) Unplug(ctx context.Context, id string, n sandbox.NIC, remove bool) error {
 	m.mu.Lock()
 	i := slices.IndexFunc(m.nics, func(x *vmv1.NIC) bool { return x.Tap == n.Tap })
-	m.mu.Unlock()
 	if i < 0 {
+		m.mu.Unlock()
 		return fmt.Errorf("virtual machine %s: %s: %w", m.about.Id, n.Tap, errNoNIC)
 	}
-	mac := n.Plug.MAC.String()
-	err := m.apply(ctx, []*taskv1.Step{{Kind: &taskv1.Step_Interface{Interface: &taskv1.Interface{
-		Mac: mac, Netns: netns(id), Name: fmt.Sprintf("spare%d", i), Remove: true,
-	}}}})
-	if err != nil {
+	nic := m.nics[i]
+	m.mu.Unlock()
+	if err := m.apply(ctx, []*taskv1.Step{takeBack(id, nic)}); err != nil {
 		return err
 	}
-	m.mu.Lock()
-	nic := &vmv1.NIC{Id: m.nics[i].Id, Tap: n.Tap, Mac: mac} // it keeps the address that it got
-	m.nics[i] = nic
-	m.mu.Unlock()
-	if !remove || i == 0 { // the first is the template's: it waits for the next network
+	if !remove {
 		return nil
 	}
+	if m.lasting != nil {
+		return m.returnNIC(ctx, id, nic, m.lasting.clean(id))
+	}
+	if i == 0 { // the template's: it waits for the next network
+		return nil
+	}
+	return m.detachNIC(ctx, nic)
+}
+
+// takeBack has the guest take an interface out of a container's namespace.
+func takeBack(id string, n *vmv1.NIC) *taskv1.Step {
+	return &taskv1.Step{Kind: &taskv1.Step_Interface{Interface: &taskv1.Interface{Mac: n.Mac, Netns: netns(id), Name: "spare-" + n.Id, Remove: true}}}
+}
+
+// detachNIC takes an interface from the machine.
+func (m *machine) detachNIC(ctx context.Context, nic *vmv1.NIC) error {
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
 		return m.gone(err)
@@ -194,8 +229,8 @@ func (m *machine) Unplug(ctx context.Context, id string, n sandbox.NIC, remove b
 		return err
 	}
 	m.mu.Lock()
-	m.nics = slices.DeleteFunc(m.nics, func(x *vmv1.NIC) bool { return x == nic })
-	m.mu.Unlock()
+	defer m.mu.Unlock()
+	m.nics = slices.DeleteFunc(m.nics, func(x *vmv1.NIC) bool { return x.Id == nic.Id })
 	return nil
 }
 

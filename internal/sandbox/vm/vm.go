@@ -378,11 +378,16 @@ func (v *VMs) Facts() sandbox.Facts {
 	if info != nil {
 		f.KernelRelease, f.CPUs, f.Memory = info.KernelRelease, max(int(info.MachineCpus), 1), info.MachineMemory
 	}
-	f.CPUSet, f.MemorySet = "0", "0"
-	if f.CPUs > 1 {
-		f.CPUSet = "0-" + strconv.Itoa(f.CPUs-1)
-	}
+	f.CPUSet, f.MemorySet = cpuSet(f.CPUs), "0"
 	return f
+}
+
+// cpuSet lists n processors.
+func cpuSet(n int) string {
+	if n > 1 {
+		return "0-" + strconv.Itoa(n-1)
+	}
+	return "0"
 }
 
 // Create makes a machine.
@@ -395,12 +400,19 @@ func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Mac
 	if err != nil {
 		return nil, err
 	}
-	req := &vmv1.CreateRequest{
-		Id: r.ID, Hostname: r.Hostname, Logs: r.Logs,
-		Disks: []*vmv1.Disk{{Path: r.Disks.Image, ReadOnly: true}, {Path: r.Disks.Upper, Volatile: r.Disks.Volatile}},
-	}
-	if r.Memory > 0 && r.Memory+guestMemory > info.MachineMemory {
-		req.Memory = machineMemory(r.Memory)
+	req := &vmv1.CreateRequest{Id: r.ID, Hostname: r.Hostname, Logs: r.Logs}
+	if r.Lasting != nil {
+		if err := lastingRequest(ctx, r, req); err != nil {
+			return nil, err
+		}
+	} else {
+		req.Disks = []*vmv1.Disk{{Path: r.Disks.Image, ReadOnly: true}, {Path: r.Disks.Upper, Volatile: r.Disks.Volatile}}
+		if r.Memory > 0 && r.Memory+guestMemory > info.MachineMemory {
+			req.Memory = machineMemory(r.Memory)
+		}
+		if r.CPUs > int(info.MachineCpus) {
+			req.Cpus = uint32(r.CPUs)
+		}
 	}
 	a, err := c.client.Create(ctx, req)
 	if errdefs.IsAlreadyExists(err) { // of an earlier run, whose end could not be cleaned up
@@ -467,6 +479,12 @@ func (v *VMs) Teardown(ctx context.Context) error {
 		return fmt.Errorf("tenon-vmm did not end: %w", context.Cause(ctx))
 	}
 	return errors.Join(os.RemoveAll(v.Socket()), os.RemoveAll(filepath.Join(v.cfg.RunRoot, "vms")))
+}
+
+func (v *VMs) isClosed() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.closed
 }
 
 // Close ends the connection.

@@ -61,7 +61,7 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 	case *taskv1.Step_Mount:
 		return mountStep(ctx, k.Mount)
 	case *taskv1.Step_Unmount:
-		return unmount(k.Unmount.Target)
+		return unmountIdle(ctx, k.Unmount)
 	case *taskv1.Step_Directory:
 		if err := os.MkdirAll(k.Directory.Path, os.FileMode(k.Directory.Mode)); err != nil {
 			return err
@@ -76,7 +76,7 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 		}
 		return os.Chmod(k.File.Path, os.FileMode(k.File.Mode))
 	case *taskv1.Step_Remove:
-		return os.RemoveAll(k.Remove.Path)
+		return removeTree(k.Remove.Path)
 	case *taskv1.Step_Netns:
 		if k.Netns.Remove {
 			return unmount(k.Netns.Path)
@@ -89,7 +89,13 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 	case *taskv1.Step_Sysctl:
 		return writeSysctl(k.Sysctl.Name, k.Sysctl.Value)
 	case *taskv1.Step_Online:
-		return online()
+		return online(ctx, int(k.Online.Cpus))
+	case *taskv1.Step_Upper:
+		return upper(k.Upper)
+	case *taskv1.Step_Keep:
+		return keep(k.Keep)
+	case *taskv1.Step_GrowFs:
+		return growFS(ctx, k.GrowFs)
 	}
 	return fmt.Errorf("unknown step: %w", errdefs.ErrNotImplemented)
 }
@@ -153,14 +159,18 @@ func seed(b []byte) error {
 	return nil
 }
 
+// appearTurn is how often a device is looked for at the least: looking takes time
+// from the kernel that is to find it.
+const appearTurn = 20 * time.Millisecond
+
 // deviceTime is how long a disk may take to appear.
-const deviceTime = 10 * time.Second
+const deviceTime = time.Minute
 
 // blockDevice finds the disk of a serial number.
 func blockDevice(ctx context.Context, serial string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, deviceTime)
 	defer cancel()
-	for {
+	for wait := time.Millisecond; ; wait = min(2*wait, appearTurn) {
 		list, _ := filepath.Glob("/sys/block/*/serial") // no bad pattern
 		for _, p := range list {
 			if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == serial {
@@ -170,7 +180,7 @@ func blockDevice(ctx context.Context, serial string) (string, error) {
 		select {
 		case <-ctx.Done():
 			return "", fmt.Errorf("disk %s: %w", serial, errdefs.ErrNotFound)
-		case <-time.After(time.Millisecond):
+		case <-time.After(wait):
 		}
 	}
 }
@@ -185,6 +195,9 @@ func mountStep(ctx context.Context, m *taskv1.GuestMount) error {
 	}
 	if err := makeTarget(source, m.Target, m.Flags&unix.MS_BIND != 0); err != nil {
 		return err
+	}
+	if m.Once && mountPoint(m.Target) {
+		return nil
 	}
 	if err := unix.Mount(source, m.Target, m.Type, uintptr(m.Flags), m.Data); err != nil {
 		return fmt.Errorf("mount %s (%s) on %s: %w", m.Source, m.Type, m.Target, err)
@@ -209,6 +222,24 @@ func makeTarget(source, target string, bind bool) error {
 	}
 	return os.MkdirAll(target, 0o755)
 }
+
+// mountPoint says whether something is mounted at path.
+func mountPoint(path string) bool {
+	var here, above unix.Stat_t
+	return unix.Lstat(path, &here) == nil && unix.Lstat(filepath.Dir(path), &above) == nil && here.Dev != above.Dev
+}
+
+// unmountIdle waits for a mount's users to end.
+func unmountIdle(ctx context.Context, u *taskv1.Unmount) error {
+	end := time.Now().Add(time.Duration(min(u.Wait, maxIdle)) * time.Millisecond)
+	for u.Wait > 0 && unix.Unmount(u.Target, unix.UMOUNT_NOFOLLOW) == unix.EBUSY && time.Now().Before(end) && ctx.Err() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	return unmount(u.Target)
+}
+
+// maxIdle bounds the wait for a mount's users, in milliseconds.
+const maxIdle = 10_000
 
 // unmount unmounts all that is on target, and removes target.
 func unmount(target string) error {
@@ -235,22 +266,57 @@ func writeSysctl(name, value string) error {
 	return nil
 }
 
-// online brings CPUs and memory blocks that are there and off into use.
-func online() error {
-	var errs []error
-	for pattern, want := range map[string]string{"/sys/devices/system/cpu/cpu*/online": "1", "/sys/devices/system/memory/memory*/online": "1"} {
-		list, _ := filepath.Glob(pattern) // no bad pattern
-		for _, p := range list {
-			b, err := os.ReadFile(p)
-			if err == nil && strings.TrimSpace(string(b)) != want {
-				err = os.WriteFile(p, []byte(want), 0)
-			}
-			if err != nil {
-				errs = append(errs, err)
+// cpuTime is how long a plugged CPU may take to appear.
+const cpuTime = 20 * time.Second
+
+// online brings CPUs and memory blocks that are there and off into use, until
+// cpus are.
+func online(ctx context.Context, cpus int) error {
+	ctx, cancel := context.WithTimeout(ctx, cpuTime)
+	defer cancel()
+	for {
+		var errs []error
+		for _, pattern := range []string{"/sys/devices/system/cpu/cpu*/online", "/sys/devices/system/memory/memory*/online"} {
+			list, _ := filepath.Glob(pattern) // no bad pattern
+			for _, p := range list {
+				b, err := os.ReadFile(p)
+				if err == nil && strings.TrimSpace(string(b)) != "1" {
+					err = os.WriteFile(p, []byte("1"), 0)
+				}
+				if err != nil {
+					errs = append(errs, err)
+				}
 			}
 		}
+		have := onlineCPUs()
+		if have >= cpus {
+			return errors.Join(errs...)
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(append(errs, fmt.Errorf("%d processors are in use, not %d: %w", have, cpus, errdefs.ErrUnavailable))...)
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
-	return errors.Join(errs...)
+}
+
+// onlineCPUs counts the CPUs in use: runtime.NumCPU counted them at the start.
+func onlineCPUs() int {
+	b, err := os.ReadFile("/sys/devices/system/cpu/online")
+	if err != nil {
+		return runtime.NumCPU()
+	}
+	n := 0
+	for part := range strings.SplitSeq(strings.TrimSpace(string(b)), ",") {
+		var first, last int
+		switch got, _ := fmt.Sscanf(part, "%d-%d", &first, &last); got {
+		case 1:
+			n++
+		case 2:
+			n += last - first + 1
+		}
+	}
+	return n
 }
 
 // PowerOff ends the machine.
@@ -264,12 +330,19 @@ func (g *service) PowerOff(context.Context, *taskv1.PowerOffRequest) (*taskv1.Po
 const answerTime = 5 * time.Millisecond
 
 // Usage reads the kernel's own figures.
-func (g *service) Usage(context.Context, *taskv1.UsageRequest) (*taskv1.UsageResponse, error) {
+func (g *service) Usage(_ context.Context, q *taskv1.UsageRequest) (*taskv1.UsageResponse, error) {
 	b, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return nil, err
 	}
-	r := &taskv1.UsageResponse{Cpus: uint32(runtime.NumCPU())}
+	r := &taskv1.UsageResponse{Cpus: uint32(onlineCPUs())}
+	if q.Path != "" {
+		var st unix.Statfs_t
+		if err := unix.Statfs(q.Path, &st); err != nil {
+			return nil, &os.PathError{Op: "statfs", Path: q.Path, Err: err}
+		}
+		r.DiskSize, r.DiskUsed = st.Blocks*uint64(st.Bsize), (st.Blocks-st.Bfree)*uint64(st.Bsize)
+	}
 	for line := range strings.Lines(string(b)) {
 		var kib uint64
 		name, rest, _ := strings.Cut(line, ":")

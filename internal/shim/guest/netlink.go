@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -110,6 +111,7 @@ type link struct {
 	index int32
 	name  string
 	mac   net.HardwareAddr
+	birth net.HardwareAddr // of a device; nobody can change it
 }
 
 func (n *netlink) links() ([]link, error) {
@@ -132,6 +134,8 @@ func (n *netlink) links() ([]link, error) {
 				l.name = unix.ByteSliceToString(a[4:size])
 			case unix.IFLA_ADDRESS:
 				l.mac = slices.Clone(a[4:size])
+			case unix.IFLA_PERM_ADDRESS:
+				l.birth = slices.Clone(a[4:size])
 			}
 			a = a[min((size+3)&^3, len(a)):]
 		}
@@ -374,7 +378,7 @@ func loopbackUp() error {
 	return n.set(1, 1, nil) // lo is always the first
 }
 
-// byMAC finds an interface.
+// byMAC finds an interface by the address that it was born with, or has.
 func (n *netlink) byMAC(mac string) (link, error) {
 	want, err := net.ParseMAC(mac)
 	if err != nil {
@@ -384,9 +388,9 @@ func (n *netlink) byMAC(mac string) (link, error) {
 	if err != nil {
 		return link{}, err
 	}
-	for _, l := range list {
-		if slices.Equal(l.mac, want) {
-			return l, nil
+	for _, of := range []func(link) net.HardwareAddr{func(l link) net.HardwareAddr { return l.birth }, func(l link) net.HardwareAddr { return l.mac }} {
+		if i := slices.IndexFunc(list, func(l link) bool { return slices.Equal(of(l), want) }); i >= 0 {
+			return list[i], nil
 		}
 	}
 	return link{}, fmt.Errorf("no interface has the address %s: %w", mac, errdefs.ErrNotFound)
@@ -401,7 +405,14 @@ func (g *service) setInterface(o *taskv1.Interface) error {
 			return err
 		}
 		defer self.Close()
-		return in(o.Netns, func() error { return moveLink(o.Mac, self, o.Name) })
+		err = in(o.Netns, func() error { return moveLink(o.Mac, self, o.Name) })
+		if errdefs.IsNotFound(err) || errors.Is(err, os.ErrNotExist) { // it may be back already
+			return in("", func() error { return moveLink(o.Mac, self, o.Name) })
+		}
+		return err
+	}
+	if err := appears(o); err != nil {
+		return err
 	}
 	if o.Netns != "" && !there(o) {
 		to, err := os.Open(o.Netns)
@@ -422,6 +433,28 @@ func (g *service) setInterface(o *taskv1.Interface) error {
 		}
 	}
 	return in(o.Netns, func() error { return configure(o) })
+}
+
+// maxWait bounds the wait for an interface, in milliseconds.
+const maxWait = 60_000
+
+// appears waits for an interface that is being plugged in.
+func appears(o *taskv1.Interface) error {
+	if o.Wait == 0 || there(o) {
+		return nil
+	}
+	n, err := openNetlink()
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	end := time.Now().Add(time.Duration(min(o.Wait, maxWait)) * time.Millisecond)
+	for wait := time.Millisecond; ; wait = min(2*wait, appearTurn) {
+		if _, err := n.byMAC(o.Mac); !errdefs.IsNotFound(err) || time.Now().After(end) {
+			return err
+		}
+		time.Sleep(wait)
+	}
 }
 
 // there says whether the interface is in its namespace already.

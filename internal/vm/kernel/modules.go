@@ -23,7 +23,7 @@ var required = []string{"virtio_pci", "virtio_blk", "virtio_console", "virtio_ne
 
 // wanted are loaded where the kernel has them.
 var wanted = []string{"crc32c_generic", "crc32c_intel", "virtio_rng", "virtio_balloon", "pvpanic_pci", "fuse", "ipv6",
-	"veth", "bridge", "macvlan", "virtio_scsi", "sd_mod"}
+	"veth", "bridge", "macvlan", "virtio_scsi", "sd_mod", "quota_tree", "quota_v2"}
 
 // maxModule bounds one module, decompressed.
 const maxModule = 64 << 20

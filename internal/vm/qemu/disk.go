@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -113,12 +114,60 @@ func (p *Process) PlugDisk(ctx context.Context, id string, d Disk) error {
 	if err := p.node(ctx, name, d); err != nil {
 		return err
 	}
-	_, err := p.run(ctx, "device_add", map[string]any{"driver": "virtio-blk-pci", "id": id, "drive": name, "serial": id, "num-queues": 1})
+	err := p.addDevice(ctx, id, map[string]any{"driver": "virtio-blk-pci", "drive": name, "serial": id, "num-queues": 1})
 	if err != nil {
 		return errors.Join(err, p.dropNode(context.WithoutCancel(ctx), name))
 	}
 	return nil
 }
+
+// addDevice plugs a device in where there is room for it.
+func (p *Process) addDevice(ctx context.Context, id string, args map[string]any) error {
+	args["id"] = id
+	p.mu.Lock()
+	i := slices.IndexFunc(p.buses, func(b bus) bool { return b.room > 0 })
+	if i >= 0 {
+		p.buses[i].room--
+		p.places[id] = i
+		args["bus"] = p.buses[i].name
+	} else if len(p.buses) > 0 {
+		n := len(p.places)
+		p.mu.Unlock()
+		return fmt.Errorf("the machine has no room for one more disk or network interface, beside %d: %w", n, errdefs.ErrResourceExhausted)
+	}
+	p.mu.Unlock()
+	_, err := p.run(ctx, "device_add", args)
+	if err != nil {
+		p.deviceGone(id)
+	}
+	return err
+}
+
+// deviceGone gives a device's place back.
+func (p *Process) deviceGone(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if i, ok := p.places[id]; ok {
+		p.buses[i].room++
+		delete(p.places, id)
+	}
+}
+
+// GrowDisk makes a plugged disk, or the file of the i-th placeholder, and its file
+// as large as size, in bytes; the guest sees it.
+func (p *Process) GrowDisk(ctx context.Context, id string, size int64) error {
+	name := "file-" + id
+	for i := range maxPlaceholders {
+		if id == DiskSerial(i) {
+			name = fmt.Sprintf("file%d", i)
+		}
+	}
+	_, err := p.run(ctx, "block_resize", map[string]any{"node-name": name, "size": size})
+	return err
+}
+
+// maxPlaceholders bounds the disks that a machine is born with.
+const maxPlaceholders = 8
 
 // UnplugDisk takes a plugged disk away: the guest is asked first, and has until
 // ctx is done to let go.
@@ -140,7 +189,7 @@ func (p *Process) PlugNIC(ctx context.Context, id, mac string, tap *os.File) err
 	if _, err := p.run(ctx, "netdev_add", map[string]any{"type": "tap", "id": "tap-" + id, "fd": "fd-" + id}); err != nil {
 		return err
 	}
-	_, err := p.run(ctx, "device_add", map[string]any{"driver": "virtio-net-pci", "id": id, "netdev": "tap-" + id, "mac": mac, "romfile": "", "mq": false})
+	err := p.addDevice(ctx, id, map[string]any{"driver": "virtio-net-pci", "netdev": "tap-" + id, "mac": mac, "romfile": "", "mq": false})
 	if err != nil {
 		_, derr := p.run(context.WithoutCancel(ctx), "netdev_del", map[string]any{"id": "tap-" + id})
 		return errors.Join(err, derr)
@@ -173,8 +222,12 @@ func (p *Process) unplug(ctx context.Context, id string) error {
 			asked = time.Now()
 		}
 		here, err := p.has(ctx, id)
-		if err != nil || !here {
+		if err != nil {
 			return err
+		}
+		if !here {
+			p.deviceGone(id)
+			return nil
 		}
 		select {
 		case <-ctx.Done():
@@ -218,6 +271,42 @@ func (p *Process) PlugMemory(ctx context.Context, id string, size int64) error {
 		return errors.Join(err, derr)
 	}
 	return nil
+}
+
+// PlugCPUs adds processors until there are n. It returns how many there are.
+func (p *Process) PlugCPUs(ctx context.Context, n int) (int, error) {
+	var list []struct {
+		Type  string         `json:"type"`
+		Props map[string]any `json:"props"`
+		Path  string         `json:"qom-path"` // empty: not there yet
+	}
+	if err := p.QMP.Run(ctx, "query-hotpluggable-cpus", nil, &list); err != nil {
+		return 0, err
+	}
+	have := 0
+	for _, c := range list {
+		if c.Path != "" {
+			have++
+		}
+	}
+	for i := len(list) - 1; i >= 0 && have < n; i-- { // the first come last
+		c := list[i]
+		if c.Path != "" {
+			continue
+		}
+		args := map[string]any{"driver": c.Type, "id": fmt.Sprintf("cpu%d", have)}
+		for k, v := range c.Props {
+			args[k] = v
+		}
+		if _, err := p.run(ctx, "device_add", args); err != nil {
+			return have, err
+		}
+		have++
+	}
+	if have < n {
+		return have, fmt.Errorf("%d processors: the machine can have %d: %w", n, have, errdefs.ErrResourceExhausted)
+	}
+	return have, nil
 }
 
 // Balloon asks the guest to leave itself with size bytes. It does not wait.

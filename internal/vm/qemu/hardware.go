@@ -19,11 +19,13 @@ const PlaceholderSize = 1 << 40
 // Hardware is the machine as the guest sees it. A saved machine's copies must
 // have the same.
 type Hardware struct {
-	Type   string // "pc" or "q35"
-	Accel  string // "kvm" or "tcg"
-	CPU    string // QEMU's CPU model; empty: "host" with KVM, else "max"
-	CPUs   int
-	Memory int64 // bytes at birth
+	Type  string // "pc" or "q35"
+	Accel string // "kvm" or "tcg"
+	CPU   string // QEMU's CPU model; empty: "host" with KVM, else "max"
+	CPUs  int
+	// MaxCPUs is what it may grow to by plugged processors; 0: it can't.
+	MaxCPUs int
+	Memory  int64 // bytes at birth
 	// MaxMemory is what it may grow to by Slots plugged modules; 0: it can't.
 	MaxMemory int64
 	Slots     int
@@ -32,7 +34,34 @@ type Hardware struct {
 	// number "disk<i>".
 	Disks string
 	NICs  int
+	// Bridges give room for more plugged disks and interfaces; without any, some
+	// twenty have room beside what the machine is born with.
+	Bridges int
 }
+
+// slots is how many devices a bus or bridge has room for.
+const slots = 32
+
+// room is how many devices can be plugged in, by bus.
+func (h Hardware) room() []bus {
+	if h.Type != "pc" {
+		return nil // wherever QEMU finds room
+	}
+	const born = 6 // the host's bridge, the south bridge, serial, rng, balloon, panic
+	list := []bus{{"pci.0", slots - born - h.Bridges - len(h.Disks) - h.NICs}}
+	for i := range h.Bridges {
+		list = append(list, bus{bridgeID(i), slots - 1}) // its hot-plug controller takes the first
+	}
+	return list
+}
+
+// bus is where devices are plugged in.
+type bus struct {
+	name string
+	room int
+}
+
+func bridgeID(i int) string { return fmt.Sprintf("bridge%d", i+1) }
 
 // DiskSerial is the serial number of the i-th placeholder.
 func DiskSerial(i int) string { return fmt.Sprintf("disk%d", i) }
@@ -56,8 +85,16 @@ func (h Hardware) cpu() string {
 
 // String describes the machine completely: what goes into a template's hash.
 func (h Hardware) String() string {
-	return fmt.Sprintf("%s %s %s cpus=%d memory=%d max=%d slots=%d disks=%s nics=%d args=2",
-		h.Type, h.Accel, h.cpu(), h.CPUs, h.Memory, h.MaxMemory, h.Slots, h.Disks, h.NICs)
+	return fmt.Sprintf("%s %s %s cpus=%d/%d memory=%d max=%d slots=%d disks=%s nics=%d bridges=%d args=3",
+		h.Type, h.Accel, h.cpu(), h.CPUs, h.MaxCPUs, h.Memory, h.MaxMemory, h.Slots, h.Disks, h.NICs, h.Bridges)
+}
+
+// smp is the number of processors, and of those that there is room for.
+func (h Hardware) smp() string {
+	if h.MaxCPUs <= h.CPUs {
+		return strconv.Itoa(h.CPUs)
+	}
+	return fmt.Sprintf("cpus=%d,maxcpus=%d", h.CPUs, h.MaxCPUs)
 }
 
 // fds are the numbers of the descriptors that a QEMU inherits.
@@ -80,11 +117,15 @@ func (c *Config) args(f fds) []string {
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", "tenon",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-M", h.Type + ",memory-backend=" + memoryID + "," + off,
-		"-accel", h.Accel, "-cpu", h.cpu(), "-smp", strconv.Itoa(h.CPUs),
+		"-accel", h.Accel, "-cpu", h.cpu(), "-smp", h.smp(),
 	}
 	mem := fmt.Sprintf("size=%dM", h.Memory>>20)
 	if h.MaxMemory > h.Memory {
 		mem += fmt.Sprintf(",slots=%d,maxmem=%dM", h.Slots, h.MaxMemory>>20)
+	}
+	kick := ""
+	if h.Accel == "tcg" { // in the processor's own thread: fewer switches
+		kick = ",ioeventfd=off"
 	}
 	share := "off"
 	if c.Share {
@@ -94,13 +135,16 @@ func (c *Config) args(f fds) []string {
 		"-object", fmt.Sprintf("memory-backend-file,id=%s,size=%dM,mem-path=%s,share=%s", memoryID, h.Memory>>20, procFD(f.ram), share),
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", f.qmp), "-mon", "chardev=qmp,mode=control",
 		"-chardev", fmt.Sprintf("socket,id=console,fd=%d", f.console), "-serial", "chardev:console",
-		"-device", "virtio-serial-pci,id=serial,max_ports=2",
+		"-device", "virtio-serial-pci,id=serial,max_ports=2"+kick,
 		"-chardev", fmt.Sprintf("socket,id=port,fd=%d", f.port),
 		"-device", "virtserialport,chardev=port,name="+PortName,
 		"-device", "virtio-rng-pci,id=rng",
 		"-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,deflate-on-oom=on",
 		"-device", "pvpanic-pci",
 	)
+	for i := range h.Bridges {
+		a = append(a, "-device", fmt.Sprintf("pci-bridge,id=%s,chassis_nr=%d", bridgeID(i), i+1))
+	}
 	for i, mode := range h.Disks {
 		ro := "off"
 		if mode == 'r' {
@@ -111,8 +155,8 @@ func (c *Config) args(f fds) []string {
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=empty%d,id=disk%d,serial=%s,num-queues=1", i, i, DiskSerial(i)))
 	}
 	for i, fd := range f.taps {
-		a = append(a, "-netdev", fmt.Sprintf("tap,id=tap%d,fd=%d,vhost=off", i, fd),
-			"-device", fmt.Sprintf("virtio-net-pci,netdev=tap%d,id=%s,mac=%s,romfile=,mq=off", i, NICID(i), NICMAC(i)))
+		a = append(a, "-netdev", fmt.Sprintf("tap,id=tap-%s,fd=%d,vhost=off", NICID(i), fd),
+			"-device", fmt.Sprintf("virtio-net-pci,netdev=tap-%s,id=%s,mac=%s,romfile=,mq=off", NICID(i), NICID(i), NICMAC(i)))
 	}
 	if f.kernel != 0 {
 		a = append(a, "-kernel", procFD(f.kernel), "-append", c.Append)
@@ -142,7 +186,9 @@ func (h Hardware) Append(tscKHz, hz int) string {
 		// translate it again.
 		a = append(a, "mitigations=off", "noreplace-smp")
 		if tscKHz > 0 {
-			a = append(a, fmt.Sprintf("tsc_early_khz=%d", tscKHz), fmt.Sprintf("lpj=%d", tscKHz*1000/hz))
+			// Without its watchdog the counter is the guest's clock: each reading of
+			// another one is an exit.
+			a = append(a, "tsc=reliable", fmt.Sprintf("tsc_early_khz=%d", tscKHz), fmt.Sprintf("lpj=%d", tscKHz*1000/hz))
 		}
 	}
 	return strings.Join(a, " ")

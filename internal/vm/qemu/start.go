@@ -113,8 +113,10 @@ type Process struct {
 	done   chan struct{}
 	exit   Exit
 
-	mu   sync.Mutex
-	sets map[string]int // descriptor sets of block nodes
+	mu     sync.Mutex
+	sets   map[string]int // descriptor sets of block nodes
+	buses  []bus
+	places map[string]int // buses of plugged devices
 }
 
 // Exit is how a QEMU ended.
@@ -138,7 +140,7 @@ func (e Exit) String() string {
 // Start starts QEMU and greets it. The guest runs at once, or waits for Restore
 // if c.Incoming. When ctx ends before that, nothing is left running.
 func (l *Launcher) Start(ctx context.Context, c Config) (_ *Process, err error) {
-	p := &Process{errors: &tail{}, done: make(chan struct{}), sets: map[string]int{}}
+	p := &Process{errors: &tail{}, done: make(chan struct{}), sets: map[string]int{}, buses: c.room(), places: map[string]int{}}
 	var theirs []*os.File // what the child inherits, from descriptor 3
 	var own []*os.File
 	var qmpConn *net.UnixConn

@@ -30,6 +30,7 @@ type console struct {
 	mu    sync.Mutex
 	early []byte
 	path  string
+	more  bool // what the file has stays
 	f     *os.File
 	size  int
 	line  []byte // the one that is being written
@@ -65,7 +66,7 @@ func (c *console) write(b []byte) {
 		return
 	}
 	if c.size+len(b) > consoleFile {
-		if os.Rename(c.path, c.path+".1") != nil || c.openLocked() != nil {
+		if os.Rename(c.path, c.path+".1") != nil || c.openLocked() != nil { // the next file is a new one
 			return
 		}
 	}
@@ -78,11 +79,18 @@ func (c *console) openLocked() error {
 		c.f.Close()
 		c.f = nil
 	}
-	f, err := os.OpenFile(c.path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	flags := os.O_CREATE | os.O_WRONLY | os.O_TRUNC
+	if c.more {
+		flags = os.O_CREATE | os.O_WRONLY | os.O_APPEND
+	}
+	f, err := os.OpenFile(c.path, flags, 0o600)
 	if err != nil {
 		return fmt.Errorf("kernel log: %w", err)
 	}
 	c.f, c.size = f, 0
+	if st, err := f.Stat(); err == nil {
+		c.size = int(st.Size())
+	}
 	return nil
 }
 
@@ -104,16 +112,24 @@ func (c *console) lookLocked(b []byte) {
 	}
 }
 
-// keep writes what has come and what comes to a file.
-func (c *console) keep(path string) error {
+// file is where it is kept.
+func (c *console) file() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.path = path
+	return c.path
+}
+
+// keep writes what has come and what comes to a file; with more, what is there
+// already stays.
+func (c *console) keep(path string, more bool) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.path, c.more = path, more
 	if err := c.openLocked(); err != nil {
 		return err
 	}
 	n, err := c.f.Write(c.early)
-	c.size, c.early = n, nil
+	c.size, c.early = c.size+n, nil
 	if err != nil {
 		return fmt.Errorf("kernel log: %w", err)
 	}

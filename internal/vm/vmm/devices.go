@@ -44,6 +44,11 @@ func (s *Service) change(ctx context.Context, id string, f func(context.Context,
 func (s *Service) AttachDisk(ctx context.Context, r *vmv1.AttachDiskRequest) (*vmv1.AttachDiskResponse, error) {
 	serial := r.Serial
 	err := s.change(ctx, r.Id, func(ctx context.Context, v *machine) error {
+		if r.Owner != "" {
+			var err error
+			serial, err = v.attachOwned(ctx, r)
+			return err
+		}
 		if serial == "" {
 			v.mu.Lock()
 			v.serials++
@@ -108,6 +113,9 @@ func (s *Service) DetachDisk(ctx context.Context, r *vmv1.DetachDiskRequest) (*v
 		if !there {
 			return fmt.Errorf("disk %s: %w", r.Serial, errdefs.ErrNotFound)
 		}
+		if r.Owner != "" && (!v.disown(r.Serial, r.Owner) || r.Keep) {
+			return nil
+		}
 		var err error
 		if i := v.placeholder(r.Serial); i >= 0 {
 			err = v.proc.Empty(ctx, i)
@@ -119,6 +127,7 @@ func (s *Service) DetachDisk(ctx context.Context, r *vmv1.DetachDiskRequest) (*v
 		}
 		v.mu.Lock()
 		delete(v.disks, r.Serial)
+		delete(v.owned, r.Serial)
 		v.mu.Unlock()
 		return nil
 	})
@@ -130,31 +139,21 @@ func (s *Service) DetachDisk(ctx context.Context, r *vmv1.DetachDiskRequest) (*v
 
 // AttachNIC gives a machine a network interface.
 func (s *Service) AttachNIC(ctx context.Context, r *vmv1.AttachNICRequest) (*vmv1.AttachNICResponse, error) {
-	n := &vmv1.NIC{Mac: r.Mac}
+	n := &vmv1.NIC{Mac: r.Mac, Owner: r.Owner}
 	err := s.change(ctx, r.Id, func(ctx context.Context, v *machine) error {
-		v.mu.Lock()
-		i := v.nicNumber
-		v.nicNumber++
-		v.mu.Unlock()
-		n.Id, n.Tap = fmt.Sprintf("nic%d", i), v.tapName(i)
-		if n.Mac == "" {
-			n.Mac = qemu.NICMAC(i)
+		if r.Owner != "" && r.Mac == "" {
+			if spare := v.takeSpare(r.Owner); spare != nil {
+				n = spare
+				return nil
+			}
 		}
-		tap, err := qemu.NewTap(n.Tap)
-		if err != nil {
-			return err
-		}
-		defer tap.Close() // QEMU has it
-		if err := v.proc.PlugNIC(ctx, n.Id, n.Mac, tap); err != nil {
-			return err
-		}
-		v.mu.Lock()
-		v.nics = append(v.nics, n)
-		v.mu.Unlock()
-		return nil
+		return v.newNIC(ctx, n)
 	})
 	if err != nil {
 		return nil, err
+	}
+	if v, err := s.m.get(r.Id); err == nil && r.Owner != "" {
+		go v.spareAhead()
 	}
 	return &vmv1.AttachNICResponse{Nic: n}, nil
 }
@@ -169,7 +168,9 @@ func (s *Service) DetachNIC(ctx context.Context, r *vmv1.DetachNICRequest) (*vmv
 		switch {
 		case i < 0:
 			return fmt.Errorf("network interface %s: %w", r.Nic, errdefs.ErrNotFound)
-		case i < v.hardware.NICs:
+		case r.Spare && v.makeSpare(i):
+			return nil
+		case i < v.hardware.NICs && !v.lasting:
 			return fmt.Errorf("network interface %s: it is the machine's from birth: %w", r.Nic, errdefs.ErrFailedPrecondition)
 		}
 		if err := v.proc.UnplugNIC(ctx, r.Nic); err != nil {
@@ -186,20 +187,64 @@ func (s *Service) DetachNIC(ctx context.Context, r *vmv1.DetachNICRequest) (*vmv
 	return new(vmv1.DetachNICResponse), nil
 }
 
-// Resize changes a machine's memory.
+// Resize changes a machine's memory and adds processors.
 func (s *Service) Resize(ctx context.Context, r *vmv1.ResizeRequest) (*vmv1.ResizeResponse, error) {
 	a := new(vmv1.ResizeResponse)
 	err := s.change(ctx, r.Id, func(ctx context.Context, v *machine) (err error) {
-		if a.Memory, err = v.resize(ctx, r.Memory); err != nil {
+		online := &taskv1.Online{}
+		if r.Memory != 0 {
+			if _, err = v.resize(ctx, r.Memory); err != nil {
+				return err
+			}
+		}
+		if online.Cpus, err = v.addCPUs(ctx, r.Cpus); err != nil {
 			return err
 		}
-		_, err = v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{{Kind: &taskv1.Step_Online{Online: &taskv1.Online{}}}}})
+		v.mu.Lock()
+		a.Memory, a.Cpus = v.memory, online.Cpus
+		v.mu.Unlock()
+		_, err = v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{{Kind: &taskv1.Step_Online{Online: online}}}})
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	return a, nil
+}
+
+// addCPUs plugs processors in until the machine has n, and returns how many it has.
+func (v *machine) addCPUs(ctx context.Context, n uint32) (uint32, error) {
+	v.mu.Lock()
+	have := v.cpus
+	v.mu.Unlock()
+	if int(n) <= have {
+		return uint32(have), nil
+	}
+	if most := max(v.hardware.MaxCPUs, v.hardware.CPUs); int(n) > most {
+		return 0, fmt.Errorf("%d processors: the machine can have %d: %w", n, most, errdefs.ErrResourceExhausted)
+	}
+	have, err := v.proc.PlugCPUs(ctx, int(n))
+	v.mu.Lock()
+	v.cpus = max(v.cpus, have)
+	v.mu.Unlock()
+	return uint32(have), err
+}
+
+// GrowDisk makes a disk and its file larger.
+func (s *Service) GrowDisk(ctx context.Context, r *vmv1.GrowDiskRequest) (*vmv1.GrowDiskResponse, error) {
+	err := s.change(ctx, r.Id, func(ctx context.Context, v *machine) error {
+		v.mu.Lock()
+		there := v.disks[r.Serial]
+		v.mu.Unlock()
+		if !there {
+			return fmt.Errorf("disk %s: %w", r.Serial, errdefs.ErrNotFound)
+		}
+		return v.proc.GrowDisk(ctx, r.Serial, r.Size)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return new(vmv1.GrowDiskResponse), nil
 }
 
 // resize plugs what is missing to memory bytes, and has the guest give back what
@@ -242,6 +287,9 @@ func (v *machine) usage() (*vmv1.Usage, error) {
 	}
 	u.Cpu = st.CPU.Usage
 	u.PrivateBytes, u.ProportionalBytes, err = memoryOf(v.proc.PID())
+	if v.template == "" { // its memory is a file that nobody else has
+		u.PrivateBytes = u.ProportionalBytes
+	}
 	return u, err
 }
 

@@ -62,14 +62,18 @@ type machine struct {
 	identity *taskv1.IdentityResult
 	listener net.Listener
 	change   sync.Mutex // held while devices are changed
+	lasting  bool
+	title    string // the daemon's name of one that lasts
 
 	mu        sync.Mutex
-	disks     map[string]bool // attached, by serial number
-	serials   int             // given to disks so far
-	nicNumber int             // of the next one
-	plugs     int             // memory modules so far
-	plugged   int64           // bytes of them
+	disks     map[string]bool       // attached, by serial number
+	owned     map[string]*ownedDisk // those with owners
+	serials   int                   // given to disks so far
+	nicNumber int                   // of the next one
+	plugs     int                   // memory modules so far
+	plugged   int64                 // bytes of them
 	memory    int64
+	cpus      int
 	logs      map[string]*keptLog
 	shares    map[string]*share
 	servers   int  // of shares
@@ -91,8 +95,8 @@ type birth struct {
 // birth starts a machine. A clone stands still; a booted one runs, and answers.
 func (m *Manager) birth(ctx context.Context, b birth) (_ *machine, err error) {
 	v := &machine{
-		m: m, hardware: b.hardware, console: newConsole(), memory: b.hardware.Memory,
-		disks: map[string]bool{}, logs: map[string]*keptLog{}, shares: map[string]*share{}, created: time.Now(),
+		m: m, hardware: b.hardware, console: newConsole(), memory: b.hardware.Memory, cpus: b.hardware.CPUs,
+		disks: map[string]bool{}, owned: map[string]*ownedDisk{}, logs: map[string]*keptLog{}, shares: map[string]*share{}, created: time.Now(),
 	}
 	if v.index, err = m.newIndex(); err != nil {
 		return nil, err
@@ -336,8 +340,15 @@ func (v *machine) describe() *vmv1.Machine {
 	defer v.mu.Unlock()
 	d := &vmv1.Machine{
 		Id: v.id, Pid: uint32(v.proc.PID()), Socket: filepath.Join(v.dir(), socketName), Accel: v.hardware.Accel,
-		Created: v.created.UnixNano(), Origin: v.origin, Memory: v.memory, Cpus: uint32(v.hardware.CPUs),
-		KernelLog: filepath.Join(v.dir(), "kernel.log"), Uid: v.uid, Template: v.template,
+		Created: v.created.UnixNano(), Origin: v.origin, Memory: v.memory, Cpus: uint32(v.cpus),
+		KernelLog: v.console.file(), Uid: v.uid, Template: v.template, Lasting: v.lasting, Name: v.title,
+		MaxCpus: uint32(max(v.hardware.MaxCPUs, v.hardware.CPUs)), MaxMemory: max(v.hardware.MaxMemory, v.hardware.Memory),
+		Disks: v.ownedLocked(), Shares: map[string]string{},
+	}
+	for tag, s := range v.shares {
+		if s.owner != "" {
+			d.Shares[tag] = s.owner
+		}
 	}
 	d.Nics = append(d.Nics, v.nics...)
 	d.Ended, d.Reason, d.Clean = v.ended, v.why, v.clean

@@ -85,7 +85,7 @@ func (m *Manager) hardware(p *platform, memory, most int64, cpus int) qemu.Hardw
 		}
 	}
 	return qemu.Hardware{
-		Type: m.cfg.Type, Accel: p.accel.Accel, CPUs: cpus, Memory: memory, MaxMemory: most, Slots: memorySlots, Disks: "rw", NICs: 1,
+		Type: m.cfg.Type, Accel: p.accel.Accel, CPUs: cpus, Memory: memory, MaxMemory: most, Slots: memorySlots, Disks: "rw", NICs: 1, MaxCPUs: max(cpus, runtime.NumCPU()), Bridges: 1,
 	}
 }
 

@@ -83,6 +83,9 @@ func (s *Service) Create(ctx context.Context, r *vmv1.CreateRequest) (_ *vmv1.Cr
 		return nil, err
 	}
 	defer m.unreserve(r.Id)
+	if r.KernelLog != "" && !filepath.IsAbs(r.KernelLog) {
+		return nil, fmt.Errorf("virtual machine %s: kernel log %q: %w", r.Id, r.KernelLog, errdefs.ErrInvalidArgument)
+	}
 	var v *machine
 	if r.Cold {
 		v, err = m.boot(ctx, r)
@@ -157,13 +160,14 @@ func (m *Manager) boot(ctx context.Context, r *vmv1.CreateRequest) (*machine, er
 	if cpus == 0 {
 		cpus = runtime.NumCPU()
 	}
-	h := m.hardware(p, r.Memory, max(r.Memory, r.MaxMemory), cpus)
-	if h.Memory == 0 {
-		h.Memory, h.MaxMemory = m.cfg.Memory, max(m.cfg.Memory, r.MaxMemory)
+	if r.Memory == 0 {
+		r.Memory = m.cfg.Memory
 	}
+	h := m.hardware(p, r.Memory, max(r.Memory, r.MaxMemory), cpus)
 	if h.Memory < minMemory || h.Memory%(1<<20) != 0 {
 		return nil, fmt.Errorf("%d bytes of memory: give at least %d, in MiB: %w", h.Memory, minMemory, errdefs.ErrInvalidArgument)
 	}
+	h.MaxCPUs = max(cpus, int(r.MaxCpus))
 	h.NICs = int(r.Nics)
 	if h.NICs > maxNICs {
 		return nil, fmt.Errorf("%d network interfaces: at most %d: %w", h.NICs, maxNICs, errdefs.ErrInvalidArgument)
@@ -186,12 +190,16 @@ const (
 // use makes a waiting machine the one that was asked for.
 func (v *machine) use(ctx context.Context, r *vmv1.CreateRequest) error {
 	v.mu.Lock()
-	v.id, v.created = r.Id, time.Now()
+	v.id, v.created, v.lasting, v.title = r.Id, time.Now(), r.Lasting, r.Name
 	v.mu.Unlock()
 	if err := os.Mkdir(v.dir(), 0o711); err != nil {
 		return err
 	}
-	if err := v.console.keep(filepath.Join(v.dir(), "kernel.log")); err != nil {
+	kernelLog := filepath.Join(v.dir(), "kernel.log")
+	if r.KernelLog != "" {
+		kernelLog = r.KernelLog
+	}
+	if err := v.console.keep(kernelLog, r.KernelLog != ""); err != nil {
 		return err
 	}
 	for container, l := range r.Logs {
@@ -211,6 +219,11 @@ func (v *machine) use(ctx context.Context, r *vmv1.CreateRequest) error {
 		if err := v.attach(ctx, qemu.DiskSerial(i), d); err != nil {
 			return err
 		}
+		if r.Lasting { // the daemon asks for it
+			v.mu.Lock()
+			v.owned[qemu.DiskSerial(i)] = &ownedDisk{path: d.Path}
+			v.mu.Unlock()
+		}
 	}
 	if r.Memory > v.hardware.Memory {
 		if _, err := v.resize(ctx, r.Memory); err != nil {
@@ -226,11 +239,23 @@ func (v *machine) use(ctx context.Context, r *vmv1.CreateRequest) error {
 	if err != nil {
 		return err
 	}
+	if have := v.hardware.CPUs; int(r.Cpus) > have {
+		n, err := v.addCPUs(ctx, r.Cpus)
+		if err != nil {
+			return err
+		}
+		r.Steps = append([]*taskv1.Step{{Kind: &taskv1.Step_Online{Online: &taskv1.Online{Cpus: n}}}}, r.Steps...)
+	}
 	answer, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: append(steps, r.Steps...)})
 	if err != nil {
 		return err
 	}
 	v.identity = answer.Identity
+	if r.Memory > 0 && r.Memory < v.hardware.Memory {
+		if _, err := v.resize(ctx, r.Memory); err != nil {
+			return err
+		}
+	}
 	return v.listen()
 }
 

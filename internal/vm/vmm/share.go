@@ -28,6 +28,7 @@ import (
 type share struct {
 	root     *os.File // O_PATH: what it was when it was shared
 	name     string   // of a file, in the directory that the guest sees; empty: a directory
+	owner    string
 	readOnly bool
 	cache    time.Duration
 	users    sync.WaitGroup       // of root
@@ -58,7 +59,7 @@ func (v *machine) setShare(s *vmv1.HostShare) error {
 		f.Close()
 		return fmt.Errorf("share: %w", err)
 	}
-	x := &share{root: f, readOnly: s.ReadOnly, cache: time.Duration(s.Cache), servers: map[*server]struct{}{}}
+	x := &share{root: f, owner: s.Owner, readOnly: s.ReadOnly, cache: time.Duration(s.Cache), servers: map[*server]struct{}{}}
 	switch {
 	case st.Mode().IsRegular():
 		x.name = filepath.Base(s.Path)

@@ -127,6 +127,9 @@ type Step struct {
 	//	*Step_Share
 	//	*Step_Sysctl
 	//	*Step_Online
+	//	*Step_Upper
+	//	*Step_Keep
+	//	*Step_GrowFs
 	Kind          isStep_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -268,6 +271,33 @@ func (x *Step) GetOnline() *Online {
 	return nil
 }
 
+func (x *Step) GetUpper() *Upper {
+	if x != nil {
+		if x, ok := x.Kind.(*Step_Upper); ok {
+			return x.Upper
+		}
+	}
+	return nil
+}
+
+func (x *Step) GetKeep() *Keep {
+	if x != nil {
+		if x, ok := x.Kind.(*Step_Keep); ok {
+			return x.Keep
+		}
+	}
+	return nil
+}
+
+func (x *Step) GetGrowFs() *GrowFS {
+	if x != nil {
+		if x, ok := x.Kind.(*Step_GrowFs); ok {
+			return x.GrowFs
+		}
+	}
+	return nil
+}
+
 type isStep_Kind interface {
 	isStep_Kind()
 }
@@ -316,6 +346,18 @@ type Step_Online struct {
 	Online *Online `protobuf:"bytes,11,opt,name=online,proto3,oneof"`
 }
 
+type Step_Upper struct {
+	Upper *Upper `protobuf:"bytes,12,opt,name=upper,proto3,oneof"`
+}
+
+type Step_Keep struct {
+	Keep *Keep `protobuf:"bytes,13,opt,name=keep,proto3,oneof"`
+}
+
+type Step_GrowFs struct {
+	GrowFs *GrowFS `protobuf:"bytes,14,opt,name=grow_fs,json=growFs,proto3,oneof"`
+}
+
 func (*Step_Identity) isStep_Kind() {}
 
 func (*Step_Mount) isStep_Kind() {}
@@ -337,6 +379,12 @@ func (*Step_Share) isStep_Kind() {}
 func (*Step_Sysctl) isStep_Kind() {}
 
 func (*Step_Online) isStep_Kind() {}
+
+func (*Step_Upper) isStep_Kind() {}
+
+func (*Step_Keep) isStep_Kind() {}
+
+func (*Step_GrowFs) isStep_Kind() {}
 
 // Identity makes a clone different from its template.
 type Identity struct {
@@ -466,6 +514,7 @@ type GuestMount struct {
 	Target        string                 `protobuf:"bytes,3,opt,name=target,proto3" json:"target,omitempty"` // made if missing
 	Flags         uint64                 `protobuf:"varint,4,opt,name=flags,proto3" json:"flags,omitempty"`  // MS_* of mount(2)
 	Data          string                 `protobuf:"bytes,5,opt,name=data,proto3" json:"data,omitempty"`
+	Once          bool                   `protobuf:"varint,6,opt,name=once,proto3" json:"once,omitempty"` // if something is mounted there, it stays
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,9 +584,17 @@ func (x *GuestMount) GetData() string {
 	return ""
 }
 
+func (x *GuestMount) GetOnce() bool {
+	if x != nil {
+		return x.Once
+	}
+	return false
+}
+
 type Unmount struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
+	Wait          uint32                 `protobuf:"varint,2,opt,name=wait,proto3" json:"wait,omitempty"` // milliseconds that its users have to end before it is done lazily
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -577,6 +634,13 @@ func (x *Unmount) GetTarget() string {
 		return x.Target
 	}
 	return ""
+}
+
+func (x *Unmount) GetWait() uint32 {
+	if x != nil {
+		return x.Wait
+	}
+	return 0
 }
 
 type Directory struct {
@@ -817,6 +881,7 @@ type Interface struct {
 	Addresses     []string               `protobuf:"bytes,6,rep,name=addresses,proto3" json:"addresses,omitempty"`         // CIDR
 	Routes        []*Interface_Route     `protobuf:"bytes,7,rep,name=routes,proto3" json:"routes,omitempty"`
 	Remove        bool                   `protobuf:"varint,8,opt,name=remove,proto3" json:"remove,omitempty"` // back to the guest's namespace, down, without addresses
+	Wait          uint32                 `protobuf:"varint,9,opt,name=wait,proto3" json:"wait,omitempty"`     // milliseconds that a new one may take to appear
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -905,6 +970,13 @@ func (x *Interface) GetRemove() bool {
 		return x.Remove
 	}
 	return false
+}
+
+func (x *Interface) GetWait() uint32 {
+	if x != nil {
+		return x.Wait
+	}
+	return 0
 }
 
 // Share mounts a host directory that the host serves by FUSE under this tag.
@@ -1023,6 +1095,7 @@ func (x *Sysctl) GetValue() string {
 // Online brings hot-plugged CPUs and memory into use.
 type Online struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cpus          uint32                 `protobuf:"varint,1,opt,name=cpus,proto3" json:"cpus,omitempty"` // waits until there are so many
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1057,6 +1130,181 @@ func (*Online) Descriptor() ([]byte, []int) {
 	return file_guest_proto_rawDescGZIP(), []int{14}
 }
 
+func (x *Online) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+// Upper makes the directories upper and work below path, where they are missing.
+type Upper struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Like          string                 `protobuf:"bytes,2,opt,name=like,proto3" json:"like,omitempty"`    // a directory whose owner and mode upper gets; empty: root's, 0755
+	Limit         int64                  `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"` // bytes that may be below path, by a project quota; 0: no limit
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Upper) Reset() {
+	*x = Upper{}
+	mi := &file_guest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Upper) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Upper) ProtoMessage() {}
+
+func (x *Upper) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Upper.ProtoReflect.Descriptor instead.
+func (*Upper) Descriptor() ([]byte, []int) {
+	return file_guest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Upper) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Upper) GetLike() string {
+	if x != nil {
+		return x.Like
+	}
+	return ""
+}
+
+func (x *Upper) GetLimit() int64 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+// Keep removes all in a directory whose names are not listed; it need not exist.
+type Keep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Keep) Reset() {
+	*x = Keep{}
+	mi := &file_guest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Keep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Keep) ProtoMessage() {}
+
+func (x *Keep) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Keep.ProtoReflect.Descriptor instead.
+func (*Keep) Descriptor() ([]byte, []int) {
+	return file_guest_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Keep) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Keep) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+// GrowFS makes the file system at path, an ext4, as large as its disk, or size
+// bytes.
+type GrowFS struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrowFS) Reset() {
+	*x = GrowFS{}
+	mi := &file_guest_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrowFS) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrowFS) ProtoMessage() {}
+
+func (x *GrowFS) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrowFS.ProtoReflect.Descriptor instead.
+func (*GrowFS) Descriptor() ([]byte, []int) {
+	return file_guest_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *GrowFS) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *GrowFS) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type PowerOffRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1065,7 +1313,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_proto_msgTypes[15]
+	mi := &file_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1325,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[15]
+	mi := &file_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1338,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_proto_rawDescGZIP(), []int{18}
 }
 
 type PowerOffResponse struct {
@@ -1101,7 +1349,7 @@ type PowerOffResponse struct {
 
 func (x *PowerOffResponse) Reset() {
 	*x = PowerOffResponse{}
-	mi := &file_guest_proto_msgTypes[16]
+	mi := &file_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1113,7 +1361,7 @@ func (x *PowerOffResponse) String() string {
 func (*PowerOffResponse) ProtoMessage() {}
 
 func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[16]
+	mi := &file_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1126,18 +1374,19 @@ func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffResponse.ProtoReflect.Descriptor instead.
 func (*PowerOffResponse) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_proto_rawDescGZIP(), []int{19}
 }
 
 type UsageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // of the file system to measure; empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_guest_proto_msgTypes[17]
+	mi := &file_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1398,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[17]
+	mi := &file_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1411,14 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *UsageRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
 }
 
 type UsageResponse struct {
@@ -1171,13 +1427,15 @@ type UsageResponse struct {
 	MemoryFree      uint64                 `protobuf:"varint,2,opt,name=memory_free,json=memoryFree,proto3" json:"memory_free,omitempty"`
 	MemoryAvailable uint64                 `protobuf:"varint,3,opt,name=memory_available,json=memoryAvailable,proto3" json:"memory_available,omitempty"`
 	Cpus            uint32                 `protobuf:"varint,4,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	DiskSize        uint64                 `protobuf:"varint,5,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
+	DiskUsed        uint64                 `protobuf:"varint,6,opt,name=disk_used,json=diskUsed,proto3" json:"disk_used,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_guest_proto_msgTypes[18]
+	mi := &file_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1189,7 +1447,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[18]
+	mi := &file_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1202,7 +1460,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UsageResponse) GetMemoryTotal() uint64 {
@@ -1233,6 +1491,20 @@ func (x *UsageResponse) GetCpus() uint32 {
 	return 0
 }
 
+func (x *UsageResponse) GetDiskSize() uint64 {
+	if x != nil {
+		return x.DiskSize
+	}
+	return 0
+}
+
+func (x *UsageResponse) GetDiskUsed() uint64 {
+	if x != nil {
+		return x.DiskUsed
+	}
+	return 0
+}
+
 // HostHeader begins each stream that a guest opens to its host: a 4-byte
 // big-endian length and this message. The host answers with a StreamReply.
 type HostHeader struct {
@@ -1248,7 +1520,7 @@ type HostHeader struct {
 
 func (x *HostHeader) Reset() {
 	*x = HostHeader{}
-	mi := &file_guest_proto_msgTypes[19]
+	mi := &file_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1532,7 @@ func (x *HostHeader) String() string {
 func (*HostHeader) ProtoMessage() {}
 
 func (x *HostHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[19]
+	mi := &file_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1545,7 @@ func (x *HostHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostHeader.ProtoReflect.Descriptor instead.
 func (*HostHeader) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HostHeader) GetKind() isHostHeader_Kind {
@@ -1328,7 +1600,7 @@ type LogStream struct {
 
 func (x *LogStream) Reset() {
 	*x = LogStream{}
-	mi := &file_guest_proto_msgTypes[20]
+	mi := &file_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1340,7 +1612,7 @@ func (x *LogStream) String() string {
 func (*LogStream) ProtoMessage() {}
 
 func (x *LogStream) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[20]
+	mi := &file_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1353,7 +1625,7 @@ func (x *LogStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogStream.ProtoReflect.Descriptor instead.
 func (*LogStream) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *LogStream) GetId() string {
@@ -1373,7 +1645,7 @@ type ShareStream struct {
 
 func (x *ShareStream) Reset() {
 	*x = ShareStream{}
-	mi := &file_guest_proto_msgTypes[21]
+	mi := &file_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +1657,7 @@ func (x *ShareStream) String() string {
 func (*ShareStream) ProtoMessage() {}
 
 func (x *ShareStream) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[21]
+	mi := &file_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +1670,7 @@ func (x *ShareStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareStream.ProtoReflect.Descriptor instead.
 func (*ShareStream) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ShareStream) GetTag() string {
@@ -1419,7 +1691,7 @@ type Interface_Route struct {
 
 func (x *Interface_Route) Reset() {
 	*x = Interface_Route{}
-	mi := &file_guest_proto_msgTypes[23]
+	mi := &file_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1431,7 +1703,7 @@ func (x *Interface_Route) String() string {
 func (*Interface_Route) ProtoMessage() {}
 
 func (x *Interface_Route) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[23]
+	mi := &file_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1748,7 @@ const file_guest_proto_rawDesc = "" +
 	"\fApplyRequest\x12)\n" +
 	"\x05steps\x18\x01 \x03(\v2\x13.tenon.task.v1.StepR\x05steps\"J\n" +
 	"\rApplyResponse\x129\n" +
-	"\bidentity\x18\x01 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xba\x04\n" +
+	"\bidentity\x18\x01 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xc5\x05\n" +
 	"\x04Step\x125\n" +
 	"\bidentity\x18\x01 \x01(\v2\x17.tenon.task.v1.IdentityH\x00R\bidentity\x121\n" +
 	"\x05mount\x18\x02 \x01(\v2\x19.tenon.task.v1.GuestMountH\x00R\x05mount\x122\n" +
@@ -1489,7 +1761,10 @@ const file_guest_proto_rawDesc = "" +
 	"\x05share\x18\t \x01(\v2\x14.tenon.task.v1.ShareH\x00R\x05share\x12/\n" +
 	"\x06sysctl\x18\n" +
 	" \x01(\v2\x15.tenon.task.v1.SysctlH\x00R\x06sysctl\x12/\n" +
-	"\x06online\x18\v \x01(\v2\x15.tenon.task.v1.OnlineH\x00R\x06onlineB\x06\n" +
+	"\x06online\x18\v \x01(\v2\x15.tenon.task.v1.OnlineH\x00R\x06online\x12,\n" +
+	"\x05upper\x18\f \x01(\v2\x14.tenon.task.v1.UpperH\x00R\x05upper\x12)\n" +
+	"\x04keep\x18\r \x01(\v2\x13.tenon.task.v1.KeepH\x00R\x04keep\x120\n" +
+	"\agrow_fs\x18\x0e \x01(\v2\x15.tenon.task.v1.GrowFSH\x00R\x06growFsB\x06\n" +
 	"\x04kind\"m\n" +
 	"\bIdentity\x12\x12\n" +
 	"\x04seed\x18\x01 \x01(\fR\x04seed\x12\x12\n" +
@@ -1499,16 +1774,18 @@ const file_guest_proto_rawDesc = "" +
 	"machine_id\x18\x04 \x01(\tR\tmachineId\"P\n" +
 	"\x0eIdentityResult\x12\x17\n" +
 	"\aboot_id\x18\x01 \x01(\tR\x06bootId\x12%\n" +
-	"\x0ekernel_release\x18\x02 \x01(\tR\rkernelRelease\"z\n" +
+	"\x0ekernel_release\x18\x02 \x01(\tR\rkernelRelease\"\x8e\x01\n" +
 	"\n" +
 	"GuestMount\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x16\n" +
 	"\x06target\x18\x03 \x01(\tR\x06target\x12\x14\n" +
 	"\x05flags\x18\x04 \x01(\x04R\x05flags\x12\x12\n" +
-	"\x04data\x18\x05 \x01(\tR\x04data\"!\n" +
+	"\x04data\x18\x05 \x01(\tR\x04data\x12\x12\n" +
+	"\x04once\x18\x06 \x01(\bR\x04once\"5\n" +
 	"\aUnmount\x12\x16\n" +
-	"\x06target\x18\x01 \x01(\tR\x06target\"3\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\x12\x12\n" +
+	"\x04wait\x18\x02 \x01(\rR\x04wait\"3\n" +
 	"\tDirectory\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\"B\n" +
@@ -1525,7 +1802,7 @@ const file_guest_proto_rawDesc = "" +
 	"\x05spare\x18\x04 \x01(\bR\x05spare\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbd\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd1\x02\n" +
 	"\tInterface\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x14\n" +
 	"\x05netns\x18\x02 \x01(\tR\x05netns\x12\x12\n" +
@@ -1534,7 +1811,8 @@ const file_guest_proto_rawDesc = "" +
 	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x1c\n" +
 	"\taddresses\x18\x06 \x03(\tR\taddresses\x126\n" +
 	"\x06routes\x18\a \x03(\v2\x1e.tenon.task.v1.Interface.RouteR\x06routes\x12\x16\n" +
-	"\x06remove\x18\b \x01(\bR\x06remove\x1a[\n" +
+	"\x06remove\x18\b \x01(\bR\x06remove\x12\x12\n" +
+	"\x04wait\x18\t \x01(\rR\x04wait\x1a[\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
@@ -1545,17 +1823,31 @@ const file_guest_proto_rawDesc = "" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\"2\n" +
 	"\x06Sysctl\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\b\n" +
-	"\x06Online\"\x11\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\x1c\n" +
+	"\x06Online\x12\x12\n" +
+	"\x04cpus\x18\x01 \x01(\rR\x04cpus\"E\n" +
+	"\x05Upper\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04like\x18\x02 \x01(\tR\x04like\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\x03R\x05limit\"0\n" +
+	"\x04Keep\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\"0\n" +
+	"\x06GrowFS\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\x11\n" +
 	"\x0fPowerOffRequest\"\x12\n" +
-	"\x10PowerOffResponse\"\x0e\n" +
-	"\fUsageRequest\"\x92\x01\n" +
+	"\x10PowerOffResponse\"\"\n" +
+	"\fUsageRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xcc\x01\n" +
 	"\rUsageResponse\x12!\n" +
 	"\fmemory_total\x18\x01 \x01(\x04R\vmemoryTotal\x12\x1f\n" +
 	"\vmemory_free\x18\x02 \x01(\x04R\n" +
 	"memoryFree\x12)\n" +
 	"\x10memory_available\x18\x03 \x01(\x04R\x0fmemoryAvailable\x12\x12\n" +
-	"\x04cpus\x18\x04 \x01(\rR\x04cpus\"v\n" +
+	"\x04cpus\x18\x04 \x01(\rR\x04cpus\x12\x1b\n" +
+	"\tdisk_size\x18\x05 \x01(\x04R\bdiskSize\x12\x1b\n" +
+	"\tdisk_used\x18\x06 \x01(\x04R\bdiskUsed\"v\n" +
 	"\n" +
 	"HostHeader\x12,\n" +
 	"\x03log\x18\x01 \x01(\v2\x18.tenon.task.v1.LogStreamH\x00R\x03log\x122\n" +
@@ -1582,7 +1874,7 @@ func file_guest_proto_rawDescGZIP() []byte {
 	return file_guest_proto_rawDescData
 }
 
-var file_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_guest_proto_goTypes = []any{
 	(*ApplyRequest)(nil),     // 0: tenon.task.v1.ApplyRequest
 	(*ApplyResponse)(nil),    // 1: tenon.task.v1.ApplyResponse
@@ -1599,15 +1891,18 @@ var file_guest_proto_goTypes = []any{
 	(*Share)(nil),            // 12: tenon.task.v1.Share
 	(*Sysctl)(nil),           // 13: tenon.task.v1.Sysctl
 	(*Online)(nil),           // 14: tenon.task.v1.Online
-	(*PowerOffRequest)(nil),  // 15: tenon.task.v1.PowerOffRequest
-	(*PowerOffResponse)(nil), // 16: tenon.task.v1.PowerOffResponse
-	(*UsageRequest)(nil),     // 17: tenon.task.v1.UsageRequest
-	(*UsageResponse)(nil),    // 18: tenon.task.v1.UsageResponse
-	(*HostHeader)(nil),       // 19: tenon.task.v1.HostHeader
-	(*LogStream)(nil),        // 20: tenon.task.v1.LogStream
-	(*ShareStream)(nil),      // 21: tenon.task.v1.ShareStream
-	nil,                      // 22: tenon.task.v1.NetNS.SysctlsEntry
-	(*Interface_Route)(nil),  // 23: tenon.task.v1.Interface.Route
+	(*Upper)(nil),            // 15: tenon.task.v1.Upper
+	(*Keep)(nil),             // 16: tenon.task.v1.Keep
+	(*GrowFS)(nil),           // 17: tenon.task.v1.GrowFS
+	(*PowerOffRequest)(nil),  // 18: tenon.task.v1.PowerOffRequest
+	(*PowerOffResponse)(nil), // 19: tenon.task.v1.PowerOffResponse
+	(*UsageRequest)(nil),     // 20: tenon.task.v1.UsageRequest
+	(*UsageResponse)(nil),    // 21: tenon.task.v1.UsageResponse
+	(*HostHeader)(nil),       // 22: tenon.task.v1.HostHeader
+	(*LogStream)(nil),        // 23: tenon.task.v1.LogStream
+	(*ShareStream)(nil),      // 24: tenon.task.v1.ShareStream
+	nil,                      // 25: tenon.task.v1.NetNS.SysctlsEntry
+	(*Interface_Route)(nil),  // 26: tenon.task.v1.Interface.Route
 }
 var file_guest_proto_depIdxs = []int32{
 	2,  // 0: tenon.task.v1.ApplyRequest.steps:type_name -> tenon.task.v1.Step
@@ -1623,21 +1918,24 @@ var file_guest_proto_depIdxs = []int32{
 	12, // 10: tenon.task.v1.Step.share:type_name -> tenon.task.v1.Share
 	13, // 11: tenon.task.v1.Step.sysctl:type_name -> tenon.task.v1.Sysctl
 	14, // 12: tenon.task.v1.Step.online:type_name -> tenon.task.v1.Online
-	22, // 13: tenon.task.v1.NetNS.sysctls:type_name -> tenon.task.v1.NetNS.SysctlsEntry
-	23, // 14: tenon.task.v1.Interface.routes:type_name -> tenon.task.v1.Interface.Route
-	20, // 15: tenon.task.v1.HostHeader.log:type_name -> tenon.task.v1.LogStream
-	21, // 16: tenon.task.v1.HostHeader.share:type_name -> tenon.task.v1.ShareStream
-	0,  // 17: tenon.task.v1.Guest.Apply:input_type -> tenon.task.v1.ApplyRequest
-	15, // 18: tenon.task.v1.Guest.PowerOff:input_type -> tenon.task.v1.PowerOffRequest
-	17, // 19: tenon.task.v1.Guest.Usage:input_type -> tenon.task.v1.UsageRequest
-	1,  // 20: tenon.task.v1.Guest.Apply:output_type -> tenon.task.v1.ApplyResponse
-	16, // 21: tenon.task.v1.Guest.PowerOff:output_type -> tenon.task.v1.PowerOffResponse
-	18, // 22: tenon.task.v1.Guest.Usage:output_type -> tenon.task.v1.UsageResponse
-	20, // [20:23] is the sub-list for method output_type
-	17, // [17:20] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	15, // 13: tenon.task.v1.Step.upper:type_name -> tenon.task.v1.Upper
+	16, // 14: tenon.task.v1.Step.keep:type_name -> tenon.task.v1.Keep
+	17, // 15: tenon.task.v1.Step.grow_fs:type_name -> tenon.task.v1.GrowFS
+	25, // 16: tenon.task.v1.NetNS.sysctls:type_name -> tenon.task.v1.NetNS.SysctlsEntry
+	26, // 17: tenon.task.v1.Interface.routes:type_name -> tenon.task.v1.Interface.Route
+	23, // 18: tenon.task.v1.HostHeader.log:type_name -> tenon.task.v1.LogStream
+	24, // 19: tenon.task.v1.HostHeader.share:type_name -> tenon.task.v1.ShareStream
+	0,  // 20: tenon.task.v1.Guest.Apply:input_type -> tenon.task.v1.ApplyRequest
+	18, // 21: tenon.task.v1.Guest.PowerOff:input_type -> tenon.task.v1.PowerOffRequest
+	20, // 22: tenon.task.v1.Guest.Usage:input_type -> tenon.task.v1.UsageRequest
+	1,  // 23: tenon.task.v1.Guest.Apply:output_type -> tenon.task.v1.ApplyResponse
+	19, // 24: tenon.task.v1.Guest.PowerOff:output_type -> tenon.task.v1.PowerOffResponse
+	21, // 25: tenon.task.v1.Guest.Usage:output_type -> tenon.task.v1.UsageResponse
+	23, // [23:26] is the sub-list for method output_type
+	20, // [20:23] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_guest_proto_init() }
@@ -1657,8 +1955,11 @@ func file_guest_proto_init() {
 		(*Step_Share)(nil),
 		(*Step_Sysctl)(nil),
 		(*Step_Online)(nil),
+		(*Step_Upper)(nil),
+		(*Step_Keep)(nil),
+		(*Step_GrowFs)(nil),
 	}
-	file_guest_proto_msgTypes[19].OneofWrappers = []any{
+	file_guest_proto_msgTypes[22].OneofWrappers = []any{
 		(*HostHeader_Log)(nil),
 		(*HostHeader_Share)(nil),
 	}
@@ -1668,7 +1969,7 @@ func file_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_proto_rawDesc), len(file_guest_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -76,7 +76,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{34, 0}
+	return file_vm_proto_rawDescGZIP(), []int{37, 0}
 }
 
 type InfoRequest struct {
@@ -430,9 +430,9 @@ func (x *Disk) GetVolatile() bool {
 type CreateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // letters, digits, '_', '.', '-'
-	// A cloned machine has the template's CPUs and memory, or more memory.
+	// A cloned machine has what the template may grow to.
 	Memory        int64              `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`                        // bytes; 0: the template's
-	Cpus          uint32             `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`                            // cold machines; 0: the host's
+	Cpus          uint32             `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`                            // 0: the template's; of a cold machine the host's
 	Cold          bool               `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`                            // boot it, with the memory and CPUs given
 	MaxMemory     int64              `protobuf:"varint,5,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"` // cold machines: what Resize may give; 0: memory
 	Disks         []*Disk            `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`                           // "disk0" read-only, "disk1" writable; an empty path leaves one empty
@@ -442,6 +442,10 @@ type CreateRequest struct {
 	Nics          uint32             `protobuf:"varint,10,opt,name=nics,proto3" json:"nics,omitempty"`                                                                          // cold machines; clones have one
 	Shares        []*HostShare       `protobuf:"bytes,11,rep,name=shares,proto3" json:"shares,omitempty"`                                                                       // there before the steps
 	Logs          map[string]*v1.Log `protobuf:"bytes,12,rep,name=logs,proto3" json:"logs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as by KeepLog, by container
+	MaxCpus       uint32             `protobuf:"varint,13,opt,name=max_cpus,json=maxCpus,proto3" json:"max_cpus,omitempty"`                                                     // cold machines: what Resize may give; 0: cpus
+	Lasting       bool               `protobuf:"varint,14,opt,name=lasting,proto3" json:"lasting,omitempty"`                                                                    // containers come to it and leave it
+	Name          string             `protobuf:"bytes,15,opt,name=name,proto3" json:"name,omitempty"`                                                                           // the daemon's, of one that lasts
+	KernelLog     string             `protobuf:"bytes,16,opt,name=kernel_log,json=kernelLog,proto3" json:"kernel_log,omitempty"`                                                // a file to add the kernel's messages to; empty: one of the machine's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -560,6 +564,34 @@ func (x *CreateRequest) GetLogs() map[string]*v1.Log {
 	return nil
 }
 
+func (x *CreateRequest) GetMaxCpus() uint32 {
+	if x != nil {
+		return x.MaxCpus
+	}
+	return 0
+}
+
+func (x *CreateRequest) GetLasting() bool {
+	if x != nil {
+		return x.Lasting
+	}
+	return false
+}
+
+func (x *CreateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateRequest) GetKernelLog() string {
+	if x != nil {
+		return x.KernelLog
+	}
+	return ""
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Machine       *Machine               `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
@@ -631,6 +663,12 @@ type Machine struct {
 	Ended         bool                   `protobuf:"varint,15,opt,name=ended,proto3" json:"ended,omitempty"`  // it is still to be removed
 	Reason        string                 `protobuf:"bytes,16,opt,name=reason,proto3" json:"reason,omitempty"` // of its end, as in Event
 	Clean         bool                   `protobuf:"varint,17,opt,name=clean,proto3" json:"clean,omitempty"`
+	Lasting       bool                   `protobuf:"varint,18,opt,name=lasting,proto3" json:"lasting,omitempty"`
+	Name          string                 `protobuf:"bytes,19,opt,name=name,proto3" json:"name,omitempty"`
+	MaxCpus       uint32                 `protobuf:"varint,20,opt,name=max_cpus,json=maxCpus,proto3" json:"max_cpus,omitempty"`
+	MaxMemory     int64                  `protobuf:"varint,21,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"`
+	Disks         []*OwnedDisk           `protobuf:"bytes,22,rep,name=disks,proto3" json:"disks,omitempty"`
+	Shares        map[string]string      `protobuf:"bytes,23,rep,name=shares,proto3" json:"shares,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // owners, by tag
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -784,11 +822,54 @@ func (x *Machine) GetClean() bool {
 	return false
 }
 
+func (x *Machine) GetLasting() bool {
+	if x != nil {
+		return x.Lasting
+	}
+	return false
+}
+
+func (x *Machine) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Machine) GetMaxCpus() uint32 {
+	if x != nil {
+		return x.MaxCpus
+	}
+	return 0
+}
+
+func (x *Machine) GetMaxMemory() int64 {
+	if x != nil {
+		return x.MaxMemory
+	}
+	return 0
+}
+
+func (x *Machine) GetDisks() []*OwnedDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *Machine) GetShares() map[string]string {
+	if x != nil {
+		return x.Shares
+	}
+	return nil
+}
+
 type NIC struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Tap           string                 `protobuf:"bytes,2,opt,name=tap,proto3" json:"tap,omitempty"` // interface on the host
-	Mac           string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"` // by which the guest finds it first
+	Mac           string                 `protobuf:"bytes,3,opt,name=mac,proto3" json:"mac,omitempty"` // it was born with: by which the guest finds it
+	Owner         string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -844,6 +925,74 @@ func (x *NIC) GetMac() string {
 	return ""
 }
 
+func (x *NIC) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+// OwnedDisk is a disk that was attached with an owner.
+type OwnedDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Serial        string                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Owners        []string               `protobuf:"bytes,3,rep,name=owners,proto3" json:"owners,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OwnedDisk) Reset() {
+	*x = OwnedDisk{}
+	mi := &file_vm_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OwnedDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OwnedDisk) ProtoMessage() {}
+
+func (x *OwnedDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OwnedDisk.ProtoReflect.Descriptor instead.
+func (*OwnedDisk) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *OwnedDisk) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *OwnedDisk) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *OwnedDisk) GetOwners() []string {
+	if x != nil {
+		return x.Owners
+	}
+	return nil
+}
+
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -852,7 +1001,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_vm_proto_msgTypes[9]
+	mi := &file_vm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -864,7 +1013,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[9]
+	mi := &file_vm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -877,7 +1026,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{9}
+	return file_vm_proto_rawDescGZIP(), []int{10}
 }
 
 type ListResponse struct {
@@ -890,7 +1039,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_vm_proto_msgTypes[10]
+	mi := &file_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -902,7 +1051,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[10]
+	mi := &file_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -915,7 +1064,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{10}
+	return file_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListResponse) GetMachines() []*Machine {
@@ -941,7 +1090,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_vm_proto_msgTypes[11]
+	mi := &file_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1102,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[11]
+	mi := &file_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1115,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{11}
+	return file_vm_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RemoveRequest) GetId() string {
@@ -984,7 +1133,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_vm_proto_msgTypes[12]
+	mi := &file_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1145,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[12]
+	mi := &file_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1158,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{12}
+	return file_vm_proto_rawDescGZIP(), []int{13}
 }
 
 // HostShare is a directory or file of the host.
@@ -1019,13 +1168,14 @@ type HostShare struct {
 	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
 	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Cache         int64                  `protobuf:"varint,4,opt,name=cache,proto3" json:"cache,omitempty"` // nanoseconds that the guest may keep names and attributes
+	Owner         string                 `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HostShare) Reset() {
 	*x = HostShare{}
-	mi := &file_vm_proto_msgTypes[13]
+	mi := &file_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1187,7 @@ func (x *HostShare) String() string {
 func (*HostShare) ProtoMessage() {}
 
 func (x *HostShare) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[13]
+	mi := &file_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1200,7 @@ func (x *HostShare) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostShare.ProtoReflect.Descriptor instead.
 func (*HostShare) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{13}
+	return file_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HostShare) GetTag() string {
@@ -1081,6 +1231,13 @@ func (x *HostShare) GetCache() int64 {
 	return 0
 }
 
+func (x *HostShare) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
 type ShareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1091,7 +1248,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_vm_proto_msgTypes[14]
+	mi := &file_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1260,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[14]
+	mi := &file_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1273,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{14}
+	return file_vm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ShareRequest) GetId() string {
@@ -1141,7 +1298,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1310,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1323,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{15}
+	return file_vm_proto_rawDescGZIP(), []int{16}
 }
 
 type UnshareRequest struct {
@@ -1179,7 +1336,7 @@ type UnshareRequest struct {
 
 func (x *UnshareRequest) Reset() {
 	*x = UnshareRequest{}
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1191,7 +1348,7 @@ func (x *UnshareRequest) String() string {
 func (*UnshareRequest) ProtoMessage() {}
 
 func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1204,7 +1361,7 @@ func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnshareRequest.ProtoReflect.Descriptor instead.
 func (*UnshareRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{16}
+	return file_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *UnshareRequest) GetId() string {
@@ -1229,7 +1386,7 @@ type UnshareResponse struct {
 
 func (x *UnshareResponse) Reset() {
 	*x = UnshareResponse{}
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1398,7 @@ func (x *UnshareResponse) String() string {
 func (*UnshareResponse) ProtoMessage() {}
 
 func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1411,7 @@ func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnshareResponse.ProtoReflect.Descriptor instead.
 func (*UnshareResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{17}
+	return file_vm_proto_rawDescGZIP(), []int{18}
 }
 
 type AttachDiskRequest struct {
@@ -1262,13 +1419,14 @@ type AttachDiskRequest struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Disk          *Disk                  `protobuf:"bytes,2,opt,name=disk,proto3" json:"disk,omitempty"`
 	Serial        string                 `protobuf:"bytes,3,opt,name=serial,proto3" json:"serial,omitempty"` // up to 20 letters, digits, '-'; "disk0", "disk1": a template's
+	Owner         string                 `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`   // of a read-only disk: it is attached once for all who own it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AttachDiskRequest) Reset() {
 	*x = AttachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1438,7 @@ func (x *AttachDiskRequest) String() string {
 func (*AttachDiskRequest) ProtoMessage() {}
 
 func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1451,7 @@ func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskRequest.ProtoReflect.Descriptor instead.
 func (*AttachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{18}
+	return file_vm_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AttachDiskRequest) GetId() string {
@@ -1317,6 +1475,13 @@ func (x *AttachDiskRequest) GetSerial() string {
 	return ""
 }
 
+func (x *AttachDiskRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
 type AttachDiskResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Serial        string                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
@@ -1326,7 +1491,7 @@ type AttachDiskResponse struct {
 
 func (x *AttachDiskResponse) Reset() {
 	*x = AttachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1503,7 @@ func (x *AttachDiskResponse) String() string {
 func (*AttachDiskResponse) ProtoMessage() {}
 
 func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1516,7 @@ func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskResponse.ProtoReflect.Descriptor instead.
 func (*AttachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{19}
+	return file_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AttachDiskResponse) GetSerial() string {
@@ -1365,13 +1530,15 @@ type DetachDiskRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Serial        string                 `protobuf:"bytes,2,opt,name=serial,proto3" json:"serial,omitempty"`
+	Owner         string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"` // the disk stays while there are others
+	Keep          bool                   `protobuf:"varint,4,opt,name=keep,proto3" json:"keep,omitempty"`  // and when there is none any more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DetachDiskRequest) Reset() {
 	*x = DetachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1550,7 @@ func (x *DetachDiskRequest) String() string {
 func (*DetachDiskRequest) ProtoMessage() {}
 
 func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1563,7 @@ func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskRequest.ProtoReflect.Descriptor instead.
 func (*DetachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{20}
+	return file_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DetachDiskRequest) GetId() string {
@@ -1413,6 +1580,20 @@ func (x *DetachDiskRequest) GetSerial() string {
 	return ""
 }
 
+func (x *DetachDiskRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *DetachDiskRequest) GetKeep() bool {
+	if x != nil {
+		return x.Keep
+	}
+	return false
+}
+
 type DetachDiskResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1421,7 +1602,7 @@ type DetachDiskResponse struct {
 
 func (x *DetachDiskResponse) Reset() {
 	*x = DetachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1614,7 @@ func (x *DetachDiskResponse) String() string {
 func (*DetachDiskResponse) ProtoMessage() {}
 
 func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,20 +1627,117 @@ func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskResponse.ProtoReflect.Descriptor instead.
 func (*DetachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{21}
+	return file_vm_proto_rawDescGZIP(), []int{22}
+}
+
+type GrowDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Serial        string                 `protobuf:"bytes,2,opt,name=serial,proto3" json:"serial,omitempty"`
+	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"` // bytes; the disk stays if it is larger
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrowDiskRequest) Reset() {
+	*x = GrowDiskRequest{}
+	mi := &file_vm_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrowDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrowDiskRequest) ProtoMessage() {}
+
+func (x *GrowDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrowDiskRequest.ProtoReflect.Descriptor instead.
+func (*GrowDiskRequest) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *GrowDiskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *GrowDiskRequest) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *GrowDiskRequest) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+type GrowDiskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrowDiskResponse) Reset() {
+	*x = GrowDiskResponse{}
+	mi := &file_vm_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrowDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrowDiskResponse) ProtoMessage() {}
+
+func (x *GrowDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrowDiskResponse.ProtoReflect.Descriptor instead.
+func (*GrowDiskResponse) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{24}
 }
 
 type AttachNICRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
+	Owner         string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AttachNICRequest) Reset() {
 	*x = AttachNICRequest{}
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1749,7 @@ func (x *AttachNICRequest) String() string {
 func (*AttachNICRequest) ProtoMessage() {}
 
 func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1762,7 @@ func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICRequest.ProtoReflect.Descriptor instead.
 func (*AttachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{22}
+	return file_vm_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AttachNICRequest) GetId() string {
@@ -1501,6 +1779,13 @@ func (x *AttachNICRequest) GetMac() string {
 	return ""
 }
 
+func (x *AttachNICRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
 type AttachNICResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nic           *NIC                   `protobuf:"bytes,1,opt,name=nic,proto3" json:"nic,omitempty"`
@@ -1510,7 +1795,7 @@ type AttachNICResponse struct {
 
 func (x *AttachNICResponse) Reset() {
 	*x = AttachNICResponse{}
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1807,7 @@ func (x *AttachNICResponse) String() string {
 func (*AttachNICResponse) ProtoMessage() {}
 
 func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1820,7 @@ func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICResponse.ProtoReflect.Descriptor instead.
 func (*AttachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23}
+	return file_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AttachNICResponse) GetNic() *NIC {
@@ -1549,13 +1834,14 @@ type DetachNICRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Nic           string                 `protobuf:"bytes,2,opt,name=nic,proto3" json:"nic,omitempty"`
+	Spare         bool                   `protobuf:"varint,3,opt,name=spare,proto3" json:"spare,omitempty"` // the guest has taken it back: the next owner may have it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DetachNICRequest) Reset() {
 	*x = DetachNICRequest{}
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1567,7 +1853,7 @@ func (x *DetachNICRequest) String() string {
 func (*DetachNICRequest) ProtoMessage() {}
 
 func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1580,7 +1866,7 @@ func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICRequest.ProtoReflect.Descriptor instead.
 func (*DetachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{24}
+	return file_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DetachNICRequest) GetId() string {
@@ -1597,6 +1883,13 @@ func (x *DetachNICRequest) GetNic() string {
 	return ""
 }
 
+func (x *DetachNICRequest) GetSpare() bool {
+	if x != nil {
+		return x.Spare
+	}
+	return false
+}
+
 type DetachNICResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1605,7 +1898,7 @@ type DetachNICResponse struct {
 
 func (x *DetachNICResponse) Reset() {
 	*x = DetachNICResponse{}
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1617,7 +1910,7 @@ func (x *DetachNICResponse) String() string {
 func (*DetachNICResponse) ProtoMessage() {}
 
 func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1630,20 +1923,21 @@ func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICResponse.ProtoReflect.Descriptor instead.
 func (*DetachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25}
+	return file_vm_proto_rawDescGZIP(), []int{28}
 }
 
 type ResizeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Memory        int64                  `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"` // bytes
+	Memory        int64                  `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"` // bytes; 0: stays
+	Cpus          uint32                 `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`     // 0, or less than it has: stays
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1949,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1962,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{26}
+	return file_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -1685,16 +1979,24 @@ func (x *ResizeRequest) GetMemory() int64 {
 	return 0
 }
 
+func (x *ResizeRequest) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
 type ResizeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Memory        int64                  `protobuf:"varint,1,opt,name=memory,proto3" json:"memory,omitempty"`
+	Cpus          uint32                 `protobuf:"varint,2,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1706,7 +2008,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1719,12 +2021,19 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{27}
+	return file_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResizeResponse) GetMemory() int64 {
 	if x != nil {
 		return x.Memory
+	}
+	return 0
+}
+
+func (x *ResizeResponse) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
 	}
 	return 0
 }
@@ -1740,7 +2049,7 @@ type KeepLogRequest struct {
 
 func (x *KeepLogRequest) Reset() {
 	*x = KeepLogRequest{}
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +2061,7 @@ func (x *KeepLogRequest) String() string {
 func (*KeepLogRequest) ProtoMessage() {}
 
 func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +2074,7 @@ func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogRequest.ProtoReflect.Descriptor instead.
 func (*KeepLogRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{28}
+	return file_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *KeepLogRequest) GetId() string {
@@ -1797,7 +2106,7 @@ type KeepLogResponse struct {
 
 func (x *KeepLogResponse) Reset() {
 	*x = KeepLogResponse{}
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1809,7 +2118,7 @@ func (x *KeepLogResponse) String() string {
 func (*KeepLogResponse) ProtoMessage() {}
 
 func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1822,7 +2131,7 @@ func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogResponse.ProtoReflect.Descriptor instead.
 func (*KeepLogResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{29}
+	return file_vm_proto_rawDescGZIP(), []int{32}
 }
 
 type UsageRequest struct {
@@ -1834,7 +2143,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +2155,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +2168,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{30}
+	return file_vm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UsageRequest) GetIds() []string {
@@ -1878,7 +2187,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +2199,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +2212,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{31}
+	return file_vm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UsageResponse) GetUsages() []*Usage {
@@ -1925,7 +2234,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_vm_proto_msgTypes[32]
+	mi := &file_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1937,7 +2246,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[32]
+	mi := &file_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1950,7 +2259,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{32}
+	return file_vm_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Usage) GetId() string {
@@ -1990,7 +2299,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vm_proto_msgTypes[33]
+	mi := &file_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2311,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[33]
+	mi := &file_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2324,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{33}
+	return file_vm_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *EventsRequest) GetAfter() uint64 {
@@ -2039,7 +2348,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vm_proto_msgTypes[34]
+	mi := &file_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2360,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[34]
+	mi := &file_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2373,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{34}
+	return file_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2117,7 +2426,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_vm_proto_msgTypes[35]
+	mi := &file_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2438,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[35]
+	mi := &file_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2451,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{35}
+	return file_vm_proto_rawDescGZIP(), []int{38}
 }
 
 type ShutdownResponse struct {
@@ -2153,7 +2462,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_vm_proto_msgTypes[36]
+	mi := &file_vm_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2474,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[36]
+	mi := &file_vm_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2487,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{36}
+	return file_vm_proto_rawDescGZIP(), []int{39}
 }
 
 var File_vm_proto protoreflect.FileDescriptor
@@ -2214,7 +2523,7 @@ const file_vm_proto_rawDesc = "" +
 	"\x04Disk\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1b\n" +
 	"\tread_only\x18\x02 \x01(\bR\breadOnly\x12\x1a\n" +
-	"\bvolatile\x18\x03 \x01(\bR\bvolatile\"\xd8\x03\n" +
+	"\bvolatile\x18\x03 \x01(\bR\bvolatile\"\xc0\x04\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06memory\x18\x02 \x01(\x03R\x06memory\x12\x12\n" +
@@ -2230,13 +2539,18 @@ const file_vm_proto_rawDesc = "" +
 	"\x04nics\x18\n" +
 	" \x01(\rR\x04nics\x12.\n" +
 	"\x06shares\x18\v \x03(\v2\x16.tenon.vm.v1.HostShareR\x06shares\x128\n" +
-	"\x04logs\x18\f \x03(\v2$.tenon.vm.v1.CreateRequest.LogsEntryR\x04logs\x1aK\n" +
+	"\x04logs\x18\f \x03(\v2$.tenon.vm.v1.CreateRequest.LogsEntryR\x04logs\x12\x19\n" +
+	"\bmax_cpus\x18\r \x01(\rR\amaxCpus\x12\x18\n" +
+	"\alasting\x18\x0e \x01(\bR\alasting\x12\x12\n" +
+	"\x04name\x18\x0f \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"kernel_log\x18\x10 \x01(\tR\tkernelLog\x1aK\n" +
 	"\tLogsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12(\n" +
 	"\x05value\x18\x02 \x01(\v2\x12.tenon.task.v1.LogR\x05value:\x028\x01\"{\n" +
 	"\x0eCreateResponse\x12.\n" +
 	"\amachine\x18\x01 \x01(\v2\x14.tenon.vm.v1.MachineR\amachine\x129\n" +
-	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xae\x03\n" +
+	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xb9\x05\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
@@ -2256,23 +2570,39 @@ const file_vm_proto_rawDesc = "" +
 	"\btemplate\x18\x0e \x01(\tR\btemplate\x12\x14\n" +
 	"\x05ended\x18\x0f \x01(\bR\x05ended\x12\x16\n" +
 	"\x06reason\x18\x10 \x01(\tR\x06reason\x12\x14\n" +
-	"\x05clean\x18\x11 \x01(\bR\x05clean\"9\n" +
+	"\x05clean\x18\x11 \x01(\bR\x05clean\x12\x18\n" +
+	"\alasting\x18\x12 \x01(\bR\alasting\x12\x12\n" +
+	"\x04name\x18\x13 \x01(\tR\x04name\x12\x19\n" +
+	"\bmax_cpus\x18\x14 \x01(\rR\amaxCpus\x12\x1d\n" +
+	"\n" +
+	"max_memory\x18\x15 \x01(\x03R\tmaxMemory\x12,\n" +
+	"\x05disks\x18\x16 \x03(\v2\x16.tenon.vm.v1.OwnedDiskR\x05disks\x128\n" +
+	"\x06shares\x18\x17 \x03(\v2 .tenon.vm.v1.Machine.SharesEntryR\x06shares\x1a9\n" +
+	"\vSharesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
 	"\x03NIC\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03tap\x18\x02 \x01(\tR\x03tap\x12\x10\n" +
-	"\x03mac\x18\x03 \x01(\tR\x03mac\"\r\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x14\n" +
+	"\x05owner\x18\x04 \x01(\tR\x05owner\"O\n" +
+	"\tOwnedDisk\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06owners\x18\x03 \x03(\tR\x06owners\"\r\n" +
 	"\vListRequest\"\\\n" +
 	"\fListResponse\x120\n" +
 	"\bmachines\x18\x01 \x03(\v2\x14.tenon.vm.v1.MachineR\bmachines\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x1f\n" +
 	"\rRemoveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
-	"\x0eRemoveResponse\"d\n" +
+	"\x0eRemoveResponse\"z\n" +
 	"\tHostShare\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x14\n" +
-	"\x05cache\x18\x04 \x01(\x03R\x05cache\"L\n" +
+	"\x05cache\x18\x04 \x01(\x03R\x05cache\x12\x14\n" +
+	"\x05owner\x18\x05 \x01(\tR\x05owner\"L\n" +
 	"\fShareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
 	"\x05share\x18\x02 \x01(\v2\x16.tenon.vm.v1.HostShareR\x05share\"\x0f\n" +
@@ -2280,31 +2610,43 @@ const file_vm_proto_rawDesc = "" +
 	"\x0eUnshareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03tag\x18\x02 \x01(\tR\x03tag\"\x11\n" +
-	"\x0fUnshareResponse\"b\n" +
+	"\x0fUnshareResponse\"x\n" +
 	"\x11AttachDiskRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
 	"\x04disk\x18\x02 \x01(\v2\x11.tenon.vm.v1.DiskR\x04disk\x12\x16\n" +
-	"\x06serial\x18\x03 \x01(\tR\x06serial\",\n" +
+	"\x06serial\x18\x03 \x01(\tR\x06serial\x12\x14\n" +
+	"\x05owner\x18\x04 \x01(\tR\x05owner\",\n" +
 	"\x12AttachDiskResponse\x12\x16\n" +
-	"\x06serial\x18\x01 \x01(\tR\x06serial\";\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\"e\n" +
 	"\x11DetachDiskRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06serial\x18\x02 \x01(\tR\x06serial\"\x14\n" +
-	"\x12DetachDiskResponse\"4\n" +
+	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\x12\x12\n" +
+	"\x04keep\x18\x04 \x01(\bR\x04keep\"\x14\n" +
+	"\x12DetachDiskResponse\"M\n" +
+	"\x0fGrowDiskRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\"\x12\n" +
+	"\x10GrowDiskResponse\"J\n" +
 	"\x10AttachNICRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
-	"\x03mac\x18\x02 \x01(\tR\x03mac\"7\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\"7\n" +
 	"\x11AttachNICResponse\x12\"\n" +
-	"\x03nic\x18\x01 \x01(\v2\x10.tenon.vm.v1.NICR\x03nic\"4\n" +
+	"\x03nic\x18\x01 \x01(\v2\x10.tenon.vm.v1.NICR\x03nic\"J\n" +
 	"\x10DetachNICRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
-	"\x03nic\x18\x02 \x01(\tR\x03nic\"\x13\n" +
-	"\x11DetachNICResponse\"7\n" +
+	"\x03nic\x18\x02 \x01(\tR\x03nic\x12\x14\n" +
+	"\x05spare\x18\x03 \x01(\bR\x05spare\"\x13\n" +
+	"\x11DetachNICResponse\"K\n" +
 	"\rResizeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06memory\x18\x02 \x01(\x03R\x06memory\"(\n" +
+	"\x06memory\x18\x02 \x01(\x03R\x06memory\x12\x12\n" +
+	"\x04cpus\x18\x03 \x01(\rR\x04cpus\"<\n" +
 	"\x0eResizeResponse\x12\x16\n" +
-	"\x06memory\x18\x01 \x01(\x03R\x06memory\"d\n" +
+	"\x06memory\x18\x01 \x01(\x03R\x06memory\x12\x12\n" +
+	"\x04cpus\x18\x02 \x01(\rR\x04cpus\"d\n" +
 	"\x0eKeepLogRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tcontainer\x18\x02 \x01(\tR\tcontainer\x12$\n" +
@@ -2335,7 +2677,7 @@ const file_vm_proto_rawDesc = "" +
 	"\aREMOVED\x10\x03\x12\a\n" +
 	"\x03GAP\x10\x04\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xd5\b\n" +
+	"\x10ShutdownResponse2\x9e\t\n" +
 	"\x03VMM\x12;\n" +
 	"\x04Info\x12\x18.tenon.vm.v1.InfoRequest\x1a\x19.tenon.vm.v1.InfoResponse\x12D\n" +
 	"\aPrepare\x12\x1b.tenon.vm.v1.PrepareRequest\x1a\x1c.tenon.vm.v1.PrepareResponse\x12A\n" +
@@ -2345,7 +2687,8 @@ const file_vm_proto_rawDesc = "" +
 	"\n" +
 	"AttachDisk\x12\x1e.tenon.vm.v1.AttachDiskRequest\x1a\x1f.tenon.vm.v1.AttachDiskResponse\x12M\n" +
 	"\n" +
-	"DetachDisk\x12\x1e.tenon.vm.v1.DetachDiskRequest\x1a\x1f.tenon.vm.v1.DetachDiskResponse\x12J\n" +
+	"DetachDisk\x12\x1e.tenon.vm.v1.DetachDiskRequest\x1a\x1f.tenon.vm.v1.DetachDiskResponse\x12G\n" +
+	"\bGrowDisk\x12\x1c.tenon.vm.v1.GrowDiskRequest\x1a\x1d.tenon.vm.v1.GrowDiskResponse\x12J\n" +
 	"\tAttachNIC\x12\x1d.tenon.vm.v1.AttachNICRequest\x1a\x1e.tenon.vm.v1.AttachNICResponse\x12J\n" +
 	"\tDetachNIC\x12\x1d.tenon.vm.v1.DetachNICRequest\x1a\x1e.tenon.vm.v1.DetachNICResponse\x12A\n" +
 	"\x06Resize\x12\x1a.tenon.vm.v1.ResizeRequest\x1a\x1b.tenon.vm.v1.ResizeResponse\x12>\n" +
@@ -2369,7 +2712,7 @@ func file_vm_proto_rawDescGZIP() []byte {
 }
 
 var file_vm_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_vm_proto_goTypes = []any{
 	(Event_Type)(0),            // 0: tenon.vm.v1.Event.Type
 	(*InfoRequest)(nil),        // 1: tenon.vm.v1.InfoRequest
@@ -2381,92 +2724,100 @@ var file_vm_proto_goTypes = []any{
 	(*CreateResponse)(nil),     // 7: tenon.vm.v1.CreateResponse
 	(*Machine)(nil),            // 8: tenon.vm.v1.Machine
 	(*NIC)(nil),                // 9: tenon.vm.v1.NIC
-	(*ListRequest)(nil),        // 10: tenon.vm.v1.ListRequest
-	(*ListResponse)(nil),       // 11: tenon.vm.v1.ListResponse
-	(*RemoveRequest)(nil),      // 12: tenon.vm.v1.RemoveRequest
-	(*RemoveResponse)(nil),     // 13: tenon.vm.v1.RemoveResponse
-	(*HostShare)(nil),          // 14: tenon.vm.v1.HostShare
-	(*ShareRequest)(nil),       // 15: tenon.vm.v1.ShareRequest
-	(*ShareResponse)(nil),      // 16: tenon.vm.v1.ShareResponse
-	(*UnshareRequest)(nil),     // 17: tenon.vm.v1.UnshareRequest
-	(*UnshareResponse)(nil),    // 18: tenon.vm.v1.UnshareResponse
-	(*AttachDiskRequest)(nil),  // 19: tenon.vm.v1.AttachDiskRequest
-	(*AttachDiskResponse)(nil), // 20: tenon.vm.v1.AttachDiskResponse
-	(*DetachDiskRequest)(nil),  // 21: tenon.vm.v1.DetachDiskRequest
-	(*DetachDiskResponse)(nil), // 22: tenon.vm.v1.DetachDiskResponse
-	(*AttachNICRequest)(nil),   // 23: tenon.vm.v1.AttachNICRequest
-	(*AttachNICResponse)(nil),  // 24: tenon.vm.v1.AttachNICResponse
-	(*DetachNICRequest)(nil),   // 25: tenon.vm.v1.DetachNICRequest
-	(*DetachNICResponse)(nil),  // 26: tenon.vm.v1.DetachNICResponse
-	(*ResizeRequest)(nil),      // 27: tenon.vm.v1.ResizeRequest
-	(*ResizeResponse)(nil),     // 28: tenon.vm.v1.ResizeResponse
-	(*KeepLogRequest)(nil),     // 29: tenon.vm.v1.KeepLogRequest
-	(*KeepLogResponse)(nil),    // 30: tenon.vm.v1.KeepLogResponse
-	(*UsageRequest)(nil),       // 31: tenon.vm.v1.UsageRequest
-	(*UsageResponse)(nil),      // 32: tenon.vm.v1.UsageResponse
-	(*Usage)(nil),              // 33: tenon.vm.v1.Usage
-	(*EventsRequest)(nil),      // 34: tenon.vm.v1.EventsRequest
-	(*Event)(nil),              // 35: tenon.vm.v1.Event
-	(*ShutdownRequest)(nil),    // 36: tenon.vm.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),   // 37: tenon.vm.v1.ShutdownResponse
-	nil,                        // 38: tenon.vm.v1.CreateRequest.LogsEntry
-	(*v1.Step)(nil),            // 39: tenon.task.v1.Step
-	(*v1.IdentityResult)(nil),  // 40: tenon.task.v1.IdentityResult
-	(*v1.Log)(nil),             // 41: tenon.task.v1.Log
+	(*OwnedDisk)(nil),          // 10: tenon.vm.v1.OwnedDisk
+	(*ListRequest)(nil),        // 11: tenon.vm.v1.ListRequest
+	(*ListResponse)(nil),       // 12: tenon.vm.v1.ListResponse
+	(*RemoveRequest)(nil),      // 13: tenon.vm.v1.RemoveRequest
+	(*RemoveResponse)(nil),     // 14: tenon.vm.v1.RemoveResponse
+	(*HostShare)(nil),          // 15: tenon.vm.v1.HostShare
+	(*ShareRequest)(nil),       // 16: tenon.vm.v1.ShareRequest
+	(*ShareResponse)(nil),      // 17: tenon.vm.v1.ShareResponse
+	(*UnshareRequest)(nil),     // 18: tenon.vm.v1.UnshareRequest
+	(*UnshareResponse)(nil),    // 19: tenon.vm.v1.UnshareResponse
+	(*AttachDiskRequest)(nil),  // 20: tenon.vm.v1.AttachDiskRequest
+	(*AttachDiskResponse)(nil), // 21: tenon.vm.v1.AttachDiskResponse
+	(*DetachDiskRequest)(nil),  // 22: tenon.vm.v1.DetachDiskRequest
+	(*DetachDiskResponse)(nil), // 23: tenon.vm.v1.DetachDiskResponse
+	(*GrowDiskRequest)(nil),    // 24: tenon.vm.v1.GrowDiskRequest
+	(*GrowDiskResponse)(nil),   // 25: tenon.vm.v1.GrowDiskResponse
+	(*AttachNICRequest)(nil),   // 26: tenon.vm.v1.AttachNICRequest
+	(*AttachNICResponse)(nil),  // 27: tenon.vm.v1.AttachNICResponse
+	(*DetachNICRequest)(nil),   // 28: tenon.vm.v1.DetachNICRequest
+	(*DetachNICResponse)(nil),  // 29: tenon.vm.v1.DetachNICResponse
+	(*ResizeRequest)(nil),      // 30: tenon.vm.v1.ResizeRequest
+	(*ResizeResponse)(nil),     // 31: tenon.vm.v1.ResizeResponse
+	(*KeepLogRequest)(nil),     // 32: tenon.vm.v1.KeepLogRequest
+	(*KeepLogResponse)(nil),    // 33: tenon.vm.v1.KeepLogResponse
+	(*UsageRequest)(nil),       // 34: tenon.vm.v1.UsageRequest
+	(*UsageResponse)(nil),      // 35: tenon.vm.v1.UsageResponse
+	(*Usage)(nil),              // 36: tenon.vm.v1.Usage
+	(*EventsRequest)(nil),      // 37: tenon.vm.v1.EventsRequest
+	(*Event)(nil),              // 38: tenon.vm.v1.Event
+	(*ShutdownRequest)(nil),    // 39: tenon.vm.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),   // 40: tenon.vm.v1.ShutdownResponse
+	nil,                        // 41: tenon.vm.v1.CreateRequest.LogsEntry
+	nil,                        // 42: tenon.vm.v1.Machine.SharesEntry
+	(*v1.Step)(nil),            // 43: tenon.task.v1.Step
+	(*v1.IdentityResult)(nil),  // 44: tenon.task.v1.IdentityResult
+	(*v1.Log)(nil),             // 45: tenon.task.v1.Log
 }
 var file_vm_proto_depIdxs = []int32{
 	5,  // 0: tenon.vm.v1.CreateRequest.disks:type_name -> tenon.vm.v1.Disk
-	39, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
-	14, // 2: tenon.vm.v1.CreateRequest.shares:type_name -> tenon.vm.v1.HostShare
-	38, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
+	43, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
+	15, // 2: tenon.vm.v1.CreateRequest.shares:type_name -> tenon.vm.v1.HostShare
+	41, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
 	8,  // 4: tenon.vm.v1.CreateResponse.machine:type_name -> tenon.vm.v1.Machine
-	40, // 5: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
+	44, // 5: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
 	9,  // 6: tenon.vm.v1.Machine.nics:type_name -> tenon.vm.v1.NIC
-	8,  // 7: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
-	14, // 8: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
-	5,  // 9: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
-	9,  // 10: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
-	41, // 11: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
-	33, // 12: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
-	0,  // 13: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
-	41, // 14: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
-	1,  // 15: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
-	3,  // 16: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
-	6,  // 17: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
-	10, // 18: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
-	12, // 19: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
-	19, // 20: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
-	21, // 21: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
-	23, // 22: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
-	25, // 23: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
-	27, // 24: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
-	15, // 25: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
-	17, // 26: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
-	29, // 27: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
-	31, // 28: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
-	34, // 29: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
-	36, // 30: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
-	2,  // 31: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
-	4,  // 32: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
-	7,  // 33: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
-	11, // 34: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
-	13, // 35: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
-	20, // 36: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
-	22, // 37: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
-	24, // 38: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
-	26, // 39: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
-	28, // 40: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
-	16, // 41: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
-	18, // 42: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
-	30, // 43: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
-	32, // 44: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
-	35, // 45: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
-	37, // 46: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
-	31, // [31:47] is the sub-list for method output_type
-	15, // [15:31] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	10, // 7: tenon.vm.v1.Machine.disks:type_name -> tenon.vm.v1.OwnedDisk
+	42, // 8: tenon.vm.v1.Machine.shares:type_name -> tenon.vm.v1.Machine.SharesEntry
+	8,  // 9: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
+	15, // 10: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
+	5,  // 11: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
+	9,  // 12: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
+	45, // 13: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
+	36, // 14: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
+	0,  // 15: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
+	45, // 16: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
+	1,  // 17: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
+	3,  // 18: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
+	6,  // 19: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
+	11, // 20: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
+	13, // 21: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
+	20, // 22: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
+	22, // 23: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
+	24, // 24: tenon.vm.v1.VMM.GrowDisk:input_type -> tenon.vm.v1.GrowDiskRequest
+	26, // 25: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
+	28, // 26: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
+	30, // 27: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
+	16, // 28: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
+	18, // 29: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
+	32, // 30: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
+	34, // 31: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
+	37, // 32: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
+	39, // 33: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
+	2,  // 34: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
+	4,  // 35: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
+	7,  // 36: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
+	12, // 37: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
+	14, // 38: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
+	21, // 39: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
+	23, // 40: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
+	25, // 41: tenon.vm.v1.VMM.GrowDisk:output_type -> tenon.vm.v1.GrowDiskResponse
+	27, // 42: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
+	29, // 43: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
+	31, // 44: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
+	17, // 45: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
+	19, // 46: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
+	33, // 47: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
+	35, // 48: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
+	38, // 49: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
+	40, // 50: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
+	34, // [34:51] is the sub-list for method output_type
+	17, // [17:34] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_vm_proto_init() }
@@ -2480,7 +2831,7 @@ func file_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vm_proto_rawDesc), len(file_vm_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   38,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -15,6 +15,7 @@ type VMMService interface {
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
 	AttachDisk(context.Context, *AttachDiskRequest) (*AttachDiskResponse, error)
 	DetachDisk(context.Context, *DetachDiskRequest) (*DetachDiskResponse, error)
+	GrowDisk(context.Context, *GrowDiskRequest) (*GrowDiskResponse, error)
 	AttachNIC(context.Context, *AttachNICRequest) (*AttachNICResponse, error)
 	DetachNIC(context.Context, *DetachNICRequest) (*DetachNICResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
@@ -90,6 +91,13 @@ func RegisterVMMService(srv *ttrpc.Server, svc VMMService) {
 					return nil, err
 				}
 				return svc.DetachDisk(ctx, &req)
+			},
+			"GrowDisk": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req GrowDiskRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.GrowDisk(ctx, &req)
 			},
 			"AttachNIC": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req AttachNICRequest
@@ -172,6 +180,7 @@ type VMMClient interface {
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
 	AttachDisk(context.Context, *AttachDiskRequest) (*AttachDiskResponse, error)
 	DetachDisk(context.Context, *DetachDiskRequest) (*DetachDiskResponse, error)
+	GrowDisk(context.Context, *GrowDiskRequest) (*GrowDiskResponse, error)
 	AttachNIC(context.Context, *AttachNICRequest) (*AttachNICResponse, error)
 	DetachNIC(context.Context, *DetachNICRequest) (*DetachNICResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
@@ -244,6 +253,14 @@ func (c *vmmClient) AttachDisk(ctx context.Context, req *AttachDiskRequest) (*At
 func (c *vmmClient) DetachDisk(ctx context.Context, req *DetachDiskRequest) (*DetachDiskResponse, error) {
 	var resp DetachDiskResponse
 	if err := c.client.Call(ctx, "tenon.vm.v1.VMM", "DetachDisk", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *vmmClient) GrowDisk(ctx context.Context, req *GrowDiskRequest) (*GrowDiskResponse, error) {
+	var resp GrowDiskResponse
+	if err := c.client.Call(ctx, "tenon.vm.v1.VMM", "GrowDisk", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
