@@ -6,8 +6,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
 // pool keeps clones that wait for use: warmed, and standing still.
@@ -152,9 +150,6 @@ func (v *machine) ready(ctx context.Context) error {
 		return err
 	}
 	if err := v.warm(ctx, cloneTurns, true); err != nil {
-		return err
-	}
-	if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{spareStep()}}); err != nil {
 		return err
 	}
 	return v.proc.Stop(ctx)

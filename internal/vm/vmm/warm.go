@@ -24,11 +24,13 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "4"
+const warmVersion = "5"
 
 const (
+	// A turn in a copy leads an emulator to translate some 90 percent of what a
+	// container needs; further ones take half as long each, and gain nothing.
 	templateTurns = 3
-	cloneTurns    = 3
+	cloneTurns    = 1
 
 	warmID   = "warm"
 	warmDir  = "/run/tenon/warm"
@@ -38,25 +40,29 @@ const (
 )
 
 // warm runs what every container does: its code is then in memory, in the state
-// in which it is quickest, and an emulator has translated it. A machine of which
-// no copies will be made is given an identity too.
-func (v *machine) warm(ctx context.Context, turns int, identity bool) error {
+// in which it is quickest, and an emulator has translated it. A copy of a template
+// is given an identity, and does what nearly every container does only: what is
+// translated takes memory. Afterwards a network namespace waits.
+func (v *machine) warm(ctx context.Context, turns int, copied bool) error {
 	ctx, cancel := context.WithTimeout(ctx, warmTime)
 	defer cancel()
 	for range turns {
-		if err := v.warmTurn(ctx, identity); err != nil {
+		if err := v.warmTurn(ctx, copied); err != nil {
+			return err
+		}
+		if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{spareStep()}}); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (v *machine) warmTurn(ctx context.Context, identity bool) error {
+func (v *machine) warmTurn(ctx context.Context, copied bool) error {
 	if err := v.warmDisks(ctx); err != nil {
 		return err
 	}
 	var steps []*taskv1.Step
-	if identity { // with a seed of its own, or all copies would have the same boot ID
+	if copied { // with a seed of its own, or all copies would have the same boot ID
 		var err error
 		if steps, err = identify(&vmv1.CreateRequest{Hostname: warmID}); err != nil {
 			return err
@@ -68,7 +74,6 @@ func (v *machine) warmTurn(ctx context.Context, identity bool) error {
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/upper", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/work", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/hosts", Mode: 0o644, Data: []byte("127.0.0.1 localhost\n")}}},
-		spareStep(),
 		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{
 			"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv6.conf.default.disable_ipv6": "1",
 		}}}},
@@ -80,7 +85,7 @@ func (v *machine) warmTurn(ctx context.Context, identity bool) error {
 	if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: steps}); err != nil {
 		return err
 	}
-	if err := v.warmContainer(ctx); err != nil {
+	if err := v.warmContainer(ctx, copied); err != nil {
 		return err
 	}
 	unmount := func(path string) *taskv1.Step {
@@ -220,7 +225,7 @@ func (m *Manager) emptyFS(ctx context.Context) (*os.File, error) {
 	return f, nil
 }
 
-func (v *machine) warmContainer(ctx context.Context) error {
+func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	c, err := task.New(ctx, v.session)
 	if err != nil {
 		return err
@@ -251,6 +256,11 @@ func (v *machine) warmContainer(ctx context.Context) error {
 	if err := warmExec(ctx, c); err != nil {
 		return err
 	}
+	if !copied { // by a program of its own
+		if err := warmRead(ctx, c); err != nil {
+			return err
+		}
+	}
 	if err := c.Kill(ctx, warmID, "", syscall.SIGKILL, false); err != nil {
 		return err
 	}
@@ -261,7 +271,7 @@ func (v *machine) warmContainer(ctx context.Context) error {
 	return err
 }
 
-// warmExec runs a further process, and reads a file.
+// warmExec runs a further process.
 func warmExec(ctx context.Context, c *task.Client) error {
 	process, err := json.Marshal(warmSpec().Process)
 	if err != nil {
@@ -280,9 +290,12 @@ func warmExec(ctx context.Context, c *task.Client) error {
 	if exit.Status != 0 {
 		return fmt.Errorf("exit status %d", exit.Status)
 	}
-	if _, err := c.Delete(ctx, warmID, id); err != nil {
-		return err
-	}
+	_, err = c.Delete(ctx, warmID, id)
+	return err
+}
+
+// warmRead reads a file.
+func warmRead(ctx context.Context, c *task.Client) error {
 	s, _, err := c.Stream(ctx, &taskv1.StreamHeader{Kind: &taskv1.StreamHeader_Files{Files: &taskv1.Files{
 		Id: warmID, Operation: taskv1.Files_READ, Path: "/etc/hosts"}}})
 	if err != nil {
@@ -300,22 +313,45 @@ type discard struct{}
 
 func (discard) Write(b []byte) (int, error) { return len(b), nil }
 
-// quiet ends this end's streams and returns when the guest knows: a saved guest
-// has nobody to talk to.
+// quiet ends this end's streams and returns when the guest knows, and has nothing
+// left to do: a saved guest has nobody to talk to, and what it had begun (taking a
+// network namespace apart, say) every copy of it would have to end.
 func (v *machine) quiet(ctx context.Context) error {
 	if err := v.rpc.Close(); err != nil {
 		return err
 	}
-	for range 2 {
-		if err := v.ping(ctx); err != nil {
+	if err := v.ping(ctx); err != nil {
+		return err
+	}
+	for end := time.Now().Add(quietTime); time.Now().Before(end); {
+		before, err := v.group.Stats()
+		if err != nil {
 			return err
 		}
-		time.Sleep(quietPause) // what still runs there comes to its end
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(quietTurn):
+		}
+		after, err := v.group.Stats()
+		if err != nil {
+			return err
+		}
+		if used := time.Duration(after.CPU.Usage - before.CPU.Usage); used < quietTurn/quietShare {
+			break
+		}
 	}
 	return v.ping(ctx)
 }
 
-const quietPause = 20 * time.Millisecond
+// A guest is quiet that has used less than the quietShare-th part of a processor
+// for quietTurn; one that never does is taken as it is after quietTime. The turn is
+// longer than the kernel's own delays: of reporting free memory, two seconds.
+const (
+	quietTurn  = 2500 * time.Millisecond
+	quietShare = 25
+	quietTime  = 20 * time.Second
+)
 
 // warmSpec is a container as the engine makes them by default.
 func warmSpec() *specs.Spec {
