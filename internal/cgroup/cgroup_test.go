@@ -144,6 +144,26 @@ func TestLife(t *testing.T) {
 
 // TestFirstAtOnce: several groups made at the same time below a parent that is
 // new get their limits, whoever of them makes the parent.
+// TestDelegate: the directory and what the kernel lists, on v2 alone.
+func TestDelegate(t *testing.T) {
+	limit := int64(16)
+	g := group(t, &specs.LinuxResources{Pids: &specs.LinuxPids{Limit: &limit}})
+	if err := g.Delegate(12345); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range g.dirs {
+		for name, want := range map[string]bool{"": d.v2, "cgroup.procs": d.v2, "pids.max": false, "hugetlb.2MB.max": false} {
+			var st syscall.Stat_t
+			if err := syscall.Stat(filepath.Join(d.path, name), &st); err != nil {
+				continue // a controller that this hierarchy doesn't have
+			}
+			if (st.Uid == 12345) != want {
+				t.Errorf("%s/%s belongs to %d", d.path, name, st.Uid)
+			}
+		}
+	}
+}
+
 func TestFirstAtOnce(t *testing.T) {
 	res := &specs.LinuxResources{
 		Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20))},

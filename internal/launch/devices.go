@@ -3,6 +3,7 @@ package launch
 import (
 	"fmt"
 	"path"
+	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -108,6 +109,37 @@ func mapped(maps []specs.LinuxIDMapping, id uint32) uint32 {
 	}
 	root, _ := mapsRoot(maps)
 	return uint32(root)
+}
+
+// CgroupOwner is the host's user whom a container's control group is to be given
+// to, by the rules of the specification (config-linux.md, Cgroup ownership): the
+// one that its first process runs as, if the container has a cgroup namespace of
+// its own and may write its groups.
+func CgroupOwner(s *specs.Spec) (uid uint32, ok bool) {
+	if s.Linux == nil || s.Process == nil {
+		return 0, false
+	}
+	if !slices.ContainsFunc(s.Mounts, func(m specs.Mount) bool {
+		return m.Source == "cgroup" && m.Destination == "/sys/fs/cgroup" && !slices.Contains(m.Options, "ro")
+	}) {
+		return 0, false
+	}
+	own := false
+	for _, n := range s.Linux.Namespaces {
+		switch n.Type {
+		case specs.CgroupNamespace:
+			own = n.Path == ""
+		case specs.UserNamespace:
+			if n.Path != "" {
+				return 0, false // whose ids those are is not said
+			}
+		}
+	}
+	uid = s.Process.User.UID
+	if len(s.Linux.UIDMappings) > 0 {
+		uid = mapped(s.Linux.UIDMappings, uid)
+	}
+	return uid, own && uid != 0
 }
 
 // devices makes /dev's nodes and links.

@@ -170,6 +170,11 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 			s.forgetCgroup(r.id, path)
 		}
 	}()
+	if uid, ok := launch.CgroupOwner(r.spec); ok {
+		if err := c.group.Delegate(uid); err != nil {
+			return nil, err
+		}
+	}
 	p := newProcess(c, "")
 	p.terminal = r.terminal
 	p.once = r.opts.StdinOnce

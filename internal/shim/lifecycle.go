@@ -92,7 +92,7 @@ func (p *process) resize(width, height uint32) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.terminal {
-		return fmt.Errorf("%s: %w", p.name(), errNoTerminal)
+		return nil // as with any OCI runtime: clients resize what has no terminal, too
 	}
 	if p.status == taskv1.Status_STATUS_STOPPED {
 		return fmt.Errorf("%s: has exited: %w", p.name(), errdefs.ErrFailedPrecondition)

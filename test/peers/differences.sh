@@ -17,7 +17,9 @@ trap 'rm -rf "$dir"' EXIT
 export TENON_CACHE TENON_BENCH_BIN=${TENON_BENCH_BIN:-$repo/bin}
 [ -x "$TENON_BENCH_BIN/tenond" ] || make -s -C "$repo" build
 (cd "$repo" && CGO_ENABLED=0 go build -mod=mod -o "$dir/bench" ./bench && CGO_ENABLED=0 go build -mod=mod -o "$dir/differences" ./test/peers/differences)
-printf '#!/bin/sh\nexec differences flat\n' >"$dir/flat" && chmod +x "$dir/flat"
+printf "#!/bin/sh\nexec differences flat\n" >"$dir/flat"
+printf "#!/bin/sh\nexec differences api \"\$@\"\n" >"$dir/api"
+chmod +x "$dir/flat" "$dir/api"
 "$dir/bench" inside tenon 'export TENON_HOST=unix:///run/tenon/docker.sock; tenon image bootstrap busybox; docker -H $TENON_HOST save -o /cache/differences/busybox.tar busybox'
 for cases in "$@"; do
 	cp "$cases" "$dir/cases"

@@ -284,6 +284,9 @@ func (m *making) makeCgroup() (err error) {
 	// Engines that drive OCI runtimes read statistics and freeze on their own.
 	m.group, err = cgroup.Create(m.Cgroup, withDefaultDevices(m.spec.Linux.Resources),
 		"cpu", "cpuacct", "freezer")
+	if uid, ok := launch.CgroupOwner(m.spec); ok && err == nil {
+		err = m.group.Delegate(uid)
+	}
 	return err
 }
 

@@ -3,6 +3,7 @@
 //
 //	differences run CASES OUT     run each line of CASES by bash, write what it said
 //	differences flat              JSON of standard input as sorted lines "path = value"
+//	differences api METHOD PATH [BODY]   one request to $DOCKER_HOST: status, kind and answer
 //	differences compare A B       the cases that differ, ids and times made alike
 package main
 
@@ -15,6 +16,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"regexp"
@@ -24,10 +28,12 @@ import (
 )
 
 func main() {
-	err := errors.New("usage: differences run CASES OUT | flat | compare A B")
+	err := errors.New("usage: differences run CASES OUT | flat | api METHOD PATH [BODY] | compare A B")
 	switch {
 	case len(os.Args) == 4 && os.Args[1] == "run":
 		err = run(os.Args[2], os.Args[3])
+	case (len(os.Args) == 4 || len(os.Args) == 5) && os.Args[1] == "api":
+		err = api(os.Args[2], os.Args[3], strings.Join(os.Args[4:], ""))
 	case len(os.Args) == 2 && os.Args[1] == "flat":
 		err = flat()
 	case len(os.Args) == 4 && os.Args[1] == "compare":
@@ -76,8 +82,37 @@ func ask(line string) answer {
 	return answer{line, out.String(), errs.String(), exit}
 }
 
-func flat() error {
-	d := json.NewDecoder(bufio.NewReader(os.Stdin))
+func api(method, path, body string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	c := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", strings.TrimPrefix(os.Getenv("DOCKER_HOST"), "unix://"))
+	}}}
+	q, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, strings.NewReader(body))
+	if err != nil {
+		return err
+	}
+	if body != "" {
+		q.Header.Set("Content-Type", "application/json")
+	}
+	r, err := c.Do(q)
+	if err != nil {
+		return err
+	}
+	defer r.Body.Close()
+	fmt.Println("#", r.StatusCode, r.Header.Get("Content-Type"))
+	raw, err := io.ReadAll(r.Body)
+	if json.Valid(raw) {
+		return errors.Join(err, flatten(bytes.NewReader(raw)))
+	}
+	fmt.Printf("%.500q\n", raw)
+	return err
+}
+
+func flat() error { return flatten(bufio.NewReader(os.Stdin)) }
+
+func flatten(r io.Reader) error {
+	d := json.NewDecoder(r)
 	d.UseNumber()
 	for d.More() {
 		var v any
