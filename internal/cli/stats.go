@@ -30,6 +30,9 @@ type statsRow struct {
 	cpu, mem, memLimit, memShare        float64
 	netRx, netTx, blockRead, blockWrite float64
 	pids                                uint64
+
+	vm                   bool // has a machine of its own
+	vmMemory, vmOverhead float64
 }
 
 const noNumber = "--"
@@ -58,6 +61,18 @@ func (r statsRow) PIDs() string {
 		return noNumber
 	}
 	return fmt.Sprint(r.pids)
+}
+
+// VMMem is what the container's own virtual machine takes of the host's memory,
+// the container's use included; VMOverhead what remains without it.
+func (r statsRow) VMMem() string      { return r.ofMachine(r.vmMemory) }
+func (r statsRow) VMOverhead() string { return r.ofMachine(r.vmOverhead) }
+
+func (r statsRow) ofMachine(v float64) string {
+	if !r.vm {
+		return noNumber
+	}
+	return units.BytesSize(v)
 }
 
 func (r statsRow) percent(v float64) string {
@@ -113,6 +128,10 @@ func (r *statsRow) take(s *container.StatsResponse) {
 		}
 	}
 	r.pids = s.PidsStats.Current
+	var memory, overhead uint64
+	memory, r.vm = s.MemoryStats.Stats["tenon_vm_memory"]
+	overhead = s.MemoryStats.Stats["tenon_vm_overhead"]
+	r.vmMemory, r.vmOverhead = float64(memory), float64(overhead)
 }
 
 // memoryInUse leaves out the page cache that the kernel can take back, by the
@@ -319,14 +338,20 @@ func (b *statsBoard) refresh(format string) error {
 func (b *statsBoard) print(format string) error {
 	b.mu.Lock()
 	var rows []any
+	vm := false
 	for _, n := range b.order {
 		rows = append(rows, *b.rows[n])
+		vm = vm || b.rows[n].vm
 	}
 	b.mu.Unlock()
 	l := listing{
 		table: "{{.ID}}\t{{.Name}}\t{{.CPUPerc}}\t{{.MemUsage}}\t{{.MemPerc}}\t{{.NetIO}}\t{{.BlockIO}}\t{{.PIDs}}",
 		headers: headers{"Container": "CONTAINER", "ID": "CONTAINER ID", "Name": "NAME", "CPUPerc": "CPU %", "MemUsage": "MEM USAGE / LIMIT",
-			"MemPerc": "MEM %", "NetIO": "NET I/O", "BlockIO": "BLOCK I/O", "PIDs": "PIDS"},
+			"MemPerc": "MEM %", "NetIO": "NET I/O", "BlockIO": "BLOCK I/O", "PIDs": "PIDS",
+			"VMMem": "VM MEM", "VMOverhead": "VM OVERHEAD"},
+	}
+	if vm {
+		l.table += "\t{{.VMOverhead}}"
 	}
 	return l.print(b.a.out, format, rows)
 }

@@ -46,6 +46,11 @@ func (e *Engine) Inspect(ctx context.Context, ref string, size bool) (*mobyconta
 		out.NetworkSettings.SandboxID, out.NetworkSettings.SandboxKey = r.ID, ns.Path
 		out.NetworkSettings.Ports = portMap(r, ns)
 	}
+	if r.Running() {
+		if u, ok := e.ownMachine(ctx, c); ok {
+			out.HostConfig.Annotations["tenon.vm-cpu"], out.HostConfig.Annotations["tenon.vm-memory"] = u.CPU.String(), strconv.FormatInt(u.HostPrivate, 10)
+		}
+	}
 	if r.HostConfig.LogConfig.Type != "none" {
 		out.LogPath = e.logPath(r)
 	}
@@ -75,7 +80,8 @@ func (c *ctr) execIDs() []string {
 
 // shownFacts are annotations that inspect alone writes; they are taken from
 // nobody.
-var shownFacts = []string{"tenon.isolation", "tenon.boot-id", "tenon.kernel", "tenon.machine", "tenon.vmm-pid", "tenon.accel", "tenon.kernel-log"}
+var shownFacts = []string{"tenon.isolation", "tenon.boot-id", "tenon.kernel", "tenon.machine", "tenon.vmm-pid", "tenon.accel", "tenon.kernel-log",
+	"tenon.vm-cpu", "tenon.vm-memory"}
 
 func (e *Engine) shownHostConfig(r *container.Record) *mobycontainer.HostConfig {
 	h := *r.HostConfig

@@ -7,6 +7,7 @@ import (
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
 
+	"tenon.dev/tenon/internal/sandbox"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
@@ -97,8 +98,30 @@ func (e *Engine) sample(ctx context.Context, c *ctr) (*mobycontainer.StatsRespon
 	}
 	if len(ms) > 0 {
 		fillStats(s, ms[0])
+		if u, ok := e.ownMachine(ctx, c); ok {
+			m := &s.MemoryStats
+			m.Stats["tenon_vm_cpu"], m.Stats["tenon_vm_memory"] = uint64(u.CPU), uint64(u.HostPrivate)
+			m.Stats["tenon_vm_overhead"] = uint64(max(0, u.HostPrivate-int64(m.Usage)))
+		}
 	}
 	return s, nil
+}
+
+// usageTime bounds the question what a machine takes of its host.
+const usageTime = 2 * time.Second
+
+// ownMachine is what the machine takes of the host that a container alone runs
+// on: its processor time and memory, of which the container's own are a part. A
+// machine that lasts says it itself.
+func (e *Engine) ownMachine(ctx context.Context, c *ctr) (sandbox.MachineUsage, bool) {
+	g := c.onMachine()
+	if g == nil || g.machine.Lasting() {
+		return sandbox.MachineUsage{}, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, usageTime)
+	defer cancel()
+	u, err := g.machine.Usage(ctx)
+	return u, err == nil
 }
 
 func fillStats(s *mobycontainer.StatsResponse, m *taskv1.Metrics) {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -56,6 +57,15 @@ func vmFilesShared(t *testing.T, d *Daemon) {
 		if got := d.Must(t, "exec", "shares", "cat", "/s/one"); got != text {
 			t.Errorf("read %q, %q was written", got, text)
 		}
+	}
+	// What its machine costs beside it.
+	r := d.run(t, time.Minute, filepath.Join(d.bin, "tenon"), "stats", "--no-stream", "--format", "{{.VMMem}} {{.VMOverhead}}", "shares")
+	if f := strings.Fields(r.Out); r.Code != 0 || len(f) != 2 || !strings.HasSuffix(f[0], "MiB") || !strings.HasSuffix(f[1], "MiB") {
+		t.Errorf("stats: %q %s", r.Out, r.Err)
+	}
+	cost := d.Must(t, "inspect", "-f", `{{index .HostConfig.Annotations "tenon.vm-memory"}} {{index .HostConfig.Annotations "tenon.vm-cpu"}}`, "shares")
+	if f := strings.Fields(cost); len(f) != 2 || len(f[0]) < 7 {
+		t.Errorf("inspect: %q", cost)
 	}
 	d.Must(t, "rm", "-f", "shares")
 	// Who has made what, how, and what may not be made.
@@ -170,7 +180,7 @@ func vmFilesAtRest(t *testing.T, d *Daemon) {
 			return d.Must(t, "run", "--rm", "made:"+c, "sh", "-c", "ls -l /tmp /put | sed 's/ [A-Z][a-z][a-z] .*[0-9] / /'; cat /tmp/new /etc/passwd")
 		},
 		"missing": func(c string) string {
-			return strings.ReplaceAll(d.Docker(t, "cp", c+":/none", dir).Err, d.id(t, c), "ID")
+			return strings.NewReplacer(d.id(t, c), "ID", "container "+c, "ID").Replace(d.Docker(t, "cp", c+":/none", dir).Err)
 		},
 		"inside": func(c string) string { d.Must(t, "cp", c+":/tmp/new", dir); return "" },
 	} {

@@ -482,9 +482,6 @@ func (m *machine) GrowDisk(ctx context.Context, size int64) error {
 // Usage is what the machine uses. What the guest says of itself may be false.
 func (m *machine) Usage(ctx context.Context) (sandbox.MachineUsage, error) {
 	var u sandbox.MachineUsage
-	if m.lasting == nil {
-		return u, errOnlyLasting
-	}
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
 		return u, m.gone(err)
@@ -495,6 +492,9 @@ func (m *machine) Usage(ctx context.Context) (sandbox.MachineUsage, error) {
 	}
 	for _, x := range r.Usages {
 		u.CPU, u.HostPrivate = time.Duration(x.Cpu), int64(x.PrivateBytes)
+	}
+	if m.lasting == nil { // its container's use is the shim's to say
+		return u, nil
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(m.data(), &st); err == nil {
