@@ -87,22 +87,23 @@ func BenchmarkFifty(b *testing.B) {
 }
 
 // BenchmarkThroughput is one TCP stream between two containers of a network,
-// with its ports guarded and without.
+// with shortcuts past the bridge and without.
 func BenchmarkThroughput(b *testing.B) {
 	c := benchController(b, -1)
-	for _, guard := range []string{"true", "false"} {
-		if _, err := c.Create(b.Context(), CreateRequest{Name: "g" + guard, Options: map[string]string{optGuard: guard}}); err != nil {
+	c.cfg.ShortcutDelay = -1
+	for _, shortcuts := range []string{"true", "false"} {
+		if _, err := c.Create(b.Context(), CreateRequest{Name: "g" + shortcuts, Options: map[string]string{optShortcuts: shortcuts}}); err != nil {
 			b.Fatal(err)
 		}
 	}
 	for round := range 3 {
-		for _, guard := range []string{"true", "false"} {
-			b.Run(fmt.Sprintf("guard=%s/%d", guard, round), func(b *testing.B) {
+		for _, shortcuts := range []string{"true", "false"} {
+			b.Run(fmt.Sprintf("shortcuts=%s/%d", shortcuts, round), func(b *testing.B) {
 				var ns [2]*Namespace
 				for i := range ns {
 					var err error
-					id := fmt.Sprintf("%s%d%061d", guard[:1], i, round)
-					if ns[i], err = c.Connect(b.Context(), Request{ContainerID: id, Endpoints: []EndpointRequest{{Network: "g" + guard}}}); err != nil {
+					id := fmt.Sprintf("%s%d%061d", shortcuts[:1], i, round)
+					if ns[i], err = c.Connect(b.Context(), Request{ContainerID: id, Endpoints: []EndpointRequest{{Network: "g" + shortcuts}}}); err != nil {
 						b.Fatal(err)
 					}
 					defer c.Disconnect(b.Context(), id)

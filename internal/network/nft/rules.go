@@ -21,6 +21,7 @@ import (
 //	  map dnsto4   { … }                      # port 53 of a gateway to another one of it
 //	  map any4     { type inet_proto . inet_service : ipv4_addr . inet_service }
 //
+//	  chain tenon-engine { }                  # in all four: an engine's (see Others)
 //	  chain pre { type nat hook prerouting priority dstnat
 //	    ip daddr 127.0.0.0/8 return                   # loopback only from inside
 //	    iifname @bridges dnat ip to ip daddr . meta l4proto . th dport map @dnsto4

@@ -2,12 +2,17 @@ package shortcut
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // What a program can say.
@@ -220,6 +225,51 @@ func TestRootPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("on again", p.In, toB, redirects)
+}
+
+// TestRootRefused: who may not use BPF gets an error that says so, and nothing is left.
+func TestRootRefused(t *testing.T) {
+	before := openFiles(t)
+	got := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends without its rights
+		head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		if err := unix.Capget(&head, &caps[0]); err != nil {
+			got <- err
+			return
+		}
+		caps[0].Effective &^= 1 << unix.CAP_SYS_ADMIN
+		caps[1].Effective &^= 1 << (unix.CAP_BPF - 32)
+		if err := unix.Capset(&head, &caps[0]); err != nil {
+			got <- err
+			return
+		}
+		p, err := Open()
+		p.Close()
+		got <- err
+	}()
+	if err := <-got; !errors.Is(err, unix.EPERM) {
+		t.Errorf("got %v, want EPERM", err)
+	}
+	if after := openFiles(t); after != before {
+		t.Errorf("%d files are open, %d were", after, before)
+	}
+}
+
+func openFiles(t *testing.T) int {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, f := range files {
+		if to, err := os.Readlink("/proc/self/fd/" + f.Name()); err == nil && strings.HasPrefix(to, "anon_inode:bpf") {
+			n++
+		}
+	}
+	return n
 }
 
 // TestClosed: a path that was closed, and none at all, do nothing.
