@@ -161,7 +161,7 @@ func (e *ConnectError) Error() string {
 	case errors.Is(e.Err, syscall.EACCES), errors.Is(e.Err, syscall.EPERM):
 		return msg + "\nThe socket belongs to root: use sudo, or join the group that owns it."
 	case errors.Is(e.Err, syscall.ENOENT), errors.Is(e.Err, syscall.ECONNREFUSED):
-		return msg + "\nIs it running? Start it with: systemctl start tenon, or: tenond"
+		return msg + "\nIs it running? Start it with: systemctl start tenon, or, as root: tenond"
 	}
 	return msg
 }

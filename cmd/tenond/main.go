@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -45,6 +46,13 @@ func main() {
 	case p.Print:
 		fmt.Print(p.Config.String())
 		return
+	case p.Check:
+		d := daemon{cfg: p.Config}
+		if err := json.NewEncoder(os.Stdout).Encode(d.doctor(context.Background(), false)); err != nil {
+			fmt.Fprintln(os.Stderr, "tenond:", err)
+			os.Exit(1)
+		}
+		return
 	}
 	level := slog.LevelInfo
 	if p.Config.Debug {
@@ -60,6 +68,9 @@ func main() {
 	}
 	if err := run(ctx, p.Config, log); err != nil && !errors.Is(err, context.Canceled) {
 		fmt.Fprintln(os.Stderr, "tenond:", err)
+		if os.Geteuid() != 0 {
+			fmt.Fprintln(os.Stderr, "tenond: start it as root: it makes namespaces, networks and mounts")
+		}
 		os.Exit(1)
 	}
 }

@@ -4,9 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -17,12 +22,16 @@ func (a *app) doctorCmd() *cobra.Command {
 	var format string
 	cmd := &cobra.Command{
 		Use: "doctor [OPTIONS]", Short: "Show what this host has and lacks, each lack with its remedy",
-		Long:    "Ask the engine what its host offers for containers and virtual machines.\nEnds with 1 if something required is missing.",
+		Long:    "Ask the engine what its host offers for containers and virtual machines; if no\nengine answers, its program looks by itself.\nEnds with 1 if something required is missing.",
 		Example: "tenon doctor\ntenon doctor --format json", Args: exactArgs(0),
 	}
 	cmd.Flags().StringVarP(&format, "format", "f", "", inspectFormatUsage)
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, _ []string) error {
 		r, err := c.Doctor(ctx)
+		var unreached *client.ConnectError
+		if errors.As(err, &unreached) {
+			r, err = a.lookAlone(ctx, err)
+		}
 		if err != nil {
 			return err
 		}
@@ -40,6 +49,31 @@ func (a *app) doctorCmd() *cobra.Command {
 		return err
 	})
 	return cmd
+}
+
+// lookAlone asks the program of the daemon, for when no daemon answers: that is
+// when somebody wants to know what the host lacks.
+func (a *app) lookAlone(ctx context.Context, unreached error) (r client.Report, err error) {
+	path := ""
+	if self, err := os.Executable(); err == nil {
+		path = filepath.Join(filepath.Dir(self), "tenond")
+	}
+	if _, err := os.Stat(path); err != nil {
+		if path, err = exec.LookPath("tenond"); err != nil {
+			return r, unreached
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "--check").Output()
+	if err == nil {
+		err = json.Unmarshal(out, &r)
+	}
+	if err != nil {
+		return r, unreached
+	}
+	fmt.Fprintf(a.err, "%v\nThis is what %s finds by itself:\n\n", unreached, path)
+	return r, nil
 }
 
 func counts(r client.Report) map[string]int {

@@ -14,6 +14,8 @@ type Parsed struct {
 	Print  bool // print the settings and end
 	Help   bool
 	Ver    bool
+	// Check asks to print what the host has and lacks, as JSON, and end.
+	Check bool
 	// Shutdown asks not to serve but to stop all containers and take down what
 	// a former daemon with the same roots left.
 	Shutdown bool
@@ -28,6 +30,7 @@ func FromArgs(args []string) (p Parsed, usage string, err error) {
 	// Parsed twice: first only to find --config, then over the file's settings.
 	file := fs.String("config", DefaultFile, "settings file (TOML)")
 	fs.BoolVar(&p.Print, "print-config", false, "print the settings that would be used, and end")
+	fs.BoolVar(&p.Check, "check", false, "print what the host has and lacks as JSON, and end (tenon doctor shows it)")
 	fs.BoolVar(&p.Shutdown, "shutdown", false, "stop all containers, take down what the engine made, and end (for when no daemon runs)")
 	fs.BoolVar(&p.Ver, "version", false, "print the version, and end")
 	fs.BoolVarP(&p.Help, "help", "h", false, "print this help")
