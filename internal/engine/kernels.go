@@ -3,6 +3,8 @@ package engine
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
@@ -110,6 +112,14 @@ func (e *Engine) client(ctx context.Context, c *ctr) (*task.Client, error) {
 func (e *Engine) describeMachines(ctx context.Context, info *system.Info) {
 	if e.cfg.Machines == nil {
 		return
+	}
+	var names []string
+	for _, m := range e.allMachs() {
+		r := m.record()
+		names = append(names, r.Name+" ("+string(r.State())+")")
+	}
+	if slices.Sort(names); len(names) > 0 {
+		info.DriverStatus = append(info.DriverStatus, [2]string{"Machines", strings.Join(names, ", ")})
 	}
 	a, err := e.cfg.Machines.About(ctx)
 	switch {

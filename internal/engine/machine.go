@@ -392,7 +392,7 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 	if p.mounts, err = e.specMounts(r); err != nil {
 		return h, err
 	}
-	release, err := holdMounts(r, p.mounts)
+	release, err := e.holdMounts(r, p.mounts)
 	if err != nil {
 		return h, err
 	}

@@ -383,6 +383,22 @@ func (e *Engine) startGuests(m *mach) {
 	}
 }
 
+// startPoll is how often a start that is waited for is looked at.
+const startPoll = 50 * time.Millisecond
+
+// started is running after a start that is under way: a daemon that has just
+// started starts its machines, too.
+func (m *mach) started(ctx context.Context) (*kernel, error) {
+	for m.record().State() == machine.Starting {
+		select {
+		case <-time.After(startPoll):
+		case <-ctx.Done():
+			return nil, conflict("machine %s is still starting", m.record().Name)
+		}
+	}
+	return m.running()
+}
+
 // waitsForMachine says that a container's restart has to wait for its machine, and
 // that its machine will be started again.
 func (e *Engine) waitsForMachine(c *ctr) (waits, hopeful bool) {
@@ -462,7 +478,7 @@ func (e *Engine) findPeers(ctx context.Context, c *ctr, p *prepared) error {
 	if m == nil {
 		return conflict("container %s: its %s is gone", c.id, machineText(r))
 	}
-	k, err := m.running()
+	k, err := m.started(ctx)
 	if err != nil {
 		return err
 	}

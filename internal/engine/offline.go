@@ -166,7 +166,7 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 			_ = e.endMachine(context.WithoutCancel(ctx), c, g, false) // the first error says more
 		}
 	}()
-	release, err := holdMounts(r, mounts)
+	release, err := e.holdMounts(r, mounts)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/machine"
+	"tenon.dev/tenon/internal/safepath"
 	"tenon.dev/tenon/internal/spec"
 )
 
@@ -199,10 +200,11 @@ func openWithin(share, source string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), source), nil
 }
 
-// holdMounts opens what tenants mount of the host, so that what was looked at is
-// what is mounted; it changes the sources of the mounts, which are the record's
-// first. release is to be called once they are handed over.
-func holdMounts(r *container.Record, mounts []spec.Mount) (release func(), err error) {
+// holdMounts opens what tenants mount of the host, and directories in volumes, so
+// that what was looked at is what is mounted, whatever a guest does there meanwhile;
+// it changes the sources of the mounts, which are the record's first. release is to
+// be called once they are handed over.
+func (e *Engine) holdMounts(r *container.Record, mounts []spec.Mount) (release func(), err error) {
 	var held []*os.File
 	release = func() {
 		for _, f := range held {
@@ -211,21 +213,45 @@ func holdMounts(r *container.Record, mounts []spec.Mount) (release func(), err e
 	}
 	for i := range r.Mounts {
 		m := &r.Mounts[i]
-		if m.Within == "" {
+		var f *os.File
+		var err error
+		switch {
+		case m.Within != "":
+			f, err = openWithin(m.Within, m.Source)
+		case m.Type == mount.TypeVolume && m.SubPath != "":
+			f, err = e.openSubPath(m)
+		default:
 			continue
 		}
-		f, err := openWithin(m.Within, m.Source)
 		if err != nil {
 			release()
-			return nil, fmt.Errorf("bind mount: %w", err)
+			return nil, fmt.Errorf("mount at %s: %w", m.Destination, err)
 		}
 		held = append(held, f)
 		var st unix.Stat_t
 		if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR && st.Mode&unix.S_IFMT != unix.S_IFREG {
 			release()
-			return nil, invalid("bind mount: %s is neither a directory nor a file", m.Source)
+			return nil, invalid("mount at %s: its source is neither a directory nor a file", m.Destination)
 		}
 		mounts[i].Source = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())
 	}
 	return release, nil
+}
+
+// openSubPath opens a path in a volume, links resolved inside of it.
+func (e *Engine) openSubPath(m *container.Mount) (*os.File, error) {
+	v, err := e.cfg.Volumes.Mount(m.Name)
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.OpenFile(v.Source, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("volume %s: %w", m.Name, err)
+	}
+	defer root.Close()
+	f, err := safepath.Open(root, m.SubPath, unix.O_PATH, 0)
+	if err != nil {
+		return nil, invalid("cannot access path %s in volume %s: %v", m.SubPath, m.Name, err)
+	}
+	return f, nil
 }

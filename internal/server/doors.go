@@ -115,6 +115,9 @@ func (d *doors) openAll(ctx context.Context) {
 	}
 	known := map[string]bool{}
 	for _, m := range list {
+		if m.State == machine.Creating || m.State == machine.Removing { // a daemon was killed at it: it goes
+			continue
+		}
 		known[m.Record.Name] = true
 		if err := d.Open(ctx, m.Record); err != nil {
 			d.s.log.Error("a machine's socket is not served", "machine", m.Record.Name, "err", err)

@@ -170,6 +170,13 @@ func (d *Daemon) machineSocket(t *testing.T, share string) {
 	if b, err := os.ReadFile(filepath.Join(share, "rw", "file")); string(b) != "sharedand" || err != nil {
 		t.Errorf("a share's file: %q %v", b, err)
 	}
+	on("run", "--rm", "-v", "own:/own", "busybox", "sh", "-c", "mkdir /own/sub; echo below >/own/sub/f; ln -s / /own/out")
+	if out := on("run", "--rm", "--mount", "type=volume,src=own,dst=/x,volume-subpath=sub", "busybox", "cat", "/x/f"); out != "below" {
+		t.Errorf("a directory in a volume: %q", out)
+	}
+	if out := on("run", "--rm", "--mount", "type=volume,src=own,dst=/x,volume-subpath=out", "busybox", "ls", "/x"); out != "out\nsub\nx" {
+		t.Errorf("a link out of a volume leads to %q", out)
+	}
 	on("network", "create", "mine")
 	if out := on("network", "ls", "--format", "{{.Name}}"); out != "bridge\nhost\nmine\nnone" {
 		t.Errorf("networks: %q", out)

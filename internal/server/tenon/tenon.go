@@ -1,6 +1,7 @@
 // Package tenon serves what Tenon's socket answers beside the Docker API, under
 // /tenon/v1: a container's run in one round trip, an exec likewise, the host's
-// check-up, base images without a registry, machines, and the daemon's end.
+// check-up, base images without a registry, machines, virtual machines made ahead,
+// and the daemon's end.
 // docs/tenon-api.md describes it; the frames of a run are package
 // client/runproto's.
 package tenon
@@ -27,6 +28,8 @@ type Config struct {
 	Images *image.Store
 	// Doctor answers GET /tenon/v1/doctor; nil: 501.
 	Doctor func(ctx context.Context) (any, error)
+	// PrepareVM answers POST /tenon/v1/vm/prepare; nil: 501.
+	PrepareVM func(ctx context.Context) (any, error)
 	// Quit makes the daemon end; nil: shutdown is answered with 501.
 	Quit func()
 	// Tenant is the machine whose own socket this is: run and exec alone are served.
@@ -57,7 +60,8 @@ func New(cfg Config) *API {
 		})
 		return a
 	}
-	a.handle("GET /tenon/v1/doctor", a.doctor)
+	a.handle("GET /tenon/v1/doctor", answer(cfg.Doctor, "this daemon has no doctor"))
+	a.handle("POST /tenon/v1/vm/prepare", answer(cfg.PrepareVM, "this daemon was set up without virtual machines"))
 	a.handle("POST /tenon/v1/images/bootstrap", a.bootstrap)
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
 	a.machineRoutes()
@@ -81,15 +85,18 @@ func (a *API) handle(pattern string, do func(http.ResponseWriter, *http.Request)
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.mux.ServeHTTP(w, r) }
 
-func (a *API) doctor(w http.ResponseWriter, r *http.Request) error {
-	if a.cfg.Doctor == nil {
-		return errdefs.ErrNotImplemented.WithMessage("this daemon has no doctor")
+// answer writes what f finds; without one it says none.
+func answer(f func(context.Context) (any, error), none string) func(http.ResponseWriter, *http.Request) error {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if f == nil {
+			return errdefs.ErrNotImplemented.WithMessage(none)
+		}
+		v, err := f(r.Context())
+		if err != nil {
+			return err
+		}
+		return wire.WriteJSON(w, http.StatusOK, v)
 	}
-	v, err := a.cfg.Doctor(r.Context())
-	if err != nil {
-		return err
-	}
-	return wire.WriteJSON(w, http.StatusOK, v)
 }
 
 func (a *API) bootstrap(w http.ResponseWriter, r *http.Request) error {
