@@ -72,6 +72,23 @@ type Report struct {
 	Checks []Check `json:"checks"`
 }
 
+// VMState is what virtual machines run on, and how many wait for containers.
+type VMState struct {
+	Accel       string // "kvm" or "tcg"
+	AccelReason string // why not kvm
+	QEMU        string
+	Kernel      string
+	Ready       int
+}
+
+// PrepareVM makes what virtual machines are copied from, and those that are to wait
+// for containers. It may take a minute.
+func (c *Client) PrepareVM(ctx context.Context) (VMState, error) {
+	var s VMState
+	err := c.Post(ctx, "/tenon/v1/vm/prepare", nil, nil, &s)
+	return s, err
+}
+
 // Doctor asks what the daemon's host has and lacks.
 func (c *Client) Doctor(ctx context.Context) (Report, error) {
 	var r Report

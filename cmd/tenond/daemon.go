@@ -39,6 +39,7 @@ type daemon struct {
 	engine   *engine.Engine
 	images   *image.Store
 	networks *network.Controller
+	machines *vm.VMs
 	closers  []func() error
 }
 
@@ -121,11 +122,10 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	if err != nil {
 		return nil, err
 	}
-	machines, err := d.machines(shim)
-	if err != nil {
+	if d.machines, err = d.newMachines(shim); err != nil {
 		return nil, err
 	}
-	d.closers = append(d.closers, machines.Close)
+	d.closers = append(d.closers, d.machines.Close)
 	runtimes := map[string]engine.Runtime{}
 	for name, r := range cfg.Runtimes {
 		runtimes[name] = engine.Runtime{Path: r.Path, Args: r.Args}
@@ -141,7 +141,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	d.engine, err = engine.New(engine.Config{
 		Name: cfg.Name, Root: cfg.Root, RunRoot: cfg.RunRoot, Version: version.Version,
 		DB: db, Volatile: volatile, Images: d.images, Roots: roots, Networks: d.networks, Volumes: volumes,
-		Events: hub, Kernel: kernel, Machines: machines, DefaultIsolation: cfg.DefaultIsolation,
+		Events: hub, Kernel: kernel, Machines: d.machines, DefaultIsolation: cfg.DefaultIsolation,
 		Pids: cfg.Limits.PIDs, ShmSize: config.Bytes(cfg.Limits.ShmSize), MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve),
 		StopTimeout: cfg.Limits.StopTimeout, DiskLimit: config.Bytes(cfg.Limits.Disk),
 		Log:      engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
@@ -156,9 +156,9 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	return d, d.engine.Recover(ctx)
 }
 
-// machines makes virtual machines. What they need may be missing: it is looked
+// newMachines makes virtual machines. What they need may be missing: it is looked
 // for when a container asks for one.
-func (d *daemon) machines(shim string) (*vm.VMs, error) {
+func (d *daemon) newMachines(shim string) (*vm.VMs, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -318,9 +318,10 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	defer quiet.stop()
 	srv := server.New(server.Config{
 		Engine: d.engine, Images: d.images, Networks: d.networks, Version: version.Version,
-		Answered: quiet.touch,
-		Doctor:   func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
-		Quit:     func() { down.Store(true); quit() }, Log: log,
+		Answered:  quiet.touch,
+		Doctor:    func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
+		PrepareVM: func(ctx context.Context) (any, error) { return d.machines.Prepare(ctx) },
+		Quit:      func() { down.Store(true); quit() }, Log: log,
 		MachineSockets: filepath.Join(cfg.RunRoot, "machines"), Group: cfg.Group,
 	})
 	notify("READY=1")

@@ -52,6 +52,7 @@ func topVerbs() []verb {
 		{"system", groupManage, (*app).systemCmd},
 
 		{"machine", groupTenon, (*app).machineCmd},
+		{"vm", groupTenon, (*app).vmCmd},
 		{"doctor", groupTenon, (*app).doctorCmd},
 		{"completion", groupTenon, (*app).completionCmd},
 

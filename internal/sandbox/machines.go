@@ -27,6 +27,9 @@ type Machines interface {
 	// Check says why there can be none (FailedPrecondition, Unavailable); nothing
 	// is made. The first call may take a while: it finds out.
 	Check(ctx context.Context) (About, error)
+	// Prepare makes what machines are copied from, and those that wait for use. It
+	// may take a minute.
+	Prepare(ctx context.Context) (About, error)
 	// About is what is known without finding out.
 	About(ctx context.Context) (About, error)
 	// Create makes a machine. AlreadyExists if there is one of this id.

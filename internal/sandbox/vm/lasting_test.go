@@ -254,6 +254,9 @@ func (h *host) kernel(script string) string {
 // again.
 func TestLasting(t *testing.T) {
 	h := newHost(t)
+	if a, err := h.v.Prepare(limited(t)); err != nil || a.Accel != "tcg" || a.Kernel == "" {
+		t.Fatalf("%+v, %v", a, err)
+	}
 	h.start()
 	if h.m.Isolation() != "machine=team-a" || !h.m.Lasting() || h.m.Facts().CPUs != 1 {
 		t.Errorf("%s, %+v", h.m.Isolation(), h.m.Facts())

@@ -351,6 +351,21 @@ func (v *VMs) Check(ctx context.Context) (sandbox.About, error) {
 	return about(info), nil
 }
 
+// Prepare makes the template and fills the pool.
+func (v *VMs) Prepare(ctx context.Context) (sandbox.About, error) {
+	if _, err := v.probe(ctx); err != nil {
+		return sandbox.About{}, err
+	}
+	c, err := v.connect(ctx, true)
+	if err == nil {
+		_, err = c.client.Prepare(ctx, &vmv1.PrepareRequest{})
+	}
+	if err != nil {
+		return sandbox.About{}, err
+	}
+	return v.About(ctx)
+}
+
 // About asks tenon-vmm, if it runs; it is empty if not.
 func (v *VMs) About(ctx context.Context) (sandbox.About, error) {
 	c, err := v.connect(ctx, false)
