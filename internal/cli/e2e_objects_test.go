@@ -171,6 +171,9 @@ func TestRootSystem(t *testing.T) {
 	if got := e.ok(t, "doctor"); !strings.Contains(got, "overlay") {
 		t.Errorf("doctor: %q", got)
 	}
+	if out, errOut, _ := e.run(t, "", "-H", "unix:///nonexistent", "doctor"); !strings.Contains(out, "overlay") || !strings.Contains(errOut, "by itself") {
+		t.Errorf("doctor without a daemon: %q %q", out, errOut) // its code is the host's matter
+	}
 	if got := e.ok(t, "info", "-f", "{{.OSType}}"); got != "linux" {
 		t.Errorf("info: %q", got)
 	}
