@@ -29,6 +29,8 @@ type Jail struct {
 	Groups []string
 	// Files bounds its open files. 0: 1024.
 	Files uint64
+
+	keepRAM int // see discard.go; 0: nothing
 }
 
 // prison is what the jailed stage is told.
@@ -37,6 +39,7 @@ type prison struct {
 	Binary string
 	Paths  []string
 	KVM    bool
+	Keep   int // Jail.keepRAM
 	Life   int // a socket whose other end the parent holds
 	Args   []string
 }
@@ -48,7 +51,7 @@ func (j Jail) encode(b *Binary, accel string, life int, args []string) (string, 
 	if j.Files == 0 {
 		j.Files = 1024
 	}
-	text, err := json.Marshal(prison{Jail: j, Binary: b.Path, Paths: b.Files, KVM: accel == "kvm", Life: life, Args: args})
+	text, err := json.Marshal(prison{Jail: j, Keep: j.keepRAM, Binary: b.Path, Paths: b.Files, KVM: accel == "kvm", Life: life, Args: args})
 	return string(text), err
 }
 
@@ -88,6 +91,11 @@ func (p *prison) enter() error {
 	}
 	if err := p.drop(); err != nil {
 		return err
+	}
+	if p.Keep > 0 {
+		if err := keepHoles(p.Keep); err != nil {
+			return err
+		}
 	}
 	// The parent may have died before the kernel knew that this process should
 	// too.

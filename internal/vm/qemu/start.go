@@ -48,14 +48,15 @@ type Launcher struct {
 	done chan struct{}
 	once sync.Once
 
-	mu   sync.Mutex
-	live map[*Process]struct{}
+	mu     sync.Mutex
+	live   map[*Process]struct{}
+	ramFDs map[string]int // see discard.go, by what a QEMU is like
 }
 
 // NewLauncher makes a Launcher. self is the program that calls Jailed when its
 // first argument is JailArg.
 func NewLauncher(self string) *Launcher {
-	l := &Launcher{self: self, jobs: make(chan func()), done: make(chan struct{}), live: map[*Process]struct{}{}}
+	l := &Launcher{self: self, jobs: make(chan func()), done: make(chan struct{}), live: map[*Process]struct{}{}, ramFDs: map[string]int{}}
 	go func() {
 		runtime.LockOSThread() // never unlocked
 		for {
@@ -117,6 +118,8 @@ type Process struct {
 	sets   map[string]int // descriptor sets of block nodes
 	buses  []bus
 	places map[string]int // buses of plugged devices
+
+	inheritedRAM int // the number of the descriptor that it got
 }
 
 // Exit is how a QEMU ended.
@@ -137,9 +140,8 @@ func (e Exit) String() string {
 	return s
 }
 
-// Start starts QEMU and greets it. The guest runs at once, or waits for Restore
-// if c.Incoming. When ctx ends before that, nothing is left running.
-func (l *Launcher) Start(ctx context.Context, c Config) (_ *Process, err error) {
+// start is Start as it comes.
+func (l *Launcher) start(ctx context.Context, c Config) (_ *Process, err error) {
 	p := &Process{errors: &tail{}, done: make(chan struct{}), sets: map[string]int{}, buses: c.room(), places: map[string]int{}}
 	var theirs []*os.File // what the child inherits, from descriptor 3
 	var own []*os.File
@@ -183,6 +185,7 @@ func (l *Launcher) Start(ctx context.Context, c Config) (_ *Process, err error) 
 		return nil, err
 	}
 	f.ram, f.kernel, f.initrd = give(c.RAM), give(c.Kernel), give(c.Initrd)
+	p.inheritedRAM = f.ram
 	for _, t := range c.Taps {
 		f.taps = append(f.taps, give(t))
 	}

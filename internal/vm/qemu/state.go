@@ -16,9 +16,11 @@ import (
 // dozen devices has some 300 KiB.
 const MaxState = 64 << 20
 
+const ramName = "tenon-ram"
+
 // NewRAM makes the memory of a guest: size bytes, all zero.
 func NewRAM(size int64) (*os.File, error) {
-	fd, err := unix.MemfdCreate("tenon-ram", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	fd, err := unix.MemfdCreate(ramName, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return nil, os.NewSyscallError("memfd_create", err)
 	}

@@ -541,6 +541,7 @@ func TestPool(t *testing.T) {
 			t.Errorf("interface in its namespace, turn %d: %v", turn, err)
 		}
 	}
+	e.memoryComesBack(v)
 	_, _ = rpc.Apply(limited(t), &taskv1.ApplyRequest{Steps: []*taskv1.Step{ // never returns
 		{Kind: &taskv1.Step_File{File: &taskv1.File{Path: "/proc/sysrq-trigger", Data: []byte("c")}}},
 	}})
@@ -585,6 +586,33 @@ func TestPool(t *testing.T) {
 	if ev := e.event(vmv1.Event_ENDED, "q"); ev.Reason != "power off" || !ev.Clean {
 		t.Errorf("end: %v", ev)
 	}
+}
+
+// memoryComesBack: what a copy of a template uses and frees is the host's again.
+func (e *engine) memoryComesBack(v *vmv1.Machine) {
+	e.t.Helper()
+	private := func() uint64 {
+		n, _, err := memoryOf(int(v.Pid))
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		return n
+	}
+	const size = 64 << 20
+	before := private()
+	if status, out := e.run(v, fmt.Sprintf("busybox dd if=/dev/zero of=/dev/null bs=%d count=1; exit $?", size)); status != 0 {
+		e.t.Fatalf("exit %d, output %q", status, out)
+	}
+	most := private()
+	if most < before+size/2 { // some of it may be back already
+		e.t.Errorf("%d bytes of private memory, %d after %d were used", before, most, size)
+	}
+	for end := time.Now().Add(time.Minute); private() > before+size/4; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			e.t.Fatalf("%d bytes of private memory before, %d with %d more, still %d when they are freed", before, most, size, private())
+		}
+	}
+	e.t.Logf("private memory: %d MiB, %d MiB with %d more, %d MiB when they were freed", before>>20, most>>20, size>>20, private()>>20)
 }
 
 // TestDeath kills the process: its machines die with it, and the next one
