@@ -291,8 +291,8 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 	}
 	if r.Running() {
 		client, err := e.client(ctx, c)
-		if g := c.onMachine(); g != nil && err == nil && change.Memory > 0 && !g.machine.Lasting() {
-			err = g.machine.Grow(ctx, change.Memory, 0)
+		if g := c.onMachine(); g != nil && err == nil && !g.machine.Lasting() {
+			err = g.machine.Grow(ctx, change.Memory, cpusFor(&h.Resources))
 		}
 		if err == nil {
 			err = client.Update(ctx, c.id, spec.Resources(numbered, spec.Defaults{}))

@@ -287,7 +287,7 @@ func (e *Engine) makeMachine(ctx context.Context, c *ctr, u *undo) (*guest, sand
 		g, err := e.enterMachine(c, u)
 		return g, disks, err
 	}
-	req := sandbox.MachineRequest{ID: machineID(c.id), Hostname: r.Config.Hostname, Memory: r.HostConfig.Memory, Disks: disks}
+	req := sandbox.MachineRequest{ID: machineID(c.id), Hostname: r.Config.Hostname, Memory: r.HostConfig.Memory, CPUs: cpusFor(&r.HostConfig.Resources), Disks: disks}
 	l, err := e.logSettings(r)
 	if err != nil {
 		return nil, disks, err

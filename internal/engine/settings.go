@@ -218,6 +218,26 @@ func (e *Engine) checkPeers(r *container.Record) error {
 	return nil
 }
 
+// cpusFor is how many CPUs a kernel must have for these limits.
+func cpusFor(r *mobycontainer.Resources) int {
+	n := int((r.NanoCPUs + 1e9 - 1) / 1e9)
+	if r.CPUQuota > 0 {
+		period := r.CPUPeriod
+		if period <= 0 {
+			period = 100_000 // the kernel's own
+		}
+		n = max(n, int((r.CPUQuota+period-1)/period))
+	}
+	set, err := spec.ParseSet(r.CpusetCpus)
+	if err != nil {
+		return n // it was refused before
+	}
+	for i := range set {
+		n = max(n, i+1)
+	}
+	return n
+}
+
 // checkCPUs refuses more CPUs than the kernel has.
 func (e *Engine) checkCPUs(r *mobycontainer.Resources, facts sandbox.Facts) error {
 	n := facts.CPUs

@@ -216,8 +216,8 @@ func (m *machine) Grow(ctx context.Context, memory int64, cpus int) error {
 	if memory > 0 && memory+guestMemory > m.facts.Memory {
 		req.Memory = machineMemory(memory)
 	}
-	if cpus > m.facts.CPUs {
-		req.Cpus = uint32(cpus)
+	if most := max(int(m.about.MaxCpus), m.facts.CPUs); cpus > m.facts.CPUs && most > m.facts.CPUs {
+		req.Cpus = uint32(min(cpus, most))
 	}
 	if m.lasting != nil || req.Memory == 0 && req.Cpus == 0 { // one that lasts grows by Resize alone
 		return nil

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -391,7 +392,8 @@ func (v *VMs) Facts() sandbox.Facts {
 	v.mu.Unlock()
 	f := sandbox.Facts{CgroupV2: true, Capabilities: spec.CapabilityNames(1<<41 - 1), CPUs: 1}
 	if info != nil {
-		f.KernelRelease, f.CPUs, f.Memory = info.KernelRelease, max(int(info.MachineCpus), 1), info.MachineMemory
+		f.KernelRelease, f.Memory = info.KernelRelease, info.MachineMemory
+		f.CPUs = max(int(info.MachineCpus), runtime.NumCPU()) // more are plugged in where they are asked for
 	}
 	f.CPUSet, f.MemorySet = cpuSet(f.CPUs), "0"
 	return f
@@ -426,7 +428,7 @@ func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Mac
 			req.Memory = machineMemory(r.Memory)
 		}
 		if r.CPUs > int(info.MachineCpus) {
-			req.Cpus = uint32(r.CPUs)
+			req.Cpus = uint32(min(r.CPUs, max(int(info.MachineCpus), runtime.NumCPU())))
 		}
 	}
 	a, err := c.client.Create(ctx, req)

@@ -192,9 +192,13 @@ func powerOff() {
 // endProcesses kills all but init.
 func endProcesses() { _ = unix.Kill(-1, unix.SIGKILL) } // there may be none
 
+// releaseTime is how long killed processes may take to let go of disks.
+const releaseTime = 5 * time.Second
+
 // unmountDisks makes the block devices' file systems clean, as far as nothing
 // holds them.
 func unmountDisks() {
+	end := time.Now().Add(releaseTime)
 	b, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		return
@@ -203,7 +207,12 @@ func unmountDisks() {
 	for i := len(lines) - 1; i >= 0; i-- {
 		f := strings.Fields(lines[i])
 		if len(f) > 1 && strings.HasPrefix(f[0], "/dev/vd") {
-			if unix.Unmount(f[1], 0) != nil {
+			err := unix.Unmount(f[1], 0)
+			for err == unix.EBUSY && time.Now().Before(end) {
+				time.Sleep(2 * time.Millisecond)
+				err = unix.Unmount(f[1], 0)
+			}
+			if err != nil {
 				_ = unix.Mount("", f[1], "", unix.MS_REMOUNT|unix.MS_RDONLY, "") // better than nothing
 			}
 		}
