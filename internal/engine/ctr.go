@@ -58,12 +58,13 @@ type run struct {
 	n       uint64
 	settled chan struct{} // closed when the start has succeeded or failed
 	exited  chan struct{} // closed when the exit is recorded
+	freed   chan struct{} // closed when its addresses and ports are free
 	done    chan struct{} // closed when nothing of it is left in the kernel
 	once    sync.Once     // of the exit
 }
 
 func newRun(n uint64) *run {
-	return &run{n: n, settled: make(chan struct{}), exited: make(chan struct{}), done: make(chan struct{})}
+	return &run{n: n, settled: make(chan struct{}), exited: make(chan struct{}), freed: make(chan struct{}), done: make(chan struct{})}
 }
 
 // record is the container's as it is now. Read only.

@@ -99,12 +99,21 @@ func (e *Engine) cleanRun(client *task.Client, c *ctr, rn *run) {
 		return
 	}
 	var errs []error
-	if err := e.endTask(ctx, client, c); err != nil {
-		errs = append(errs, err)
+	ending := []func() error{
+		func() error { return e.endTask(ctx, client, c) },
+		func() error {
+			c.setNetwork(nil)
+			defer close(rn.freed)
+			return e.cfg.Networks.Disconnect(ctx, c.id)
+		},
 	}
-	c.setNetwork(nil)
-	if err := e.cfg.Networks.Disconnect(ctx, c.id); err != nil {
-		errs = append(errs, err)
+	if c.onMachine() != nil { // which may take its time to end, or give the interfaces to others
+		slices.Reverse(ending)
+	}
+	for _, f := range ending {
+		if err := f(); err != nil {
+			errs = append(errs, err)
+		}
 	}
 	if err := e.releaseShm(ctx, c); err != nil {
 		errs = append(errs, err)
@@ -136,6 +145,7 @@ func (e *Engine) vanish(ctx context.Context, client *task.Client, c *ctr, rn *ru
 	if c.isGone() || e.cfg.Networks.Disconnect(ctx, c.id) != nil {
 		return false
 	}
+	close(rn.freed)
 	c.publish(func(r *container.Record) { r.Facts.Removing = true })
 	e.emit(c, events.ActionDestroy, nil)
 	e.unregister(c)

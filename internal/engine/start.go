@@ -169,7 +169,7 @@ func (e *Engine) startFailed(c *ctr, rn *run, err error) {
 	for _, w := range waiting {
 		w.fail(nil)
 	}
-	rn.once.Do(func() { close(rn.exited); close(rn.done) })
+	rn.once.Do(func() { close(rn.exited); close(rn.freed); close(rn.done) })
 	close(rn.settled)
 }
 

@@ -80,6 +80,7 @@ func (e *Engine) stop(ctx context.Context, c *ctr, o StopOptions) error {
 			return fmt.Errorf("container %s did not end within %v of SIGKILL: a process may hang in the kernel", c.id, killTime)
 		}
 	}
+	waitFor(ctx, rn.freed, cleanTime) // its ports are another's from now on
 	e.emit(c, events.ActionStop, nil)
 	return nil
 }
