@@ -13,12 +13,14 @@
 //	files.go   opening, reading, writing
 //	attrs.go   attributes, extended attributes
 //	locks.go   locks, which hold between guests and the host's processes
+//	confine.go the system calls that a server may make
 //
 // Permissions are checked in the guest (default_permissions); what it makes
 // belongs to the user who made it there.
 package hostfs
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -132,11 +134,34 @@ func (s *server) protocol() *fuse.ProtocolServer {
 	})
 }
 
-// buffers hold whole messages.
-var buffers = sync.Pool{New: func() any {
-	b := make([]byte, maxMessage)
-	return &b
-}}
+// Buffers hold whole messages. Most are small, and a request that waits for a
+// lock keeps its own.
+var large, small = pool(maxMessage), pool(smallMessage)
+
+const smallMessage = 8 << 10
+
+func pool(size int) *sync.Pool {
+	return &sync.Pool{New: func() any {
+		b := make([]byte, size)
+		return &b
+	}}
+}
+
+// forRequest and forAnswer choose a buffer's size.
+func forRequest(size int) *sync.Pool {
+	if size > smallMessage {
+		return large
+	}
+	return small
+}
+
+func forAnswer(opcode uint32) *sync.Pool {
+	switch opcode {
+	case opReadlink, opRead, opGetXAttr, opListXAttr, opReadDir, opReadDirPlus:
+		return large
+	}
+	return small
+}
 
 // loop reads requests and answers each in a goroutine of its own.
 func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error) {
@@ -153,9 +178,10 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 		defer wmu.Unlock()
 		_, _ = conn.Write(b) // its failure is the next read's
 	}
+	r := bufio.NewReaderSize(conn, 2*smallMessage) // several messages are one read
 	for {
 		var head [4]byte
-		if _, err := io.ReadFull(conn, head[:]); err != nil {
+		if _, err := io.ReadFull(r, head[:]); err != nil {
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
@@ -165,16 +191,19 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 		if n < inHeaderSize || n > maxMessage {
 			return fmt.Errorf("hostfs: request of %d bytes", n)
 		}
-		in := buffers.Get().(*[]byte)
+		ins := forRequest(int(n))
+		in := ins.Get().(*[]byte)
 		copy(*in, head[:])
-		if _, err := io.ReadFull(conn, (*in)[4:n]); err != nil {
+		if _, err := io.ReadFull(r, (*in)[4:n]); err != nil {
 			return fmt.Errorf("hostfs: %w", err)
 		}
+		opcode := binary.NativeEndian.Uint32((*in)[4:])
 		serve := func() {
-			defer buffers.Put(in)
-			out := buffers.Get().(*[]byte)
-			defer buffers.Put(out)
-			wait := binary.NativeEndian.Uint32((*in)[4:]) == opSetLkw // takes s.use itself
+			defer ins.Put(in)
+			outs := forAnswer(opcode)
+			out := outs.Get().(*[]byte)
+			defer outs.Put(out)
+			wait := opcode == opSetLkw // takes s.use itself
 			if !wait {
 				s.use.RLock()
 			}
@@ -188,7 +217,6 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 			}
 			s.send((*out)[:size])
 		}
-		opcode := binary.NativeEndian.Uint32((*in)[4:])
 		switch opcode {
 		case opInit, opForget, opBatchForget, opInterrupt:
 			serve() // in their order
@@ -212,10 +240,16 @@ const (
 	outHeaderSize = 16
 
 	opForget      = 2
+	opReadlink    = 5
+	opRead        = 15
+	opGetXAttr    = 22
+	opListXAttr   = 23
 	opInit        = 26
+	opReadDir     = 28
 	opSetLkw      = 33
 	opInterrupt   = 36
 	opBatchForget = 42
+	opReadDirPlus = 44
 )
 
 // answer returns the reply's size, 0 if there is none. A request that the

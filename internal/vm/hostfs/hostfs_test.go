@@ -61,6 +61,9 @@ func served(readOnly bool) {
 	cache, _ := time.ParseDuration(os.Getenv(cacheEnv)) // none: 0
 	kernel, server := net.Pipe()
 	done := make(chan error, 1)
+	if err := Confine(); err != nil {
+		fail(err)
+	}
 	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly, Cache: cache}) }()
 	go func() { // requests
 		buf := make([]byte, 1<<20)

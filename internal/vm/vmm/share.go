@@ -221,7 +221,7 @@ func (v *machine) startServer(s *share) (*server, *bytes.Buffer, error) {
 	defer done.Close()
 	said := new(bytes.Buffer)
 	cmd := exec.Command(v.m.cfg.Self, ShareArg, arg)
-	cmd.ExtraFiles, cmd.Stderr, cmd.Env, cmd.Dir = []*os.File{theirs, tree, done}, &bounded{said, maxSaid}, []string{}, "/"
+	cmd.ExtraFiles, cmd.Stderr, cmd.Env, cmd.Dir = []*os.File{theirs, tree, done}, &bounded{said, maxSaid}, []string{"GOMAXPROCS=1"}, "/"
 	cmd.WaitDelay = time.Second
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID, Setsid: true,

@@ -69,6 +69,9 @@ func Shared(args []string) error {
 	}
 	f.Close()
 	log.SetOutput(io.Discard)
+	if err := hostfs.Confine(); err != nil {
+		return fmt.Errorf("share: %w", err)
+	}
 	ready := os.NewFile(readyFD, "ready")
 	_, err = ready.Write([]byte{'\n'})
 	if err := errors.Join(err, ready.Close()); err != nil {
