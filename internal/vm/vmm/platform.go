@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -125,10 +126,15 @@ func (m *Manager) getTemplate(ctx context.Context) (*platform, *template.Templat
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := m.store.Get(ctx, p.key, p.tsc, func(ctx context.Context, ram *os.File) ([]byte, error) {
+	t, err := m.store.Get(ctx, p.key, p.tsc, func(ctx context.Context, ram *os.File) (_ []byte, err error) {
 		m.log.Info("making the template of virtual machines", "kernel", p.kernel.Release, "accel", p.accel.Accel)
-		ctx, cancel := context.WithTimeout(ctx, templateTime)
-		defer cancel()
+		ctx, cancel := context.WithTimeoutCause(ctx, templateTime, fmt.Errorf("it is not ready after %v: this host is too slow, or too busy", templateTime))
+		defer func() {
+			if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				err = context.Cause(ctx)
+			}
+			cancel()
+		}()
 		v, err := m.birth(ctx, birth{platform: p, hardware: p.hardware, ram: ram})
 		if err != nil {
 			return nil, err

@@ -1,0 +1,256 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestMachineDeaths is TestVMDeaths for a machine that holds several containers:
+// the daemon's death is nobody's, a container's death is its own, and the
+// machine's is that of all its containers, and of nothing else.
+func TestMachineDeaths(t *testing.T) {
+	config := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(config, []byte(strings.Replace(vmSettings(), "pool = 1", "pool = 0", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := NewDaemon(t, "--config", config)
+	d.Busybox(t)
+	d.tenon(t, "machine create m --cpus 1 --memory 512m --disk 1g")
+	web := "echo alive >/index.html; httpd -h /; i=0; while :; do i=$((i+1)); echo $i; sleep 0.3; done"
+	d.Must(t, "run", "-d", "--name", "beside", "-p", "127.0.0.1::80", "busybox", "sh", "-c", web)
+	d.Must(t, "run", "-d", "--name", "one", "--isolation", "machine=m", "--restart", "always", "-p", "127.0.0.1::80", "busybox", "sh", "-c", web)
+	d.Must(t, "run", "-d", "--name", "two", "--isolation", "machine=m", "busybox", "sleep", "100000")
+	boot := d.Must(t, "exec", "one", "cat", "/proc/sys/kernel/random/boot_id")
+	answers := func(t *testing.T) {
+		t.Helper()
+		for _, name := range []string{"beside", "one"} {
+			port := strings.TrimSpace(d.Must(t, "port", name, "80/tcp"))
+			if r := d.Sh(t, "curl -sS -m 30 --retry 20 --retry-delay 1 --retry-connrefused http://"+port+"/"); r.Out != "alive\n" {
+				t.Errorf("%s answers %q %s", name, r.Out, r.Err)
+			}
+		}
+	}
+	unharmed := func(t *testing.T) {
+		t.Helper()
+		for _, name := range []string{"one", "two"} {
+			if got := d.Must(t, "exec", name, "cat", "/proc/sys/kernel/random/boot_id"); got != boot {
+				t.Errorf("%s runs on another kernel: %s, was %s", name, got, boot)
+			}
+		}
+		answers(t)
+	}
+	t.Run("steps", func(t *testing.T) { d.diesAtGuestSteps(t, unharmed) })
+	t.Run("random points", func(t *testing.T) { d.diesBesideGuests(t, unharmed) })
+	t.Run("one container", func(t *testing.T) {
+		d.Must(t, "kill", "two")
+		if code := d.Must(t, "wait", "two"); code != "137" {
+			t.Errorf("exit code %s", code)
+		}
+		d.Must(t, "start", "two")
+		unharmed(t)
+	})
+	for _, name := range []string{"beside", "one"} {
+		lines := strings.Fields(d.Must(t, "logs", name))
+		for i, line := range lines {
+			if line != strconv.Itoa(i+1) {
+				t.Errorf("%s: line %d of its log is %q", name, i+1, line)
+				break
+			}
+		}
+	}
+
+	// The machine's end is that of its containers, which say why; what its policy,
+	// and theirs, wants is started again.
+	d.Must(t, "run", "-d", "--name", "boom", "--isolation", "machine=m", "--privileged", "busybox", "sh", "-c", "sleep 1; echo c >/proc/sysrq-trigger; sleep 1000")
+	for _, name := range []string{"two", "boom"} {
+		eventually(t, name, func() string {
+			want := "exited 137 machine m ended: kernel panic: sysrq triggered crash"
+			if got := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", name); got != want {
+				return fmt.Sprintf("it is %q, want %q", got, want)
+			}
+			return ""
+		})
+	}
+	eventually(t, "the restart policies", func() string {
+		r := d.Docker(t, "exec", "one", "cat", "/proc/sys/kernel/random/boot_id")
+		if now := strings.TrimSpace(r.Out); r.Code != 0 || now == boot {
+			return now + r.Err
+		}
+		return ""
+	})
+	boot = d.Must(t, "exec", "one", "cat", "/proc/sys/kernel/random/boot_id")
+	d.Must(t, "rm", "boom")
+	d.Must(t, "start", "two")
+	unharmed(t)
+
+	// The daemon dies in the middle of what it does to a machine.
+	state := func() string {
+		r := d.Sh(t, "tenon machine inspect -f '{{.State}}' m")
+		if r.Code != 0 {
+			return "none"
+		}
+		return strings.TrimSpace(r.Out)
+	}
+	for _, c := range []struct{ point, script, states string }{
+		{"machine-stopping", "tenon machine stop -t 0 m", "stopped"},
+		{"machine-started", "tenon machine start m", "running"},
+		{"machine-removing", "tenon machine rm -f m", "none"},
+		{"machine-made", "tenon machine create m --no-start", "none"},
+	} {
+		d.dieAt(t, c.point, c.script)
+		eventually(t, c.point, func() string {
+			if now := state(); !slices.Contains(strings.Fields(c.states), now) {
+				return "it is " + now + ", want " + c.states
+			}
+			return ""
+		})
+		if c.point == "machine-started" {
+			eventually(t, "containers by their policies", func() string {
+				return d.Docker(t, "exec", "one", "true").Err
+			})
+		}
+	}
+	for _, name := range []string{"one", "two"} {
+		if r := d.Docker(t, "inspect", name); r.Code == 0 {
+			t.Errorf("%s is there without its machine", name)
+		}
+	}
+	if left, err := filepath.Glob(d.Root + "/machines/*"); err != nil || len(left) > 0 {
+		t.Errorf("files of machines are left: %v, %v", left, err)
+	}
+	d.Must(t, "rm", "-f", "beside")
+	eventually(t, "QEMUs", func() string {
+		if left := d.qemus(t); len(left) > 0 {
+			return fmt.Sprint(left)
+		}
+		return ""
+	})
+	d.checkEmpty(t)
+}
+
+// tenon runs our own CLI, which must succeed.
+func (d *Daemon) tenon(t *testing.T, args string) string {
+	t.Helper()
+	r := d.Sh(t, "tenon "+args)
+	if r.Code != 0 {
+		t.Fatalf("tenon %s: exit %d: %s%s", args, r.Code, r.Out, r.Err)
+	}
+	return strings.TrimSpace(r.Out)
+}
+
+// diesAtGuestSteps is diesAtMachineSteps for containers on a machine that lasts.
+func (d *Daemon) diesAtGuestSteps(t *testing.T, unharmed func(*testing.T)) {
+	const flags = "--name cut --isolation machine=m -v data:/data busybox sleep 100000"
+	for _, c := range []struct{ point, before, script, states string }{
+		{"start-network", "docker create " + flags, "docker start cut", "created running"},
+		{"start-created", "docker rm -fv cut; docker create " + flags, "docker start cut", "created running"},
+		{"start-started", "docker rm -fv cut; docker create " + flags, "docker start cut", "running"},
+		{"stop-marked", "", "docker stop -t 0 cut", "running exited"},
+		{"rm-marked", "docker start cut", "docker rm -fv cut", "none"},
+		{"start-created", "", "tenon run --rm " + flags, "none"},
+		{"rm-network", "docker run -d " + flags, "docker rm -fv cut", "none"},
+	} {
+		name := c.point + " in " + c.script
+		if c.before != "" {
+			if r := d.Sh(t, c.before); r.Code != 0 {
+				t.Fatalf("%s: %s: %s", name, c.before, r.Err)
+			}
+		}
+		d.dieAt(t, c.point, c.script)
+		eventually(t, name, func() string { // what was begun may still end in the background
+			state := "none"
+			if r := d.Docker(t, "inspect", "-f", "{{.State.Status}}", "cut"); r.Code == 0 {
+				state = strings.TrimSpace(r.Out)
+			}
+			if !slices.Contains(strings.Fields(c.states), state) {
+				return "it is " + state + ", want one of " + c.states
+			}
+			return ""
+		})
+	}
+	unharmed(t)
+	d.Docker(t, "volume", "rm", "data")
+	d.guestsAgree(t)
+}
+
+// diesBesideGuests kills the daemon while containers come and go on a machine.
+func (d *Daemon) diesBesideGuests(t *testing.T, unharmed func(*testing.T)) {
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for k := 0; !stop.Load(); k++ {
+			name := fmt.Sprintf("w%d", k)
+			d.Docker(t, "run", "--rm", "--name", name+"r", "--isolation", "machine=m", "busybox", "true")
+			d.Docker(t, "run", "-d", "--name", name, "--isolation", "machine=m", "-p", "127.0.0.1::80", "busybox", "sh", "-c", "exit 3")
+			d.Docker(t, "rm", "-fv", name)
+		}
+	})
+	var err error
+	for k := range kills(t, 6) {
+		time.Sleep(time.Duration(k%4*800+100) * time.Millisecond) // any moment will do
+		d.Kill(t)
+		if err = d.start(); err != nil {
+			break
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	unharmed(t)
+	for _, name := range strings.Fields(d.Must(t, "ps", "-a", "--format", "{{.Names}}", "--filter", "name=^/?w[0-9]")) {
+		if r := d.Docker(t, "rm", "-fv", name); r.Code != 0 && !strings.Contains(r.Err, "No such container") && !strings.Contains(r.Err, "already in progress") {
+			t.Errorf("rm: %s", r.Err)
+		}
+	}
+	eventually(t, "containers", func() string {
+		return d.Must(t, "ps", "-a", "--format", "{{.Names}}", "--filter", "name=^/?w[0-9]")
+	})
+	d.guestsAgree(t)
+}
+
+// guestsAgree waits until the machine has nothing but what its two containers
+// need: their files, and an interface for each.
+func (d *Daemon) guestsAgree(t *testing.T) {
+	t.Helper()
+	eventually(t, "what is there and what should be", func() string {
+		here := strings.Fields(d.Must(t, "ps", "-aq", "--no-trunc"))
+		entries, err := os.ReadDir(filepath.Join(d.Root, "containers"))
+		if err != nil {
+			return err.Error()
+		}
+		for _, e := range entries {
+			if !slices.Contains(here, e.Name()) {
+				return "files of no container: " + e.Name()
+			}
+		}
+		taps, err := filepath.Glob("/sys/class/net/" + d.Name + "-v*")
+		if err != nil {
+			return err.Error()
+		}
+		up := 0
+		for _, tap := range taps {
+			if _, err := os.Stat(tap + "/brport"); err == nil { // others wait for the next container
+				up++
+			}
+		}
+		if up != 2 {
+			return fmt.Sprintf("%d interfaces of machines are in bridges, want 2: %v", up, taps)
+		}
+		// The files that they have written lie beside each other on the machine's disk.
+		r := d.Docker(t, "run", "--rm", "--isolation", "machine=m", "--privileged", "--pid", "host", "busybox", "ls", "/proc/1/root/run/tenon/data/c")
+		if dirs := strings.Fields(r.Out); r.Code != 0 || len(dirs) != 3 { // those of the two, and of the one that looks
+			return fmt.Sprintf("files of containers on the machine: %v %s", dirs, r.Err)
+		}
+		return ""
+	})
+}
