@@ -20,7 +20,7 @@ const victimDir = "TENON_TEST_VICTIM"
 // victimConfig is what the victim and the test agree on.
 func victimConfig(dir string) Config {
 	return Config{Name: "victim", StateDir: dir + "/state", RunDir: dir + "/run", PoolSize: 2,
-		Pools: []Pool{{netip.MustParsePrefix("10.199.0.0/16"), 24}}, DNSBinary: os.Getenv("TENON_TEST_DNS")}
+		Pools: []Pool{{netip.MustParsePrefix("10.199.0.0/16"), 24}}, DNSBinary: os.Getenv("TENON_TEST_DNS"), ShortcutDelay: -1}
 }
 
 // victim works until it is killed.
