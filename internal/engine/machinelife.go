@@ -19,8 +19,9 @@ import (
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
-// bootTime bounds the start of a machine: an emulated one takes a while.
-const bootTime = 3 * time.Minute
+// bootTime bounds the start of a machine: an emulated one takes a while, and the
+// first of all waits for the template.
+const bootTime = 5 * time.Minute
 
 // MachineStart starts a machine, and then the containers on it that their
 // policies want. ErrNotModified if it runs.
@@ -432,10 +433,17 @@ func (e *Engine) enterMachine(c *ctr, u *undo) (*guest, error) {
 // leaveMachine takes back what a container had of a machine that lasts.
 func (e *Engine) leaveMachine(ctx context.Context, c *ctr, g *guest) error {
 	c.mu.Lock()
-	if c.guest == g {
+	ran := c.guest == g
+	if ran {
 		c.guest = nil
 	}
 	c.mu.Unlock()
+	if ran { // before its interfaces are another container's
+		c.setNetwork(nil)
+		if err := e.cfg.Networks.Disconnect(ctx, c.id); err != nil {
+			return err
+		}
+	}
 	if isClosed(g.over) || isClosed(g.machine.Ended()) {
 		return nil // it went with the machine
 	}
