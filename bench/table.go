@@ -17,6 +17,7 @@ type Case struct {
 	Before  func(i int) error // not measured
 	After   func(i int) error // not measured
 	Err     error             // it cannot be measured, and why
+	Whole   bool              // the processor time is that of all in the Env, until the command's end
 }
 
 // measure runs the cases interleaved (A B C A B C …), after warm-up rounds,
@@ -45,7 +46,16 @@ func (b *Bench) measure(base string, warm, n int, cases []*Case) {
 		}
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(w, "\tmedian\tp10\tp90\tratio to %s\tcommand's CPU\t\n", base)
+	whose, least := "command's CPU", time.Duration(0)
+	for i, c := range cases {
+		if c.Whole {
+			whose = "CPU of all\tratio"
+		}
+		if c.Name == base && c.Whole {
+			least = quantile(cpu[i], 0.5)
+		}
+	}
+	fmt.Fprintf(w, "\tmedian\tp10\tp90\tratio to %s\t%s\t\n", base, whose)
 	for i, c := range cases {
 		if c.Err != nil {
 			fmt.Fprintf(w, "%s\t–\t\t\t\t\t\n", c.Name)
@@ -55,8 +65,12 @@ func (b *Bench) measure(base string, warm, n int, cases []*Case) {
 		if baseline > 0 {
 			ratio = fmt.Sprintf("%.2f", float64(quantile(times[i], 0.5))/float64(baseline))
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t\n", c.Name,
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t", c.Name,
 			ms(quantile(times[i], 0.5)), ms(quantile(times[i], 0.1)), ms(quantile(times[i], 0.9)), ratio, ms(quantile(cpu[i], 0.5)))
+		if least > 0 {
+			fmt.Fprintf(w, "%.2f\t", float64(quantile(cpu[i], 0.5))/float64(least))
+		}
+		fmt.Fprintln(w)
 	}
 	w.Flush()
 	for _, c := range cases {
@@ -75,7 +89,11 @@ func (c *Case) once(i int) (elapsed, cpu time.Duration, err error) {
 	}
 	r := c.Request(i)
 	r.First = i * max(r.Count, 1)
+	before := c.Env.cpu()
 	res, err := c.Env.must(r)
+	if c.Whole {
+		res.CPUNS = (c.Env.cpu() - before).Nanoseconds()
+	}
 	if c.After != nil {
 		if aerr := c.After(i); err == nil {
 			err = aerr

@@ -117,7 +117,7 @@ func small(dir string) string {
 	return "mkdir -p " + dir + "; i=0; while [ $i -lt 1000 ]; do echo $i >" + dir + "/$i; i=$((i+1)); done"
 }
 
-func vmRounds(b *Bench) int { return max(b.n/5, 2) }
+func vmRounds(b *Bench) int { return max(b.n/5, 1) }
 
 // vmShares are a directory of the host's, which VM containers have by FUSE.
 func vmShares(b *Bench) error {

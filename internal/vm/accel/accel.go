@@ -30,7 +30,8 @@ type Choice struct {
 
 // Select chooses by what is wanted: Auto (also empty), KVM or TCG. KVM that does
 // not work is errdefs.ErrFailedPrecondition. What was found out about a build of
-// QEMU is kept in the file cache until the next boot; empty: it is not.
+// QEMU is kept in the file cache until the next boot, or until /dev/kvm is another;
+// empty: it is not.
 func Select(ctx context.Context, want, qemu, build, cache string) (Choice, error) {
 	switch want {
 	case TCG:
@@ -52,7 +53,17 @@ func Select(ctx context.Context, want, qemu, build, cache string) (Choice, error
 }
 
 // record is the cache's content.
-type record struct{ Boot, Build, Failure string }
+type record struct{ Boot, Build, Device, Failure string }
+
+// device tells whether /dev/kvm is still what it was: its module may have been
+// loaded, or its mode changed, since.
+func device(path string) string {
+	st, err := os.Stat(path)
+	if err != nil {
+		return "none"
+	}
+	return fmt.Sprint(st.Mode(), " ", st.ModTime().UnixNano())
+}
 
 // probed says why KVM does not work; empty: it does.
 func probed(ctx context.Context, qemu, build, cache string) (string, error) {
@@ -61,11 +72,12 @@ func probed(ctx context.Context, qemu, build, cache string) (string, error) {
 		return "", fmt.Errorf("accelerator: %w", err)
 	}
 	boot := strings.TrimSpace(string(b))
+	dev := device("/dev/kvm")
 	var r record
-	if b, err := os.ReadFile(cache); err == nil && json.Unmarshal(b, &r) == nil && r.Boot == boot && r.Build == build {
+	if b, err := os.ReadFile(cache); err == nil && json.Unmarshal(b, &r) == nil && r.Boot == boot && r.Build == build && r.Device == dev {
 		return r.Failure, nil
 	}
-	r = record{Boot: boot, Build: build}
+	r = record{Boot: boot, Build: build, Device: dev}
 	if f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0); err != nil {
 		r.Failure = err.Error()
 	} else {

@@ -49,6 +49,24 @@ func TestSelect(t *testing.T) {
 	}
 }
 
+// TestDevice: what was found out about a device that is another one now is asked
+// again.
+func TestDevice(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "kvm")
+	seen := map[string]bool{device(path): true}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	seen[device(path)] = true
+	if err := os.Chmod(path, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	seen[device(path)] = true
+	if len(seen) != 3 || !seen[device(path)] {
+		t.Errorf("%v", seen)
+	}
+}
+
 func TestProbe(t *testing.T) {
 	if err := Probe(t.Context(), "qemu-system-x86_64", TCG); err != nil {
 		t.Error(err)

@@ -16,6 +16,7 @@
 package template
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -23,7 +24,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -327,13 +327,23 @@ func zero(b []byte) bool {
 	return true
 }
 
-// Processor describes the host's processor as guests with KVM see it.
+// Processor describes the host's processor as guests with KVM see it: what it is,
+// and what the host's kernel makes of it.
 func Processor() string {
-	b, err := os.ReadFile("/proc/cpuinfo")
-	if errors.Is(err, fs.ErrNotExist) {
-		return ""
-	}
 	var s strings.Builder
+	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		s.WriteString(strings.TrimSpace(string(b)) + ";")
+	}
+	list, _ := filepath.Glob("/sys/module/kvm*/parameters/*") // no bad pattern
+	for _, p := range list {
+		if b, err := os.ReadFile(p); err == nil {
+			fmt.Fprintf(&s, "%s=%s;", p, bytes.TrimSpace(b))
+		}
+	}
+	b, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return s.String()
+	}
 	for line := range strings.Lines(string(b)) {
 		name, value, _ := strings.Cut(line, ":")
 		switch strings.TrimSpace(name) {
