@@ -47,7 +47,7 @@ done
 set --
 while read -r arg; do set -- "$@" "$arg"; done </job/args
 cd /var/tmp/e2e
-TMPDIR=/var/tmp/e2e TENON_BIN=/job/bin TENON_KILLS=$KILLS /job/e2e.test -test.v -test.parallel 3 -test.timeout 60m "$@" </dev/null 2>&1 || status=$?
+TMPDIR=/var/tmp/e2e TENON_BIN=/job/bin TENON_KILLS=$KILLS TENON_MODES=process /job/e2e.test -test.v -test.parallel 3 -test.timeout 60m "$@" </dev/null 2>&1 || status=$?
 if [ $status -ne 0 ]; then
 	for f in /var/tmp/e2e/tenon-e2e-*/tenond.log; do
 		[ -e "$f" ] && echo "== $f" && grep -E 'level=(WARN|ERROR)' "$f" | tail -n 60

@@ -4,23 +4,23 @@ package e2e
 // namespace of its own, whatever the daemon's default.
 var userNamespaces = []behaviour{
 	{"userns: root is an ordinary user of the host", `urun busybox sh -c 'id -u; cat /proc/self/uid_map /proc/self/gid_map' | awk '{print $1, ($2 >= 65536), $3}'`, "0 0 \n0 1 65536\n0 1 65536", 0},
-	{"userns: size", `tenon run --rm --userns auto:size=2000 busybox sh -c 'cat /proc/self/uid_map' | awk '{print $3}'`, `2000`, 0},
-	{"userns: private is auto", `tenon run --rm --userns private busybox sh -c 'cat /proc/self/uid_map' | awk '{print ($2 >= 65536)}'`, `1`, 0},
-	{"userns: host", `tenon run --rm --userns host busybox cat /proc/self/uid_map | xargs`, `0 0 4294967295`, 0},
+	{"userns: size", `tenon run --rm $m --userns auto:size=2000 busybox sh -c 'cat /proc/self/uid_map' | awk '{print $3}'`, `2000`, 0},
+	{"userns: private is auto", `tenon run --rm $m --userns private busybox sh -c 'cat /proc/self/uid_map' | awk '{print ($2 >= 65536)}'`, `1`, 0},
+	{"userns: host", `tenon run --rm $m --userns host busybox cat /proc/self/uid_map | xargs`, `0 0 4294967295`, 0},
 	{"userns: two containers have different ids", `
 ubg --name $c-a busybox sleep 1000; ubg --name $c-b busybox sleep 1000
 for x in a b; do docker exec $c-$x cat /proc/self/uid_map; done | awk '{print $2}' | sort -u | wc -l`, `2`, 0},
 	{"userns: the ids stay over a restart and are free after the removal", `
 ubg --name $c busybox sleep 1000; one=$(docker exec $c cat /proc/self/uid_map); docker restart -t 0 $c >/dev/null; two=$(docker exec $c cat /proc/self/uid_map)
 test "$one" = "$two" && echo same; insp $c '{{.HostConfig.UsernsMode}}'`, "same\nauto", 0},
-	{"userns: invalid modes", `for x in keep-id auto:size=1 auto:size=x auto: container: nonsense container:$c; do tenon run --rm --userns $x busybox true 2>/dev/null || echo $?; done | xargs`, `125 125 125 125 125 125 125`, 0},
+	{"userns: invalid modes", `for x in keep-id auto:size=1 auto:size=x auto: container: nonsense container:$c; do tenon run --rm $m --userns $x busybox true 2>/dev/null || echo $?; done | xargs`, `125 125 125 125 125 125 125`, 0},
 
 	{"userns: files of the image have their owners", `urun busybox stat -c '%u:%g' /bin/busybox /tmp /root | sort -u`, `0:0`, 0},
 	{"userns: /dev, /proc and /sys are the container's", `urun busybox sh -c 'stat -c %u:%g /dev /dev/null /dev/shm /etc/hosts /etc/resolv.conf | sort -u; ls /sys/class/net | sort | xargs; grep -c " /sys sysfs ro" /proc/mounts; echo x >/dev/null && echo null'`, "0:0\neth0 lo\n1\nnull", 0},
 	{"userns: what is committed has plain owners", `
-tenon run --userns auto --name $c busybox sh -c 'touch /a; chown 1000:1001 /a; mkdir -m 700 /b; rm -r /var'
+tenon run $m --userns auto --name $c busybox sh -c 'touch /a; chown 1000:1001 /a; mkdir -m 700 /b; rm -r /var'
 docker diff $c | sort | xargs; docker commit $c $i >/dev/null
-tenon run --rm --userns host $i stat -c '%u:%g %a' /a /b; urun $i stat -c '%u:%g' /a`, "A /a A /b D /var\n1000:1001 644\n0:0 700\n1000:1001", 0},
+tenon run --rm $m --userns host $i stat -c '%u:%g %a' /a /b; urun $i stat -c '%u:%g' /a`, "A /a A /b D /var\n1000:1001 644\n0:0 700\n1000:1001", 0},
 	{"userns: export of a running and of a stopped container", `
 ubg --name $c busybox sh -c 'touch /a; chown 1000:1001 /a; sleep 1000'
 until_ok docker exec $c sh -c 'test $(stat -c %u /a) = 1000'
@@ -32,9 +32,9 @@ docker exec $c chown 7:8 /f; docker stop -t 0 $c >/dev/null; docker cp -q $d/f $
 docker start $c >/dev/null; docker exec $c stat -c %u:%g /h`, "1000:1001\n1000:1001\n1000/1001\n7/8\n1000:1001", 0},
 	{"userns: a volume shows containers of different ids the same owners", `
 urun -v $v:/v busybox sh -c 'touch /v/r /v/u; chown 33:34 /v/u'; urun -v $v:/v busybox stat -c %u:%g /v/r /v/u
-tenon run --rm --userns host -v $v:/v busybox stat -c %u:%g /v/r /v/u`, "0:0\n33:34\n0:0\n33:34", 0},
+tenon run --rm $m --userns host -v $v:/v busybox stat -c %u:%g /v/r /v/u`, "0:0\n33:34\n0:0\n33:34", 0},
 	{"userns: a volume takes the image's files", `
-docker create --name $c busybox >/dev/null; mkdir $d/x; echo one >$d/x/f; chown -R 33:34 $d/x; docker cp -qa $d/x $c:/x; docker commit $c $i >/dev/null
+docker create $m --name $c busybox >/dev/null; mkdir $d/x; echo one >$d/x/f; chown -R 33:34 $d/x; docker cp -qa $d/x $c:/x; docker commit $c $i >/dev/null
 urun -v $v:/x $i sh -c 'stat -c %u:%g /x/f; cat /x/f'`, "33:34\none", 0},
 	{"userns: a bind has the owners of the host", `
 touch $d/r $d/u; chown 33:34 $d/u; chmod 600 $d/r; chmod 755 $d
@@ -44,7 +44,7 @@ echo secret >$d/r; chmod 600 $d/r; chmod 755 $d
 urun -v $d:/d:ro,noidmap busybox sh -c 'stat -c %u /d/r; cat /d/r 2>/dev/null || echo refused'`, "65534\nrefused", 0},
 	{"userns: a file system that cannot be mapped is named", `urun -v /proc/sys:/p busybox true 2>&1 | grep -c 'proc.*--userns host.*noidmap'`, `1`, 0},
 	{"userns: mount points are made", `mkdir $d/m; urun -v $d/m:/a/b/c -v $v:/q/w --tmpfs /t/u:uid=5,gid=6 busybox stat -c %u:%g /a /a/b /a/b/c /q /t/u | xargs`, `0:0 0:0 0:0 0:0 5:6`, 0},
-	{"userns: image mounts", `docker create --name $c busybox >/dev/null; docker cp -q /etc/hostname $c:/f; docker commit $c $i >/dev/null
+	{"userns: image mounts", `docker create $m --name $c busybox >/dev/null; docker cp -q /etc/hostname $c:/f; docker commit $c $i >/dev/null
 urun --mount type=image,source=$i,target=/i busybox sh -c 'stat -c %u:%g /i /i/f /i/bin | sort -u; touch /i/x 2>/dev/null || echo ro'`, "0:0\nro", 0},
 	{"userns: read-only root", `urun --read-only busybox sh -c 'touch /x 2>/dev/null || echo ro; touch /dev/shm/x && echo shm'`, "ro\nshm", 0},
 
@@ -72,21 +72,21 @@ url=$(docker port $c 80); until_ok curl -sf http://$url/; curl -sf http://$url/;
 	{"userns: no network", `urun --network none busybox ls /sys/class/net`, `lo`, 0},
 	{"userns: who shares namespaces shares it", `
 ubg --name $c --ipc shareable busybox sleep 1000; map=$(docker exec $c cat /proc/self/uid_map)
-for o in "--network container:$c" "--pid container:$c" "--ipc container:$c"; do test "$(docker run --rm $o busybox cat /proc/self/uid_map)" = "$map" && echo same; done
-docker run --rm --network container:$c --cap-add NET_ADMIN busybox ip link set lo up && echo net; docker run --rm --ipc container:$c busybox stat -c %u:%a /dev/shm`, "same\nsame\nsame\nnet\n0:1777", 0},
+for o in "--network container:$c" "--pid container:$c" "--ipc container:$c"; do test "$(docker run --rm $m $o busybox cat /proc/self/uid_map)" = "$map" && echo same; done
+docker run --rm $m --network container:$c --cap-add NET_ADMIN busybox ip link set lo up && echo net; docker run --rm $m --ipc container:$c busybox stat -c %u:%a /dev/shm`, "same\nsame\nsame\nnet\n0:1777", 0},
 	{"userns: container:NAME", `
 ubg --name $c busybox sleep 1000; map=$(docker exec $c cat /proc/self/uid_map)
-test "$(tenon run --rm --userns container:$c --cap-add NET_ADMIN busybox sh -c 'cat /proc/self/uid_map; ip link set eth0 down >&2')" = "$map" && echo same
-tenon run --rm --userns container:$c --network none busybox ls /sys/class/net`, "same\nlo", 0},
+test "$(tenon run --rm $m --userns container:$c --cap-add NET_ADMIN busybox sh -c 'cat /proc/self/uid_map; ip link set eth0 down >&2')" = "$map" && echo same
+tenon run --rm $m --userns container:$c --network none busybox ls /sys/class/net`, "same\nlo", 0},
 	{"userns: namespaces of another user namespace are refused", `
-ubg --name $c busybox sleep 1000; for o in network pid ipc; do tenon run --rm --userns auto --$o container:$c busybox true 2>&1 | grep -o 'has another user namespace: use --userns container:'; done | wc -l`, `3`, 0},
+ubg --name $c busybox sleep 1000; for o in network pid ipc; do tenon run --rm $m --userns auto --$o container:$c busybox true 2>&1 | grep -o 'has another user namespace: use --userns container:'; done | wc -l`, `3`, 0},
 	{"userns: the host's namespaces are refused", `
-for o in "--network host" "--pid host" "--ipc host" --privileged "--runtime crun"; do tenon run --rm --userns auto $o busybox true 2>&1 | grep -c -e '--userns host'; done | xargs`, `1 1 1 1 [01]`, 0},
+for o in "--network host" "--pid host" "--ipc host" --privileged "--runtime crun"; do tenon run --rm $m --userns auto $o busybox true 2>&1 | grep -c -e '--userns host'; done | xargs`, `1 1 1 1 [01]`, 0},
 	{"userns: shared propagation is refused", `urun -v $d:/d:shared busybox true 2>&1 | grep -c 'user namespace'`, `1`, 0},
 
 	// Root of the container, with everything that it can be given, against the host.
 	{"userns: no device nodes, modules, block devices, kernel settings", `
-tenon run --rm --userns auto --cap-add ALL --security-opt seccomp=unconfined --security-opt systempaths=unconfined busybox sh -c '
+tenon run --rm $m --userns auto --cap-add ALL --security-opt seccomp=unconfined --security-opt systempaths=unconfined busybox sh -c '
 mknod /x b 8 0 2>/dev/null || echo mknod
 insmod /bin/busybox 2>/dev/null || echo module
 mount -t ext4 /dev/vda /mnt 2>/dev/null || echo mount
@@ -98,7 +98,7 @@ mount -o remount,rw /sys/fs/cgroup 2>/dev/null && echo 1 >/sys/fs/cgroup/memory/
 	{"userns: another container's processes and files are out of reach", `
 ubg --name $c busybox sh -c 'echo secret >/s; chmod 600 /s; sleep 1000'; p=$(insp $c '{{.State.Pid}}')
 until_ok docker exec $c test -s /s
-tenon run --rm --userns host --pid host -v $self:/p:ro busybox true
+tenon run --rm $m --userns host --pid host -v $self:/p:ro busybox true
 start=$(docker exec $c cat /proc/self/uid_map | awk '{print $2}'); own=$(awk '/^Uid:/ {print $2}' /proc/$p/status); test "$start" = "$own" && echo mapped
 nsenter -t 1 -p -- setpriv --reuid $((start+65536)) --regid $((start+65536)) --clear-groups sh -c "cat /proc/$p/root/s || kill -9 $p" 2>/dev/null || echo refused`, "mapped\nrefused", 0},
 }

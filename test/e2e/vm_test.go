@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,48 +26,15 @@ func newVMDaemon(t *testing.T, args ...string) *Daemon {
 	return NewDaemon(t, append([]string{"--config", file}, args...)...)
 }
 
-// TestVM runs rows of the table with a kernel for each container, and tries who
-// dies with whom. One daemon serves for both: its first machine takes longest.
+// TestVM tries what a kernel of a container's own is about: that it is one, that
+// it is shown, and who dies with whom. What it has in common with the host's is
+// TestBehaviours's.
 func TestVM(t *testing.T) {
 	d := newVMDaemon(t)
 	d.Busybox(t)
-	rows := allBehaviours(t)
-	if os.Getenv("TENON_ALL_ROWS") == "" {
-		rows = slices.DeleteFunc(rows, func(b behaviour) bool { return !slices.Contains(inVM, b.Name) })
-	}
-	t.Run("behaviours", func(t *testing.T) { d.behave(t, "m", "--isolation vm", rows) })
-	t.Run("life", func(t *testing.T) { d.vmLife(t) })
+	d.vmLife(t)
 }
 
-// inVM are the rows that CI runs with a kernel for each container: an emulated
-// machine takes seconds. TENON_ALL_ROWS=1 runs all; those that fail then are what
-// docs/virtual-machines.md says is refused.
-var inVM = []string{
-	"run separates stdout and stderr",
-	"run passes the exit code on",
-	"a megabyte through stdin and stdout",
-	"create start wait logs",
-	"stop within its time-out",
-	"stop kills after the time-out",
-	"kill with a signal",
-	"rm of a running one is refused, -f does it",
-	"--rm removes",
-	"exec",
-	"exec with user, env, workdir",
-	"exec with a terminal",
-	"a terminal",
-	"top",
-	"attach sees what comes",
-	"init reaps and forwards",
-	"two runs of one container keep its files",
-	"oom is reported",
-	"PATH and HOSTNAME and HOME",
-	"user by name",
-	"ulimit",
-}
-
-// vmLife tries what a kernel of a container's own is about: that it is one, that
-// it is shown, and who dies with whom.
 func (d *Daemon) vmLife(t *testing.T) {
 	host := strings.TrimSpace(d.Sh(t, "uname -r; cat /proc/sys/kernel/random/boot_id").Out)
 	r := d.Docker(t, "run", "--rm", "--isolation", "VM", "busybox", "sh", "-c", "uname -r; cat /proc/sys/kernel/random/boot_id")
@@ -171,7 +137,6 @@ func TestVMRefusals(t *testing.T) {
 	for _, flags := range []string{
 		"--device /dev/sda", "--cgroup-parent x", "--gpus all", "--userns auto", "-v /dev/kmsg:/x", "-v /tmp:/x:shared",
 		"--mount type=image,source=busybox,target=/x", "--mount type=volume,source=nfs,target=/x,volume-opt=type=nfs",
-		"--isolation machine=m",
 	} {
 		r := d.Docker(t, append(append([]string{"run", "--name", "refused"}, strings.Fields(flags)...), "busybox", "true")...)
 		if r.Code != 125 || !strings.Contains(r.Err, "nothing was started") {
