@@ -368,10 +368,14 @@ func (e *Engine) specMount(m *container.Mount) (spec.Mount, error) {
 	s := spec.Mount{Destination: m.Destination, ReadOnly: !m.RW, Propagation: m.Propagation}
 	switch m.Type {
 	case mount.TypeBind:
-		if m.Within == "" { // what a tenant mounts is opened apart
+		if m.Within == "" {
 			if err := e.cfg.Kernel.BindSource(m.Source, m.Create); err != nil {
 				return s, err
 			}
+		} else if f, err := openWithin(m.Within, m.Source); err != nil { // holdMounts keeps it open for a guest
+			return s, err
+		} else {
+			f.Close()
 		}
 		s.Type, s.Source, s.Recursive, s.Options = "bind", m.Source, true, []string{"rbind"}
 		if b := m.Bind; b != nil {

@@ -185,6 +185,13 @@ func (r *Record) Complete(cpus int) error {
 			return invalid("share /: the whole host can't be shared")
 		}
 	}
+	for i, s := range r.Shares {
+		for j, o := range r.Shares {
+			if i != j && (s.Path == o.Path || strings.HasPrefix(s.Path, o.Path+"/")) {
+				return invalid("share %s lies in the share %s", s.Path, o.Path)
+			}
+		}
+	}
 	return nil
 }
 
@@ -204,13 +211,12 @@ func CheckSizes(cpus, hostCPUs int, memory, disk int64) error {
 // Beneath returns the share that a path of the host lies in, and whether there is
 // one. The path must be clean.
 func (r *Record) Beneath(path string) (Share, bool) {
-	var best Share
-	for _, s := range r.Shares {
-		if (path == s.Path || strings.HasPrefix(path, s.Path+"/")) && len(s.Path) > len(best.Path) {
-			best = s
+	for _, s := range r.Shares { // none lies in another
+		if path == s.Path || strings.HasPrefix(path, s.Path+"/") {
+			return s, true
 		}
 	}
-	return best, best.Path != ""
+	return Share{}, false
 }
 
 func invalid(format string, args ...any) error {

@@ -31,6 +31,8 @@ func TestComplete(t *testing.T) {
 		"a policy":         func(r *Record) { r.Restart = "on-failure" },
 		"a relative share": func(r *Record) { r.Shares = []Share{{Path: "srv"}} },
 		"the whole host":   func(r *Record) { r.Shares = []Share{{Path: "/srv/.."}} },
+		"a share in one":   func(r *Record) { r.Shares = []Share{{Path: "/srv"}, {Path: "/srv/x", ReadOnly: true}} },
+		"a share twice":    func(r *Record) { r.Shares = []Share{{Path: "/srv"}, {Path: "/srv/"}} },
 	} {
 		r := &Record{Name: "x"}
 		edit(r)
@@ -41,9 +43,9 @@ func TestComplete(t *testing.T) {
 }
 
 func TestBeneath(t *testing.T) {
-	r := &Record{Shares: []Share{{Path: "/srv"}, {Path: "/srv/keep", ReadOnly: true}, {Path: "/home/a"}}}
+	r := &Record{Shares: []Share{{Path: "/srv"}, {Path: "/home/a", ReadOnly: true}}}
 	for path, want := range map[string]string{
-		"/srv": "/srv", "/srv/x/y": "/srv", "/srv/keep": "/srv/keep", "/srv/keep/x": "/srv/keep", "/srv/keeper": "/srv",
+		"/srv": "/srv", "/srv/x/y": "/srv",
 		"/srvx": "", "/": "", "/home": "", "/home/ab": "", "/home/a/b": "/home/a", "": "",
 	} {
 		if got, ok := r.Beneath(path); got.Path != want || ok != (want != "") {
