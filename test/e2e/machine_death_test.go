@@ -136,16 +136,6 @@ func TestMachineDeaths(t *testing.T) {
 	d.checkEmpty(t)
 }
 
-// tenon runs our own CLI, which must succeed.
-func (d *Daemon) tenon(t *testing.T, args string) string {
-	t.Helper()
-	r := d.Sh(t, "tenon "+args)
-	if r.Code != 0 {
-		t.Fatalf("tenon %s: exit %d: %s%s", args, r.Code, r.Out, r.Err)
-	}
-	return strings.TrimSpace(r.Out)
-}
-
 // diesAtGuestSteps is diesAtMachineSteps for containers on a machine that lasts.
 func (d *Daemon) diesAtGuestSteps(t *testing.T, unharmed func(*testing.T)) {
 	const flags = "--name cut --isolation machine=m -v data:/data busybox sleep 100000"
