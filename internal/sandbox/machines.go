@@ -149,6 +149,9 @@ type Machine interface {
 
 	// Discard removes what a released container has written; nothing is no error.
 	Discard(ctx context.Context, id string) error
+	// Written is how much a container has written, in bytes. NotFound if it has had
+	// no Handover.
+	Written(ctx context.Context, id string) (int64, error)
 	// Keep removes what is of no container that is listed.
 	Keep(ctx context.Context, ids []string) error
 	// Resize gives the machine this much memory (bytes; less is taken back as far

@@ -421,6 +421,22 @@ func (m *machine) Discard(ctx context.Context, id string) error {
 	return m.apply(ctx, []*taskv1.Step{{Kind: &taskv1.Step_Remove{Remove: &taskv1.Remove{Path: dataPlace(id)}}}})
 }
 
+// Written is how much a container has written.
+func (m *machine) Written(ctx context.Context, id string) (int64, error) {
+	if m.lasting == nil {
+		return 0, errOnlyLasting
+	}
+	g, err := m.service(ctx)
+	if err != nil {
+		return 0, err
+	}
+	u, err := g.Usage(ctx, &taskv1.UsageRequest{Upper: dataPlace(id)})
+	if err != nil {
+		return 0, fmt.Errorf("virtual machine %s: %w", m.about.Id, err)
+	}
+	return int64(min(u.UpperUsed, math.MaxInt64)), nil
+}
+
 // Keep removes what is of no container that is listed.
 func (m *machine) Keep(ctx context.Context, ids []string) error {
 	if m.lasting == nil {

@@ -288,15 +288,15 @@ func (h *host) together(t *testing.T) {
 		}
 	}
 	// The third has a new interface: two are there from birth.
-	a := h.begin("aaa", "ip addr show eth0; cat /image; echo a >/mine; ls /; sleep 1000", nic("aaa", 1))
-	b := h.begin("bbb", "ip addr show eth0; cat /image; echo b >/mine; cat /mnt/word; echo yes >/mnt/answer; sleep 1000", nic("bbb", 2), func(x *sandbox.MachineHandover, _ *specs.Spec) {
+	a := h.begin("aaa", "ip addr show eth0; cat /image; echo a >/mine; ls /", nic("aaa", 1))
+	b := h.begin("bbb", "ip addr show eth0; cat /image; echo b >/mine; cat /mnt/word; echo yes >/mnt/answer", nic("bbb", 2), func(x *sandbox.MachineHandover, _ *specs.Spec) {
 		x.Disks.Image = h.images[1]
 		x.Shares = []sandbox.Share{{Path: share}}
 		if err := os.WriteFile(filepath.Join(share, "word"), []byte("from the host\n"), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	})
-	c := h.begin("ccc", "ip addr show eth0; cat /image; ls /mine; sleep 1000", nic("ccc", 3))
+	c := h.begin("ccc", "ip addr show eth0; cat /image; ls /mine", nic("ccc", 3))
 	taps := slices.Concat(h.m.Taps("aaa"), h.m.Taps("bbb"), h.m.Taps("ccc"))
 	if len(taps) != 3 || taps[0] == taps[1] || taps[1] == taps[2] || taps[0] == taps[2] {
 		t.Errorf("taps %v", taps)
@@ -309,9 +309,6 @@ func (h *host) together(t *testing.T) {
 		"bbb": {b, []string{"10.9.0.2/24", "\n1\n", "from the host"}},
 		"ccc": {c, []string{"10.9.0.3/24", "\n0\n"}},
 	} {
-		if err := x.c.Kill(limited(t), id, "", 9, false); err != nil {
-			t.Error(err)
-		}
 		_, out := h.end(x.c, id)
 		for _, w := range x.want {
 			if !strings.Contains(out, w) {
@@ -337,6 +334,12 @@ func (h *host) together(t *testing.T) {
 	code, out := h.run("ddd", "dd if=/dev/zero of=/big bs=1M count=32 2>&1; stat -c %s /big", few)
 	if !strings.Contains(out, "No space left") && !strings.Contains(out, "quota exceeded") {
 		t.Errorf("exit %d, %s", code, out)
+	}
+	if n, err := h.m.Written(limited(t), "aaa"); err != nil || n != 4096 {
+		t.Errorf("it has written %d bytes, %v", n, err)
+	}
+	if n, err := h.m.Written(limited(t), "nobody"); !errdefs.IsNotFound(err) {
+		t.Errorf("nobody has written %d bytes, %v", n, err)
 	}
 	if err := h.m.Keep(limited(t), []string{"aaa", "bbb"}); err != nil {
 		t.Error(err)

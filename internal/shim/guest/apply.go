@@ -343,6 +343,11 @@ func (g *service) Usage(_ context.Context, q *taskv1.UsageRequest) (*taskv1.Usag
 		}
 		r.DiskSize, r.DiskUsed = st.Blocks*uint64(st.Bsize), (st.Blocks-st.Bfree)*uint64(st.Bsize)
 	}
+	if q.Upper != "" {
+		if r.UpperUsed, err = upperUsed(q.Upper); err != nil {
+			return nil, err
+		}
+	}
 	for line := range strings.Lines(string(b)) {
 		var kib uint64
 		name, rest, _ := strings.Cut(line, ":")

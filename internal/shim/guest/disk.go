@@ -73,6 +73,7 @@ const (
 	getProject     = 0x801c581f      // FS_IOC_FSGETXATTR
 	putProject     = 0x401c5820      // FS_IOC_FSSETXATTR
 	projectInherit = 0x200           // FS_XFLAG_PROJINHERIT
+	getQuota       = 0x800007<<8 | 2 // QCMD(Q_GETQUOTA, PRJQUOTA)
 	setQuota       = 0x800008<<8 | 2 // QCMD(Q_SETQUOTA, PRJQUOTA)
 	quotaBlocks    = 1               // QIF_BLIMITS
 	quotaUnit      = 1024            // bytes
@@ -80,25 +81,14 @@ const (
 	maxFSSize      = int64(1) << 50  // bytes
 )
 
-// limit bounds what may be below a directory, which is empty or has had a limit:
-// its inode's number names the project. Without a limit a directory stays as it
-// is.
+// limit bounds and counts what is below a directory, which is empty or has been
+// given to it before: its inode's number names the project.
 func limit(path string, bytes int64) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	f, x, err := projectOf(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	var x fsxattr
-	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), getProject, uintptr(unsafe.Pointer(&x))); e != 0 {
-		if bytes == 0 {
-			return nil
-		}
-		return os.NewSyscallError("FS_IOC_FSGETXATTR", e)
-	}
-	if bytes == 0 && x.project == 0 {
-		return nil
-	}
 	if x.project == 0 {
 		var st unix.Stat_t
 		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -106,7 +96,7 @@ func limit(path string, bytes int64) error {
 		}
 		x.project = uint32(st.Ino) // ext4's have 32 bits
 		x.flags |= projectInherit
-		if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), putProject, uintptr(unsafe.Pointer(&x))); e != 0 {
+		if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), putProject, uintptr(unsafe.Pointer(x))); e != 0 {
 			return os.NewSyscallError("FS_IOC_FSSETXATTR", e)
 		}
 	}
@@ -115,6 +105,40 @@ func limit(path string, bytes int64) error {
 		return os.NewSyscallError("quotactl", e)
 	}
 	return nil
+}
+
+// projectOf opens a directory and finds its project.
+func projectOf(path string) (*os.File, *fsxattr, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", errdefs.ErrNotFound, err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	x := new(fsxattr)
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), getProject, uintptr(unsafe.Pointer(x))); e != 0 {
+		f.Close()
+		return nil, nil, os.NewSyscallError("FS_IOC_FSGETXATTR", e)
+	}
+	return f, x, nil
+}
+
+// emptyUpper is what the directories of an Upper take that nothing was written to.
+const emptyUpper = 4 * 4096
+
+// upperUsed is what a container has written.
+func upperUsed(path string) (uint64, error) {
+	f, x, err := projectOf(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	var q diskQuota
+	if _, _, e := unix.Syscall6(unix.SYS_QUOTACTL_FD, f.Fd(), getQuota, uintptr(x.project), uintptr(unsafe.Pointer(&q)), 0, 0); e != 0 {
+		return 0, os.NewSyscallError("quotactl", e)
+	}
+	return q.used - min(q.used, emptyUpper), nil
 }
 
 // keep removes what is not named.

@@ -1142,7 +1142,7 @@ type Upper struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
 	Like          string                 `protobuf:"bytes,2,opt,name=like,proto3" json:"like,omitempty"`    // a directory whose owner and mode upper gets; empty: root's, 0755
-	Limit         int64                  `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"` // bytes that may be below path, by a project quota; 0: no limit
+	Limit         int64                  `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"` // bytes that may be below path, by a project quota; 0: no limit,
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1379,7 +1379,8 @@ func (*PowerOffResponse) Descriptor() ([]byte, []int) {
 
 type UsageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // of the file system to measure; empty: none
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`   // of the file system to measure; empty: none
+	Upper         string                 `protobuf:"bytes,2,opt,name=upper,proto3" json:"upper,omitempty"` // the path of an Upper to measure; empty: none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1421,6 +1422,13 @@ func (x *UsageRequest) GetPath() string {
 	return ""
 }
 
+func (x *UsageRequest) GetUpper() string {
+	if x != nil {
+		return x.Upper
+	}
+	return ""
+}
+
 type UsageResponse struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	MemoryTotal     uint64                 `protobuf:"varint,1,opt,name=memory_total,json=memoryTotal,proto3" json:"memory_total,omitempty"` // bytes
@@ -1429,6 +1437,7 @@ type UsageResponse struct {
 	Cpus            uint32                 `protobuf:"varint,4,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	DiskSize        uint64                 `protobuf:"varint,5,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"`
 	DiskUsed        uint64                 `protobuf:"varint,6,opt,name=disk_used,json=diskUsed,proto3" json:"disk_used,omitempty"`
+	UpperUsed       uint64                 `protobuf:"varint,7,opt,name=upper_used,json=upperUsed,proto3" json:"upper_used,omitempty"` // beyond what an empty one has
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1501,6 +1510,13 @@ func (x *UsageResponse) GetDiskSize() uint64 {
 func (x *UsageResponse) GetDiskUsed() uint64 {
 	if x != nil {
 		return x.DiskUsed
+	}
+	return 0
+}
+
+func (x *UsageResponse) GetUpperUsed() uint64 {
+	if x != nil {
+		return x.UpperUsed
 	}
 	return 0
 }
@@ -1837,9 +1853,10 @@ const file_guest_proto_rawDesc = "" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\"\x11\n" +
 	"\x0fPowerOffRequest\"\x12\n" +
-	"\x10PowerOffResponse\"\"\n" +
+	"\x10PowerOffResponse\"8\n" +
 	"\fUsageRequest\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"\xcc\x01\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05upper\x18\x02 \x01(\tR\x05upper\"\xeb\x01\n" +
 	"\rUsageResponse\x12!\n" +
 	"\fmemory_total\x18\x01 \x01(\x04R\vmemoryTotal\x12\x1f\n" +
 	"\vmemory_free\x18\x02 \x01(\x04R\n" +
@@ -1847,7 +1864,9 @@ const file_guest_proto_rawDesc = "" +
 	"\x10memory_available\x18\x03 \x01(\x04R\x0fmemoryAvailable\x12\x12\n" +
 	"\x04cpus\x18\x04 \x01(\rR\x04cpus\x12\x1b\n" +
 	"\tdisk_size\x18\x05 \x01(\x04R\bdiskSize\x12\x1b\n" +
-	"\tdisk_used\x18\x06 \x01(\x04R\bdiskUsed\"v\n" +
+	"\tdisk_used\x18\x06 \x01(\x04R\bdiskUsed\x12\x1d\n" +
+	"\n" +
+	"upper_used\x18\a \x01(\x04R\tupperUsed\"v\n" +
 	"\n" +
 	"HostHeader\x12,\n" +
 	"\x03log\x18\x01 \x01(\v2\x18.tenon.task.v1.LogStreamH\x00R\x03log\x122\n" +
