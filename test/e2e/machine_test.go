@@ -315,28 +315,34 @@ func (d *Daemon) machineDeaths(t *testing.T) {
 	}
 }
 
-// machineKills kills the daemon while it makes, starts, stops and removes a machine.
+// machineKills kills the daemon, or lets it fail, while it makes, starts, stops and
+// removes a machine.
 func (d *Daemon) machineKills(t *testing.T) {
+	const create = "create k --memory 256m --disk 128m"
 	for _, x := range []struct{ point, verb, state string }{
-		{"machine-made", "create k --memory 256m --disk 128m", ""},
-		{"machine-started", "create k --memory 256m --disk 128m", ""},
-		{"machine-stopping", "stop -t 0 k", "stopped"},
-		{"machine-started", "start k", "running"},
-		{"machine-removing", "rm -f k", ""},
+		{"machine-made:kill", create, ""},
+		{"machine-started:error", create, ""},
+		{"machine-started:kill", create, ""},
+		{"machine-stopping:kill", "stop -t 0 k", "stopped"},
+		{"machine-started:error", "start k", "crashed"},
+		{"machine-started:kill", "start k", "running"},
+		{"machine-removing:kill", "rm -f k", ""},
 	} {
-		if x.point == "machine-stopping" {
-			d.tenon(t, "machine create k --memory 256m --disk 128m")
+		if x.point == "machine-stopping:kill" {
+			d.tenon(t, "machine "+create)
 		}
 		d.Kill(t)
-		d.Env = []string{"TENON_FAILPOINT=" + x.point + ":kill"}
+		d.Env = []string{"TENON_FAILPOINT=" + x.point}
 		d.Start(t)
 		if r := d.Sh(t, "tenon machine "+x.verb); r.Code == 0 {
-			t.Errorf("%s: the daemon was to be killed: %s", x.verb, r.Out)
+			t.Errorf("%s: it was to fail at %s: %s", x.verb, x.point, r.Out)
 		}
-		d.Kill(t)
-		d.Env = nil
-		d.Start(t)
-		eventually(t, x.verb+", killed at "+x.point, func() string {
+		if strings.HasSuffix(x.point, ":kill") {
+			d.Kill(t)
+			d.Env = nil
+			d.Start(t)
+		}
+		eventually(t, x.verb+", cut off at "+x.point, func() string {
 			got := d.tenon(t, "machine ls --format '{{.State}}'")
 			if got != x.state {
 				return "it is " + got + ", not " + x.state
@@ -344,4 +350,5 @@ func (d *Daemon) machineKills(t *testing.T) {
 			return ""
 		})
 	}
+	d.Env = nil
 }
