@@ -17,7 +17,13 @@ const markChain = "tenon-engine"
 func (t *Table) Others(brNetfilter bool) (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	chains, err := t.conn.ListChains()
+	var chains []*nftables.Chain
+	var err error
+	for range 5 { // a list that somebody changes meanwhile is an error
+		if chains, err = t.conn.ListChains(); err == nil {
+			break
+		}
+	}
 	if err != nil {
 		return "", fmt.Errorf("list chains: %w", err)
 	}
