@@ -117,6 +117,9 @@ func (m *machine) Root(id string, image bool) *taskv1.Root {
 	if m.lasting != nil {
 		lower, disk = imagePlace(m.lasting.image(id)), dataPlace(id)
 	}
+	if m.about.Base { // a tenon-vmm of an older build makes guests without it
+		lower += ":" + guestBase
+	}
 	upper, work := disk+"/upper", disk+"/work"
 	r := &taskv1.Root{Upper: upper}
 	if !image {
@@ -124,7 +127,7 @@ func (m *machine) Root(id string, image bool) *taskv1.Root {
 		return r
 	}
 	r.Mounts = []*taskv1.Mount{{Type: "overlay", Source: "overlay", Options: []string{
-		"lowerdir=" + lower + ":" + guestBase, "upperdir=" + upper, "workdir=" + work, "index=off",
+		"lowerdir=" + lower, "upperdir=" + upper, "workdir=" + work, "index=off",
 	}}}
 	return r
 }

@@ -29,6 +29,7 @@ import (
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
+	"tenon.dev/tenon/internal/version"
 	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
 )
 
@@ -70,6 +71,7 @@ type VMs struct {
 	conn     *conn // nil: none
 	machines map[string]*machine
 	info     *vmv1.InfoResponse // of the last probe; nil: none
+	making   int                // machines that are being made
 	closed   bool
 }
 
@@ -80,7 +82,10 @@ type conn struct {
 	rpc    *ttrpc.Client
 	client vmv1.VMMClient
 	pid    int
-	over   context.Context // ends with the connection
+	// version is its build's.
+	version string
+	own     bool            // this VMs has started it
+	over    context.Context // ends with the connection
 }
 
 // New has no side effects.
@@ -103,6 +108,28 @@ const startTime = 30 * time.Second
 func (v *VMs) connect(ctx context.Context, start bool) (*conn, error) {
 	v.starting.Lock()
 	defer v.starting.Unlock()
+	return v.connectLocked(ctx, start)
+}
+
+// connectToMake is connect with start for one who makes a machine: until made is
+// called nobody takes tenon-vmm for idle.
+func (v *VMs) connectToMake(ctx context.Context) (c *conn, made func(), err error) {
+	v.starting.Lock()
+	defer v.starting.Unlock()
+	if c, err = v.connectLocked(ctx, true); err != nil {
+		return nil, nil, err
+	}
+	add := func(n int) {
+		v.mu.Lock()
+		v.making += n
+		v.mu.Unlock()
+	}
+	add(1)
+	return c, func() { add(-1) }, nil
+}
+
+// connectLocked is connect with starting held.
+func (v *VMs) connectLocked(ctx context.Context, start bool) (*conn, error) {
 	v.mu.Lock()
 	c, closed := v.conn, v.closed
 	v.mu.Unlock()
@@ -110,13 +137,22 @@ func (v *VMs) connect(ctx context.Context, start bool) (*conn, error) {
 		return nil, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
 	}
 	if c != nil && c.over.Err() == nil {
-		return c, nil
+		if !start || !v.outdated(c) {
+			return c, nil
+		}
+		v.retire(ctx, c)
 	}
 	c, seq, err := v.dial(ctx)
+	if err == nil && v.outdated(c) {
+		v.retire(ctx, c)
+		c, seq, err = v.dial(ctx)
+	}
 	if err != nil && start && dead(err) {
 		v.allEnded()
 		if err = v.start(ctx); err == nil {
-			c, seq, err = v.dial(ctx)
+			if c, seq, err = v.dial(ctx); err == nil {
+				c.own = true
+			}
 		}
 	}
 	if err != nil {
@@ -130,6 +166,29 @@ func (v *VMs) connect(ctx context.Context, start bool) (*conn, error) {
 	v.mu.Unlock()
 	go v.follow(c, seq)
 	return c, nil
+}
+
+// outdated says whether tenon-vmm is of another build and holds no machine: guests
+// that it makes have another shim than this daemon expects.
+func (v *VMs) outdated(c *conn) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return !c.own && c.version != version.Version && len(v.machines) == 0 && v.making == 0
+}
+
+// retire ends a tenon-vmm that is outdated.
+func (v *VMs) retire(ctx context.Context, c *conn) {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	if _, err := c.client.Shutdown(ctx, &vmv1.ShutdownRequest{}); err != nil && c.over.Err() == nil {
+		v.cfg.Log.Warn("tenon-vmm of another build does not end", "pid", c.pid, "version", c.version, "err", err)
+	}
+	select {
+	case <-c.over.Done():
+	case <-ctx.Done():
+	}
+	c.rpc.Close()
+	v.cfg.Log.Info("tenon-vmm of another build had no machines, and makes place", "pid", c.pid, "version", c.version)
 }
 
 // dead says that an error of a dial means that nobody listens.
@@ -152,7 +211,7 @@ func (v *VMs) dial(ctx context.Context) (*conn, uint64, error) {
 		rpc.Close()
 		return nil, 0, err
 	}
-	c.pid = int(info.Pid)
+	c.pid, c.version = int(info.Pid), info.Version
 	seq, err := v.list(ctx, c)
 	if err != nil {
 		rpc.Close()
@@ -413,10 +472,11 @@ func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Mac
 	if err != nil {
 		return nil, err
 	}
-	c, err := v.connect(ctx, true)
+	c, made, err := v.connectToMake(ctx)
 	if err != nil {
 		return nil, err
 	}
+	defer made()
 	req := &vmv1.CreateRequest{Id: r.ID, Hostname: r.Hostname, Logs: r.Logs}
 	if r.Lasting != nil {
 		if err := lastingRequest(ctx, r, req); err != nil {

@@ -2,7 +2,10 @@ package vm
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,6 +13,7 @@ import (
 
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/version"
 	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
 )
 
@@ -75,5 +79,47 @@ func TestAMachinesEnd(t *testing.T) {
 	}
 	if m.End() != "first" {
 		t.Errorf("reason %q", m.End())
+	}
+}
+
+// TestUpgrade: a tenon-vmm of another build is replaced when it holds no machine.
+func TestUpgrade(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "tsv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	var pids []int
+	for _, of := range []string{"old", version.Version} {
+		bin := filepath.Join(dir, "vmm-"+of)
+		build := exec.CommandContext(ctx, "go", "build", "-ldflags", "-s -w -X tenon.dev/tenon/internal/version.Version="+of, "-o", bin, "tenon.dev/tenon/cmd/tenon-vmm")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("go build: %v\n%s", err, out)
+		}
+		v := New(Config{Program: bin, Shim: "/none", RunRoot: dir, Root: dir, Name: fmt.Sprintf("tsu%x", os.Getpid())})
+		defer v.Close()
+		c, err := v.connect(ctx, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, c.pid)
+		if of == "old" {
+			if again, err := v.connect(ctx, true); err != nil || again != c || c.version != of {
+				t.Errorf("one that was just started is replaced: %v", err)
+			}
+			continue
+		}
+		if again, err := v.connect(ctx, true); err != nil || again.pid != c.pid {
+			t.Errorf("one of this build is replaced: %v", err)
+		}
+		if err := v.Teardown(ctx); err != nil {
+			t.Error(err)
+		}
+	}
+	if pids[0] == pids[1] {
+		t.Error("the old one is still there")
 	}
 }

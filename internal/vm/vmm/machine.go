@@ -343,7 +343,7 @@ func (v *machine) describe() *vmv1.Machine {
 		Created: v.created.UnixNano(), Origin: v.origin, Memory: v.memory, Cpus: uint32(v.cpus),
 		KernelLog: v.console.file(), Uid: v.uid, Template: v.template, Lasting: v.lasting, Name: v.title,
 		MaxCpus: uint32(max(v.hardware.MaxCPUs, v.hardware.CPUs)), MaxMemory: max(v.hardware.MaxMemory, v.hardware.Memory),
-		Disks: v.ownedLocked(), Shares: map[string]string{},
+		Disks: v.ownedLocked(), Shares: map[string]string{}, Base: true,
 	}
 	for tag, s := range v.shares {
 		if s.owner != "" {

@@ -669,6 +669,7 @@ type Machine struct {
 	MaxMemory     int64                  `protobuf:"varint,21,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"`
 	Disks         []*OwnedDisk           `protobuf:"bytes,22,rep,name=disks,proto3" json:"disks,omitempty"`
 	Shares        map[string]string      `protobuf:"bytes,23,rep,name=shares,proto3" json:"shares,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // owners, by tag
+	Base          bool                   `protobuf:"varint,24,opt,name=base,proto3" json:"base,omitempty"`                                                                              // the guest has the lowest layer of roots
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -862,6 +863,13 @@ func (x *Machine) GetShares() map[string]string {
 		return x.Shares
 	}
 	return nil
+}
+
+func (x *Machine) GetBase() bool {
+	if x != nil {
+		return x.Base
+	}
+	return false
 }
 
 type NIC struct {
@@ -2550,7 +2558,7 @@ const file_vm_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\v2\x12.tenon.task.v1.LogR\x05value:\x028\x01\"{\n" +
 	"\x0eCreateResponse\x12.\n" +
 	"\amachine\x18\x01 \x01(\v2\x14.tenon.vm.v1.MachineR\amachine\x129\n" +
-	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xb9\x05\n" +
+	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xcd\x05\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
@@ -2577,7 +2585,8 @@ const file_vm_proto_rawDesc = "" +
 	"\n" +
 	"max_memory\x18\x15 \x01(\x03R\tmaxMemory\x12,\n" +
 	"\x05disks\x18\x16 \x03(\v2\x16.tenon.vm.v1.OwnedDiskR\x05disks\x128\n" +
-	"\x06shares\x18\x17 \x03(\v2 .tenon.vm.v1.Machine.SharesEntryR\x06shares\x1a9\n" +
+	"\x06shares\x18\x17 \x03(\v2 .tenon.vm.v1.Machine.SharesEntryR\x06shares\x12\x12\n" +
+	"\x04base\x18\x18 \x01(\bR\x04base\x1a9\n" +
 	"\vSharesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
