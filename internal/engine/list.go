@@ -143,15 +143,34 @@ func linkNames(ctrs []*ctr) map[string][]string {
 
 // sizes are the bytes of the writable layer, and with the image's layers.
 func (e *Engine) sizes(ctx context.Context, c *ctr) (rw, root int64) {
-	rw, _, err := e.cfg.Roots.Usage(ctx, c.id)
-	if err != nil {
-		rw = 0 // never started: there is no layer yet
-	}
 	r := c.record()
+	rw = e.written(ctx, c)
 	if img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform); err == nil {
 		root = img.Size
 	}
 	return rw, rw + root
+}
+
+// written is the size of a container's writable layer, bytes; 0 if it has none yet,
+// or if it is on a machine that does not run.
+func (e *Engine) written(ctx context.Context, c *ctr) int64 {
+	var n int64
+	var err error
+	if m := e.machOf(c.record()); m != nil {
+		k := m.current()
+		if k == nil {
+			return 0
+		}
+		ctx, cancel := context.WithTimeout(ctx, usageTime)
+		defer cancel()
+		n, err = k.machine.Written(ctx, c.id)
+	} else {
+		n, _, err = e.cfg.Roots.Usage(ctx, c.id)
+	}
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 func mountPoints(r *container.Record) []mobycontainer.MountPoint {

@@ -274,10 +274,7 @@ func (e *Engine) prune(ctx context.Context, f Filters, isolation string) (mobyco
 		if r.Running() || r.Facts.Restarting || r.Facts.Removing || r.Facts.Pending == "start" || !sel(r) || isolation != "" && r.Isolation != isolation {
 			continue
 		}
-		size, _, err := e.cfg.Roots.Usage(ctx, c.id)
-		if err != nil {
-			size = 0 // nothing to count is no reason to keep it
-		}
+		size := e.written(ctx, c)
 		if err := e.remove(ctx, c, RemoveOptions{}); err != nil {
 			e.log.Warn("container is not pruned", "container", c.id, "err", err)
 			continue
