@@ -21,7 +21,7 @@ const PlaceholderSize = 1 << 40
 type Hardware struct {
 	Type  string // "pc" or "q35"
 	Accel string // "kvm" or "tcg"
-	CPU   string // QEMU's CPU model; empty: "host" with KVM, else "max"
+	CPU   string // QEMU's CPU model; empty: "host" with KVM, else "max,-erms"
 	CPUs  int
 	// MaxCPUs is what it may grow to by plugged processors; 0: it can't.
 	MaxCPUs int
@@ -80,7 +80,9 @@ func (h Hardware) cpu() string {
 	case h.Accel == "kvm":
 		return "host"
 	}
-	return "max"
+	// Without "enhanced rep movsb" the guest's kernel clears and copies eight bytes
+	// at a time: QEMU does each step of a rep by itself.
+	return "max,-erms"
 }
 
 // String describes the machine completely: what goes into a template's hash.
