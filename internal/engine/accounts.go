@@ -42,6 +42,12 @@ func (e *Engine) machineAccounts(ctx context.Context, c *ctr, g *guest, client *
 
 func readMachineAccounts(ctx context.Context, client *task.Client, f task.Files) (*accounts, error) {
 	a := new(accounts)
+	if f.Root == nil { // it runs
+		var err error
+		if a.passwd, a.group, err = client.Accounts(ctx, f.ID); err == nil || !errdefs.IsFailedPrecondition(err) && !errdefs.IsInvalidArgument(err) && !errdefs.IsNotImplemented(err) {
+			return a, err
+		}
+	}
 	group := make(chan error, 1)
 	go func() { // both at once: each is a process in the guest
 		var err error

@@ -25,6 +25,10 @@ func (s *Shim) serveStream(ctx context.Context, conn channel.Conn, h *taskv1.Str
 	case *taskv1.StreamHeader_Execute:
 		s.serveExecute(conn, k.Execute)
 	case *taskv1.StreamHeader_Files:
+		if k.Files.Operation == taskv1.Files_ACCOUNTS {
+			s.serveAccounts(conn, k.Files)
+			return
+		}
 		s.serveFiles(ctx, conn, k.Files)
 	default:
 		refuse(conn, fmt.Errorf("stream of an unknown kind: %w", errdefs.ErrNotImplemented))

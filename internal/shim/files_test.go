@@ -328,3 +328,74 @@ func (l *lineWatcher) Write(p []byte) (int, error) {
 	}
 	return len(p), nil
 }
+
+// TestAccounts: what a running container has as its accounts is read without
+// entering it, and nothing else is, whatever it has put there.
+func TestAccounts(t *testing.T) {
+	s := startShim(t)
+	ctx := testContext(t)
+	o := newOverlay(t)
+	root := o.dir + "/lower1"
+	for _, name := range []string{"passwd", "group"} {
+		if err := os.RemoveAll(filepath.Join(root, "etc", name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o.write(t, "lower1/etc/group", "root:x:0:\n")
+	o.write(t, "lower1/data/passwd", "me:x:7:7::/:/bin/sh\n")
+	if err := os.Symlink("/../../../../data/passwd", root+"/etc/passwd"); err != nil {
+		t.Fatal(err)
+	}
+	const id = "accounts"
+	if _, err := s.Create(ctx, task.CreateRequest{ID: id, Rootfs: []task.Mount{{Type: "bind", Source: root, Options: []string{"bind", "rw"}}},
+		Spec: spec("", func(s *specs.Spec) { s.Root = &specs.Root{Path: "rootfs"} }, "sleep", "1000")}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Start(ctx, id, ""); err != nil {
+		t.Fatal(err)
+	}
+	passwd, group, err := s.Accounts(ctx, id)
+	if err != nil || string(passwd) != "me:x:7:7::/:/bin/sh\n" || string(group) != "root:x:0:\n" {
+		t.Errorf("%q %q %v", passwd, group, err)
+	}
+	for what, change := range map[string]func(string) error{
+		"a large file":           func(p string) error { return os.WriteFile(p, make([]byte, 1<<20), 0o644) },
+		"a directory":            func(p string) error { return os.Mkdir(p, 0o755) },
+		"a pipe":                 func(p string) error { return syscall.Mkfifo(p, 0o644) },
+		"a link to itself":       func(p string) error { return os.Symlink("group", p) },
+		"a link to a device":     func(p string) error { return os.Symlink("/dev/zero", p) },
+		"a link to the kernel's": func(p string) error { return os.Symlink("/proc/1/root/etc/passwd", p) },
+	} {
+		p := root + "/etc/group"
+		if err := os.RemoveAll(p); err != nil {
+			t.Fatal(err)
+		}
+		if err := change(p); err != nil {
+			t.Fatal(err)
+		}
+		if _, group, err := s.Accounts(ctx, id); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("%s: %q %v", what, group, err)
+		}
+	}
+	if _, _, err := s.Accounts(ctx, "nobody"); !errdefs.IsNotFound(err) {
+		t.Errorf("no container: %v", err)
+	}
+	if err := os.RemoveAll(root + "/etc/group"); err != nil {
+		t.Fatal(err)
+	}
+	if _, group, err := s.Accounts(ctx, id); err != nil || len(group) > 0 {
+		t.Errorf("no file: %q %v", group, err)
+	}
+	if err := s.Kill(ctx, id, "", syscall.SIGKILL, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Wait(ctx, id, ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Accounts(ctx, id); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("of one that has ended: %v", err)
+	}
+	if _, err := s.Delete(ctx, id, ""); err != nil {
+		t.Fatal(err)
+	}
+}

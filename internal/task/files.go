@@ -61,6 +61,23 @@ func (c *Client) StatFile(ctx context.Context, f Files, path string) (FileStat, 
 	return st, nil
 }
 
+// Accounts returns what a running container has as /etc/passwd and /etc/group,
+// each empty if there is none. FailedPrecondition: ReadFiles is to be used instead.
+func (c *Client) Accounts(ctx context.Context, id string) (passwd, group []byte, err error) {
+	conn, _, err := c.files(ctx, Files{ID: id}, &taskv1.Files{Operation: taskv1.Files_ACCOUNTS})
+	if err != nil {
+		return nil, nil, err
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	a := new(taskv1.Accounts)
+	if err := channel.ReadMessage(conn, a); err != nil {
+		return nil, nil, fmt.Errorf("accounts of %s: %w", id, err)
+	}
+	return a.Passwd, a.Group, nil
+}
+
 // ReadFiles returns a tar stream of path by Docker's archive rules, and the
 // path's stat. The caller closes it; an error of the shim's comes as the
 // stream's error (the tar has no end then).

@@ -17,17 +17,25 @@ type pool struct {
 	waiting []*machine
 	cost    uint64 // bytes that the newest has for itself
 	touched time.Time
+	asked   time.Time     // when a machine was asked for that is not handed over yet
+	quiet   time.Duration // see poolQuiet
 	changed chan struct{} // closed and replaced when one was added, or none could be
 	err     error         // of the last attempt
 }
 
 func newPool(m *Manager) *pool {
-	return &pool{m: m, wake: make(chan struct{}, 1), changed: make(chan struct{})}
+	return &pool{m: m, quiet: poolQuiet, wake: make(chan struct{}, 1), changed: make(chan struct{})}
 }
 
-// poolQuiet is how long nothing was asked for before the pool is refilled: a
-// container that starts has the processors first.
-const poolQuiet = 200 * time.Millisecond
+// The pool is refilled when nothing was asked for during poolQuiet: a container
+// that starts has the processors first. On a busy host, where handing a machine
+// over took long, what follows will, too, and the pause is quietFactor times that,
+// up to mostQuiet.
+const (
+	poolQuiet   = 200 * time.Millisecond
+	quietFactor = 4
+	mostQuiet   = 3 * time.Second
+)
 
 // poolRetry is the pause after a failure.
 const poolRetry = 10 * time.Second
@@ -69,7 +77,7 @@ func (p *pool) run() {
 func (p *pool) pause() bool {
 	for {
 		p.mu.Lock()
-		wait := time.Until(p.touched.Add(poolQuiet))
+		wait := time.Until(p.touched.Add(p.quiet))
 		p.mu.Unlock()
 		if wait <= 0 {
 			return true
@@ -98,6 +106,10 @@ func (p *pool) wanted() bool {
 func (p *pool) touch() {
 	p.mu.Lock()
 	p.touched = time.Now()
+	if !p.asked.IsZero() {
+		p.quiet = min(max(quietFactor*p.touched.Sub(p.asked), poolQuiet), mostQuiet)
+		p.asked = time.Time{}
+	}
 	p.mu.Unlock()
 	select {
 	case p.wake <- struct{}{}:
@@ -160,6 +172,7 @@ func (p *pool) take() *machine {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.touched = time.Now()
+	p.asked = p.touched
 	for len(p.waiting) > 0 {
 		v := p.waiting[0]
 		p.waiting = p.waiting[1:]

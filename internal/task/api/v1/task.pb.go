@@ -150,12 +150,13 @@ func (Event_Type) EnumDescriptor() ([]byte, []int) {
 type Files_Operation int32
 
 const (
-	Files_STAT    Files_Operation = 0 // reply only
-	Files_READ    Files_Operation = 1 // reply, then a tar stream of path (Docker's archive rules)
-	Files_WRITE   Files_Operation = 2 // reply, then a tar stream from the client, then a StreamReply with the result
-	Files_CHANGES Files_Operation = 3 // reply, then Change messages, each length-prefixed
-	Files_DIFF    Files_Operation = 4 // reply, then an OCI layer tar (with whiteouts) of the writable layer
-	Files_EXPORT  Files_Operation = 5 // reply, then a tar of the whole root
+	Files_STAT     Files_Operation = 0 // reply only
+	Files_READ     Files_Operation = 1 // reply, then a tar stream of path (Docker's archive rules)
+	Files_WRITE    Files_Operation = 2 // reply, then a tar stream from the client, then a StreamReply with the result
+	Files_CHANGES  Files_Operation = 3 // reply, then Change messages, each length-prefixed
+	Files_DIFF     Files_Operation = 4 // reply, then an OCI layer tar (with whiteouts) of the writable layer
+	Files_EXPORT   Files_Operation = 5 // reply, then a tar of the whole root
+	Files_ACCOUNTS Files_Operation = 6 // reply, then Accounts; FailedPrecondition if reading them takes more than opening two files
 )
 
 // Enum value maps for Files_Operation.
@@ -167,14 +168,16 @@ var (
 		3: "CHANGES",
 		4: "DIFF",
 		5: "EXPORT",
+		6: "ACCOUNTS",
 	}
 	Files_Operation_value = map[string]int32{
-		"STAT":    0,
-		"READ":    1,
-		"WRITE":   2,
-		"CHANGES": 3,
-		"DIFF":    4,
-		"EXPORT":  5,
+		"STAT":     0,
+		"READ":     1,
+		"WRITE":    2,
+		"CHANGES":  3,
+		"DIFF":     4,
+		"EXPORT":   5,
+		"ACCOUNTS": 6,
 	}
 )
 
@@ -251,7 +254,7 @@ func (x Change_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Change_Kind.Descriptor instead.
 func (Change_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{26, 0}
+	return file_task_proto_rawDescGZIP(), []int{27, 0}
 }
 
 // CreateOptions travels in CreateTaskRequest.options.
@@ -1976,6 +1979,58 @@ func (x *Files) GetGid() uint32 {
 	return 0
 }
 
+type Accounts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Passwd        []byte                 `protobuf:"bytes,1,opt,name=passwd,proto3" json:"passwd,omitempty"`
+	Group         []byte                 `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Accounts) Reset() {
+	*x = Accounts{}
+	mi := &file_task_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Accounts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Accounts) ProtoMessage() {}
+
+func (x *Accounts) ProtoReflect() protoreflect.Message {
+	mi := &file_task_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Accounts.ProtoReflect.Descriptor instead.
+func (*Accounts) Descriptor() ([]byte, []int) {
+	return file_task_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Accounts) GetPasswd() []byte {
+	if x != nil {
+		return x.Passwd
+	}
+	return nil
+}
+
+func (x *Accounts) GetGroup() []byte {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
 type Root struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Mounts        []*Mount               `protobuf:"bytes,1,rep,name=mounts,proto3" json:"mounts,omitempty"`   // the root itself
@@ -1987,7 +2042,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1999,7 +2054,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2012,7 +2067,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{23}
+	return file_task_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Root) GetMounts() []*Mount {
@@ -2048,7 +2103,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2115,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2128,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{24}
+	return file_task_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Mount) GetType() string {
@@ -2117,7 +2172,7 @@ type FileStat struct {
 
 func (x *FileStat) Reset() {
 	*x = FileStat{}
-	mi := &file_task_proto_msgTypes[25]
+	mi := &file_task_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2184,7 @@ func (x *FileStat) String() string {
 func (*FileStat) ProtoMessage() {}
 
 func (x *FileStat) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[25]
+	mi := &file_task_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2197,7 @@ func (x *FileStat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileStat.ProtoReflect.Descriptor instead.
 func (*FileStat) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{25}
+	return file_task_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FileStat) GetName() string {
@@ -2190,7 +2245,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_task_proto_msgTypes[26]
+	mi := &file_task_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2202,7 +2257,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[26]
+	mi := &file_task_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2215,7 +2270,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{26}
+	return file_task_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Change) GetPath() string {
@@ -2241,7 +2296,7 @@ type ProcessesResponse_Row struct {
 
 func (x *ProcessesResponse_Row) Reset() {
 	*x = ProcessesResponse_Row{}
-	mi := &file_task_proto_msgTypes[28]
+	mi := &file_task_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2308,7 @@ func (x *ProcessesResponse_Row) String() string {
 func (*ProcessesResponse_Row) ProtoMessage() {}
 
 func (x *ProcessesResponse_Row) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[28]
+	mi := &file_task_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2289,7 +2344,7 @@ type Metrics_BlockIO struct {
 
 func (x *Metrics_BlockIO) Reset() {
 	*x = Metrics_BlockIO{}
-	mi := &file_task_proto_msgTypes[30]
+	mi := &file_task_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2301,7 +2356,7 @@ func (x *Metrics_BlockIO) String() string {
 func (*Metrics_BlockIO) ProtoMessage() {}
 
 func (x *Metrics_BlockIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[30]
+	mi := &file_task_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2369,7 +2424,7 @@ type Metrics_NetworkIO struct {
 
 func (x *Metrics_NetworkIO) Reset() {
 	*x = Metrics_NetworkIO{}
-	mi := &file_task_proto_msgTypes[31]
+	mi := &file_task_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2436,7 @@ func (x *Metrics_NetworkIO) String() string {
 func (*Metrics_NetworkIO) ProtoMessage() {}
 
 func (x *Metrics_NetworkIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[31]
+	mi := &file_task_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2645,7 +2700,7 @@ const file_task_proto_rawDesc = "" +
 	"\aExecute\x12-\n" +
 	"\x06attach\x18\x01 \x01(\v2\x15.tenon.task.v1.AttachR\x06attach\x124\n" +
 	"\aoptions\x18\x02 \x01(\v2\x1a.tenon.task.v1.ExecOptionsR\aoptions\x12\x1a\n" +
-	"\bterminal\x18\x03 \x01(\bR\bterminal\"\xf3\x02\n" +
+	"\bterminal\x18\x03 \x01(\bR\bterminal\"\x81\x03\n" +
 	"\x05Files\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12<\n" +
 	"\toperation\x18\x02 \x01(\x0e2\x1e.tenon.task.v1.Files.OperationR\toperation\x12\x12\n" +
@@ -2656,7 +2711,7 @@ const file_task_proto_rawDesc = "" +
 	"copyUidGid\x12\x12\n" +
 	"\x04skip\x18\a \x03(\tR\x04skip\x12\x10\n" +
 	"\x03uid\x18\b \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\t \x01(\rR\x03gid\"M\n" +
+	"\x03gid\x18\t \x01(\rR\x03gid\"[\n" +
 	"\tOperation\x12\b\n" +
 	"\x04STAT\x10\x00\x12\b\n" +
 	"\x04READ\x10\x01\x12\t\n" +
@@ -2664,7 +2719,11 @@ const file_task_proto_rawDesc = "" +
 	"\aCHANGES\x10\x03\x12\b\n" +
 	"\x04DIFF\x10\x04\x12\n" +
 	"\n" +
-	"\x06EXPORT\x10\x05\"z\n" +
+	"\x06EXPORT\x10\x05\x12\f\n" +
+	"\bACCOUNTS\x10\x06\"8\n" +
+	"\bAccounts\x12\x16\n" +
+	"\x06passwd\x18\x01 \x01(\fR\x06passwd\x12\x14\n" +
+	"\x05group\x18\x02 \x01(\fR\x05group\"z\n" +
 	"\x04Root\x12,\n" +
 	"\x06mounts\x18\x01 \x03(\v2\x14.tenon.task.v1.MountR\x06mounts\x12.\n" +
 	"\avolumes\x18\x02 \x03(\v2\x14.tenon.task.v1.MountR\avolumes\x12\x14\n" +
@@ -2716,7 +2775,7 @@ func file_task_proto_rawDescGZIP() []byte {
 }
 
 var file_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_task_proto_goTypes = []any{
 	(Status)(0),                   // 0: tenon.task.v1.Status
 	(Event_Type)(0),               // 1: tenon.task.v1.Event.Type
@@ -2745,36 +2804,37 @@ var file_task_proto_goTypes = []any{
 	(*Attach)(nil),                // 24: tenon.task.v1.Attach
 	(*Execute)(nil),               // 25: tenon.task.v1.Execute
 	(*Files)(nil),                 // 26: tenon.task.v1.Files
-	(*Root)(nil),                  // 27: tenon.task.v1.Root
-	(*Mount)(nil),                 // 28: tenon.task.v1.Mount
-	(*FileStat)(nil),              // 29: tenon.task.v1.FileStat
-	(*Change)(nil),                // 30: tenon.task.v1.Change
-	nil,                           // 31: tenon.task.v1.Log.AttrsEntry
-	(*ProcessesResponse_Row)(nil), // 32: tenon.task.v1.ProcessesResponse.Row
-	nil,                           // 33: tenon.task.v1.Metrics.MemoryStatEntry
-	(*Metrics_BlockIO)(nil),       // 34: tenon.task.v1.Metrics.BlockIO
-	(*Metrics_NetworkIO)(nil),     // 35: tenon.task.v1.Metrics.NetworkIO
+	(*Accounts)(nil),              // 27: tenon.task.v1.Accounts
+	(*Root)(nil),                  // 28: tenon.task.v1.Root
+	(*Mount)(nil),                 // 29: tenon.task.v1.Mount
+	(*FileStat)(nil),              // 30: tenon.task.v1.FileStat
+	(*Change)(nil),                // 31: tenon.task.v1.Change
+	nil,                           // 32: tenon.task.v1.Log.AttrsEntry
+	(*ProcessesResponse_Row)(nil), // 33: tenon.task.v1.ProcessesResponse.Row
+	nil,                           // 34: tenon.task.v1.Metrics.MemoryStatEntry
+	(*Metrics_BlockIO)(nil),       // 35: tenon.task.v1.Metrics.BlockIO
+	(*Metrics_NetworkIO)(nil),     // 36: tenon.task.v1.Metrics.NetworkIO
 }
 var file_task_proto_depIdxs = []int32{
 	6,  // 0: tenon.task.v1.CreateOptions.log:type_name -> tenon.task.v1.Log
-	31, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
+	32, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
 	0,  // 2: tenon.task.v1.Process.status:type_name -> tenon.task.v1.Status
 	9,  // 3: tenon.task.v1.ListResponse.processes:type_name -> tenon.task.v1.Process
 	1,  // 4: tenon.task.v1.Event.type:type_name -> tenon.task.v1.Event.Type
-	32, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
+	33, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
 	18, // 6: tenon.task.v1.MetricsResponse.metrics:type_name -> tenon.task.v1.Metrics
-	33, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
-	34, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
-	35, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
+	34, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
+	35, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
+	36, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
 	24, // 10: tenon.task.v1.StreamHeader.attach:type_name -> tenon.task.v1.Attach
 	26, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
 	25, // 12: tenon.task.v1.StreamHeader.execute:type_name -> tenon.task.v1.Execute
 	24, // 13: tenon.task.v1.Execute.attach:type_name -> tenon.task.v1.Attach
 	5,  // 14: tenon.task.v1.Execute.options:type_name -> tenon.task.v1.ExecOptions
 	2,  // 15: tenon.task.v1.Files.operation:type_name -> tenon.task.v1.Files.Operation
-	27, // 16: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
-	28, // 17: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
-	28, // 18: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
+	28, // 16: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
+	29, // 17: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
+	29, // 18: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
 	3,  // 19: tenon.task.v1.Change.kind:type_name -> tenon.task.v1.Change.Kind
 	7,  // 20: tenon.task.v1.Kernel.Info:input_type -> tenon.task.v1.InfoRequest
 	10, // 21: tenon.task.v1.Kernel.List:input_type -> tenon.task.v1.ListRequest
@@ -2813,7 +2873,7 @@ func file_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_task_proto_rawDesc), len(file_task_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
