@@ -135,7 +135,9 @@ func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error 
 	}
 	var reason string
 	if f.machine != nil {
-		reason = f.machine.End()
+		if reason = f.machine.End(); reason == "" && f.guest == nil {
+			reason = "it did not answer"
+		}
 		if f.guest != nil {
 			f.guest.link.close()
 		}
