@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -134,6 +135,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 			return nil, nil, err
 		}
 	}
+	if arch := img.Platform.Architecture; o.Platform == nil && arch != "" && arch != runtime.GOARCH && !(arch == "386" && runtime.GOARCH == "amd64") {
+		warnings = append(warnings, fmt.Sprintf("The requested image's platform (%s/%s) does not match the detected host platform (linux/%s) and no specific platform was requested", img.Platform.OS, arch, runtime.GOARCH))
+	}
 	manifest := img.Manifest
 	if manifest.Platform == nil {
 		manifest.Platform = &img.Platform
@@ -252,6 +256,9 @@ func (e *Engine) unregister(c *ctr) {
 		w.fail(nil)
 	}
 	c.waiting = nil
+	if r := c.record(); r.HostConfig.AutoRemove && r.Facts.Run > 0 {
+		e.lately.add(ending{c.id, time.Now(), WaitResult{ExitCode: r.Facts.ExitCode, Error: r.Facts.Error}, c.flushing})
+	}
 	notifyLocked(&c.exitSubs, WaitResult{})
 	notifyLocked(&c.goneSubs, WaitResult{ExitCode: c.record().Facts.ExitCode})
 }

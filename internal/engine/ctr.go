@@ -12,6 +12,7 @@ import (
 	"tenon.dev/tenon/internal/health"
 	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/network"
+	"tenon.dev/tenon/internal/task"
 )
 
 // ctr is a container that the engine knows.
@@ -37,8 +38,10 @@ type ctr struct {
 	retry    context.CancelFunc // of a restart that waits; nil: none
 	noRetry  bool               // the user stopped this run: no restart after it
 	backoff  backoff
-	guest    *guest // its machine; nil: the host's kernel, or it does not run
-	holds    int    // operations that want the container kept in spite of --rm
+	guest    *guest             // its machine; nil: the host's kernel, or it does not run
+	attached []*task.Attachment // to the current run
+	flushing <-chan struct{}    // closed when the last output of the last run is written; nil: it is
+	holds    int                // operations that want the container kept in spite of --rm
 }
 
 func (c *ctr) hold(n int) {

@@ -78,7 +78,9 @@ func (e *Engine) recordExit(c *ctr, rn *run, x exitFacts) {
 	e.emit(c, events.ActionDie, map[string]string{"exitCode": strconv.Itoa(x.code), "execDuration": strconv.FormatInt(int64(ran.Seconds()), 10)})
 	c.mu.Lock()
 	close(rn.exited)
-	notifyLocked(&c.exitSubs, WaitResult{ExitCode: x.code, Error: x.unknown})
+	waiting := c.exitSubs
+	c.exitSubs = nil
+	c.flushLocked(func() { notifyLocked(&waiting, WaitResult{ExitCode: x.code, Error: x.unknown}) })
 	var pause time.Duration
 	if retry {
 		c.backoff = c.backoff.next(ran)

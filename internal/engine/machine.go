@@ -80,8 +80,15 @@ func (c *ctr) setMachine(g *guest) {
 // track remembers streams whose last bytes are to arrive before the machine
 // goes.
 func (c *ctr) track(a *task.Attachment) {
+	if a == nil {
+		return
+	}
+	c.mu.Lock()
+	c.attached = slices.DeleteFunc(c.attached, func(x *task.Attachment) bool { return isClosed(x.Done()) })
+	c.attached = append(c.attached, a)
+	c.mu.Unlock()
 	g := c.onMachine()
-	if g == nil || a == nil {
+	if g == nil {
 		return
 	}
 	g.mu.Lock()

@@ -104,6 +104,7 @@ type Engine struct {
 	saver  saver
 	idmaps usernsProbe
 	known  knownAccounts
+	lately lately
 }
 
 var _ API = (*Engine)(nil)

@@ -10,12 +10,18 @@ import (
 // is sent.
 func (e *Engine) Wait(ctx context.Context, ref string, cond container.WaitCondition) (<-chan WaitResult, error) {
 	c, err := e.find(ref)
+	if g, ok := e.lately.find(ref); ok && err != nil {
+		return result(ctx, g.flushing, g.result), nil
+	}
 	if err != nil {
 		return nil, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.gone {
+		if g, ok := e.lately.find(c.id); ok {
+			return result(ctx, g.flushing, g.result), nil
+		}
 		return nil, notFound("No such container: %s", ref)
 	}
 	r := c.record()
@@ -26,10 +32,9 @@ func (e *Engine) Wait(ctx context.Context, ref string, cond container.WaitCondit
 	case container.WaitConditionNextExit:
 		list = &c.exitSubs
 	case container.WaitConditionNotRunning, "":
-		if !r.Running() && !r.Facts.Restarting {
-			ch := make(chan WaitResult, 1)
-			ch <- WaitResult{ExitCode: r.Facts.ExitCode, Error: r.Facts.Error}
-			return ch, nil
+		ending := c.run != nil && isClosed(c.run.settled) && !isClosed(c.run.exited) // it is being recorded
+		if !r.Running() && !r.Facts.Restarting && !ending {
+			return result(ctx, c.flushing, WaitResult{ExitCode: r.Facts.ExitCode, Error: r.Facts.Error}), nil
 		}
 		list = &c.exitSubs
 	default:

@@ -172,6 +172,20 @@ for version in '1.24', '1.25', '1.32', '1.40':
     finally:
         x.remove(force=True)
 
+# Its end may be over before anybody waits for it: the answer is still to be had, and
+# all that it wrote is there by then.
+for n in range(5):
+    q = c.api.create_container('busybox', ['sh', '-c', 'echo quick; exit 5'], host_config=c.api.create_host_config(auto_remove=n % 2 == 0))['Id']
+    s = c.api.attach_socket(q, params={'stdout': 1, 'stream': 1})
+    c.api.start(q)
+    if n == 4:
+        while c.containers.list(all=True, filters={'id': q}):
+            time.sleep(0.01)
+    assert c.api.wait(q, timeout=30)['StatusCode'] == 5
+    s._sock.setblocking(False)
+    assert b'quick' in s._sock.recv(4096), n
+    s.close()
+
 w = c.containers.create('busybox', 'sh', stdin_open=True, tty=True)
 try:
     w.start()
