@@ -17,7 +17,7 @@ import (
 // its own.
 func TestDevices(t *testing.T) {
 	e := start(t, config(t))
-	a, err := e.client.Create(limited(t), &vmv1.CreateRequest{Id: "m", Cold: true, Memory: 256 << 20, MaxMemory: 1 << 30, Cpus: 2, Nics: 2, Hostname: "m"})
+	a, err := e.client.Create(limited(t), &vmv1.CreateRequest{Id: "m", Cold: true, Memory: 256 << 20, MaxMemory: 1 << 30, Cpus: 1, MaxCpus: 2, Nics: 2, Hostname: "m"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func TestDevices(t *testing.T) {
 		}
 		return u
 	}
-	if u := usage(); v.Origin != fromBoot || len(v.Nics) != 2 || v.Template != "" || u.Cpus != 2 || u.MemoryTotal > 256<<20 {
+	if u := usage(); v.Origin != fromBoot || len(v.Nics) != 2 || v.Template != "" || u.Cpus != 1 || u.MemoryTotal > 256<<20 {
 		t.Errorf("%v, %v", v, u)
 	}
 	apply := func(steps ...*taskv1.Step) {
@@ -89,6 +89,12 @@ func TestDevices(t *testing.T) {
 		t.Errorf("the first interface: %v", err)
 	}
 
+	if r, err := e.client.Resize(limited(t), &vmv1.ResizeRequest{Id: "m", Cpus: 2}); err != nil || r.Cpus != 2 || usage().Cpus != 2 {
+		t.Errorf("one more processor: %v, %v", r, err)
+	}
+	if _, err := e.client.Resize(limited(t), &vmv1.ResizeRequest{Id: "m", Cpus: 3}); !errdefs.IsResourceExhausted(err) {
+		t.Errorf("more processors than there can be: %v", err)
+	}
 	free := func() int64 { return int64(usage().MemoryFree) }
 	before := free()
 	for _, step := range []struct {
