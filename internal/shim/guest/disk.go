@@ -171,7 +171,7 @@ func removeTree(path string) error {
 		return err
 	}
 	defer top.Close()
-	unfreeze(top)
+	unfreeze(top, ofProject)
 	moved := 0
 	for {
 		again := false
@@ -196,7 +196,7 @@ func removeEntry(top, dir *os.File, name string, moved *int) error {
 	if err == unix.EPERM { // or one that can't be changed
 		if fd, e := unix.Openat(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); e == nil {
 			f := os.NewFile(uintptr(fd), name)
-			unfreeze(f)
+			unfreeze(f, 0)
 			f.Close()
 			err = unix.Unlinkat(at, name, 0)
 		}
@@ -215,7 +215,12 @@ func removeEntry(top, dir *os.File, name string, moved *int) error {
 	}
 	if top != dir {
 		*moved++
-		return unix.Renameat(at, name, int(top.Fd()), ".tenon-"+strconv.Itoa(*moved))
+		err := unix.Renameat(at, name, int(top.Fd()), movedName(*moved))
+		for err == unix.ENOTEMPTY || err == unix.EEXIST || err == unix.ENOTDIR { // of a removal that was cut off
+			*moved++
+			err = unix.Renameat(at, name, int(top.Fd()), movedName(*moved))
+		}
+		return err
 	}
 	fd, err := unix.Openat(at, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -223,7 +228,7 @@ func removeEntry(top, dir *os.File, name string, moved *int) error {
 	}
 	inner := os.NewFile(uintptr(fd), name)
 	defer inner.Close()
-	unfreeze(inner)
+	unfreeze(inner, 0)
 	for {
 		some := false
 		if err := eachEntry(inner, func(name string) error {
@@ -237,6 +242,8 @@ func removeEntry(top, dir *os.File, name string, moved *int) error {
 		}
 	}
 }
+
+func movedName(n int) string { return ".tenon-" + strconv.Itoa(n) }
 
 // removeBatch is how many names are read at once.
 const removeBatch = 1024
@@ -261,12 +268,18 @@ func eachEntry(dir *os.File, f func(name string) error) error {
 	return nil
 }
 
-// unfreeze lets a file be removed that was made immutable, or can only grow.
-func unfreeze(f *os.File) {
-	const frozen = 0x10 | 0x20 // FS_IMMUTABLE_FL, FS_APPEND_FL
+// Flags of files, of <linux/fs.h>.
+const (
+	frozen    = 0x10 | 0x20 // FS_IMMUTABLE_FL, FS_APPEND_FL
+	ofProject = 0x20000000  // FS_PROJINHERIT_FL: only what is of the same project can be moved to it
+)
+
+// unfreeze lets a file be removed that was made immutable, or can only grow, and
+// takes more flags away.
+func unfreeze(f *os.File, more int) {
 	flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
-	if err == nil && flags&frozen != 0 {
-		_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags&^frozen) // removing it says so
+	if err == nil && flags&(frozen|more) != 0 {
+		_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags&^(frozen|more)) // removing it says so
 	}
 }
 
