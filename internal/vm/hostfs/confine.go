@@ -24,8 +24,12 @@ func Confine() error {
 	}
 	f := filter(audit, uint32(os.Getpid()))
 	prog := unix.SockFprog{Len: uint16(len(f)), Filter: &f[0]}
-	if _, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog))); e != 0 {
+	tid, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&prog)))
+	if e != 0 {
 		return os.NewSyscallError("seccomp", e)
+	}
+	if tid != 0 { // which is no errno: no thread has the filter
+		return fmt.Errorf("seccomp: thread %d can't have this filter", tid)
 	}
 	return nil
 }
