@@ -56,6 +56,7 @@ func (p Port) macKey() []byte {
 
 // Fields of struct __sk_buff.
 const (
+	skbVLAN  = 20 // vlan_present: the tag that was taken out of the frame
 	skbIndex = 40
 	skbData  = 76
 	skbEnd   = 80
@@ -133,6 +134,8 @@ func inProgram(ports, macs int) []byte {
 	const ingress = 1 // BPF_F_INGRESS
 	p := newProgram()
 	p.begin(enough)
+	p.op(ldW, 2, 6, skbVLAN, 0)
+	p.jump(jneI, 2, 0, 0, "pass")
 	p.op(ldW, 2, 6, skbIndex, 0)
 	p.op(stW, 10, 2, -4, 0)
 	p.lookup(ports, -4)

@@ -6,7 +6,7 @@
 // Two small BPF programs do it, one where frames come in from a bridge's port,
 // one where the host sends into a bridge. They decide nothing: a frame takes the
 // short way only if it is one that the guard of package nft would let through
-// (the port's own hardware and IP address, TCP or UDP, whole and without options,
+// (no VLAN, the port's own hardware and IP address, TCP or UDP, whole, no options,
 // not from port 67, not to a loopback address) and goes to an endpoint of the same
 // bridge, or to the bridge's own address. Everything else, and everything forged,
 // goes the way of the bridge as if the programs were not there, and meets the
@@ -19,6 +19,7 @@
 package shortcut
 
 import (
+	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
@@ -110,7 +111,7 @@ func (p *Path) Add(name string, port Port) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if old, ok := p.list[name]; ok && old.Index != port.Index {
+	if old, ok := p.list[name]; ok && (old.Index != port.Index || !bytes.Equal(old.macKey(), port.macKey())) {
 		if err := p.dropLocked(old); err != nil {
 			return err
 		}
