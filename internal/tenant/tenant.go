@@ -8,7 +8,8 @@
 // (engine.CreateOptions.Tenant). Networks and volumes are its own by a label; the
 // default bridge it sees without what others have there. Images are shared: it may
 // use, pull and push all, but names that it gives or takes away begin with the
-// machine's own, so that it can't put something under a name that others run.
+// machine's own (in any registry), so that it can't put something under a name that
+// others run.
 package tenant
 
 import (
@@ -63,10 +64,10 @@ func (s *Scope) ImageName(ref string) error {
 	if err != nil {
 		return errdefs.ErrInvalidArgument.WithMessage("invalid reference format: " + err.Error())
 	}
-	if strings.HasPrefix(reference.FamiliarName(n), s.name+"/") {
+	if strings.HasPrefix(reference.Path(n), s.name+"/") {
 		return nil
 	}
-	return s.denied("images are shared: names that are given or removed here begin with %s/, not %s", s.name, reference.FamiliarString(n))
+	return s.denied("images are shared: names that are given or removed here begin with %s/, in any registry, not %s", s.name, reference.FamiliarString(n))
 }
 
 // Kernel is the release of the machine's kernel; empty if it never ran.
