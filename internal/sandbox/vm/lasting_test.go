@@ -120,11 +120,11 @@ func newHost(t *testing.T) *host {
 	return h
 }
 
-func (h *host) start(containers ...string) {
+func (h *host) start(memory int64, containers ...string) {
 	h.t.Helper()
 	begin := time.Now()
 	m, err := h.v.Create(limited(h.t), sandbox.MachineRequest{
-		ID: "lasts", Hostname: "team-a", Memory: 256 << 20, CPUs: 1,
+		ID: "lasts", Hostname: "team-a", Memory: memory, CPUs: 1,
 		Lasting: &sandbox.Lasting{
 			Name: "team-a", Data: filepath.Join(h.dir, "data"), DataSize: 256 << 20,
 			KernelLog: filepath.Join(h.dir, "kernel.log"), Containers: containers,
@@ -257,7 +257,7 @@ func TestLasting(t *testing.T) {
 	if a, err := h.v.Prepare(limited(t)); err != nil || a.Accel != "tcg" || a.Kernel == "" {
 		t.Fatalf("%+v, %v", a, err)
 	}
-	h.start()
+	h.start(512 << 20)
 	if h.m.Isolation() != "machine=team-a" || !h.m.Lasting() || h.m.Facts().CPUs != 1 {
 		t.Errorf("%s, %+v", h.m.Isolation(), h.m.Facts())
 	}
@@ -353,10 +353,10 @@ func (h *host) together(t *testing.T) {
 
 // sizes has the machine grow.
 func (h *host) sizes(t *testing.T) {
-	if err := h.m.Resize(limited(t), 384<<20, 2); err != nil {
+	if err := h.m.Resize(limited(t), 640<<20, 2); err != nil {
 		t.Fatal(err)
 	}
-	if f := h.m.Facts(); f.Memory != 384<<20 || f.CPUs != 2 || f.CPUSet != "0-1" {
+	if f := h.m.Facts(); f.Memory != 640<<20 || f.CPUs != 2 || f.CPUSet != "0-1" {
 		t.Errorf("%+v", f)
 	}
 	if _, out := h.run("ccc", "grep -c ^processor /proc/cpuinfo"); out != "2\n" {
@@ -375,7 +375,7 @@ func (h *host) sizes(t *testing.T) {
 		t.Errorf("a smaller disk: %v", err)
 	}
 	u, err := h.m.Usage(limited(t))
-	if err != nil || u.DiskSize < 400<<20 || u.MemoryTotal < 320<<20 || u.CPU <= 0 || u.HostPrivate < 32<<20 || u.DiskOnHost <= 0 {
+	if err != nil || u.DiskSize < 400<<20 || u.MemoryTotal < 540<<20 || u.CPU <= 0 || u.HostPrivate < 32<<20 || u.DiskOnHost <= 0 {
 		t.Errorf("%+v, %v", u, err)
 	}
 	// What is deleted goes back to the host.
@@ -419,7 +419,7 @@ func (h *host) daemon(t *testing.T) {
 		t.Fatalf("%v, %v", list, err)
 	}
 	h.m = list[0]
-	if h.m.Isolation() != "machine=team-a" || len(h.m.Taps("stays")) != 1 || h.m.Facts().CPUs != 2 || h.m.Facts().Memory != 384<<20 {
+	if h.m.Isolation() != "machine=team-a" || len(h.m.Taps("stays")) != 1 || h.m.Facts().CPUs != 2 || h.m.Facts().Memory != 640<<20 {
 		t.Errorf("%s, %v, %+v", h.m.Isolation(), h.m.Taps("stays"), h.m.Facts())
 	}
 	r := h.m.Root("stays", true)
@@ -447,7 +447,10 @@ func (h *host) restart(t *testing.T) {
 	if err := h.m.Remove(limited(t)); err != nil {
 		t.Fatal(err)
 	}
-	h.start("bbb")
+	h.start(256<<20, "bbb") // less than what others are copied from
+	if h.m.Proof().Origin != "boot" {
+		t.Errorf("its origin: %s", h.m.Proof().Origin)
+	}
 	if _, out := h.run("bbb", "cat /mine", func(x *sandbox.MachineHandover, _ *specs.Spec) { x.Disks.Image = h.images[1] }); out != "b\n" {
 		t.Errorf("%q", out)
 	}

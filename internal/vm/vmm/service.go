@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -87,6 +88,9 @@ func (s *Service) Create(ctx context.Context, r *vmv1.CreateRequest) (_ *vmv1.Cr
 		return nil, fmt.Errorf("virtual machine %s: kernel log %q: %w", r.Id, r.KernelLog, errdefs.ErrInvalidArgument)
 	}
 	var v *machine
+	if err := m.lasting(ctx, r); err != nil {
+		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
+	}
 	if r.Cold {
 		v, err = m.boot(ctx, r)
 	} else {
@@ -148,6 +152,24 @@ func (m *Manager) clone(ctx context.Context) (*machine, error) {
 	}
 	v.origin = fromClone
 	return v, nil
+}
+
+// lasting has a machine that lasts boot if it is to have less than a clone: what a
+// guest was born with it can take again.
+func (m *Manager) lasting(ctx context.Context, r *vmv1.CreateRequest) error {
+	if !r.Lasting || r.Cold {
+		return nil
+	}
+	p, err := m.findPlatform(ctx)
+	if err != nil {
+		return err
+	}
+	h := p.hardware
+	if r.Memory > 0 && r.Memory < h.Memory || r.Cpus > 0 && int(r.Cpus) < h.CPUs {
+		r.Cold, r.Nics, r.Memory, r.Cpus = true, uint32(h.NICs), cmp.Or(r.Memory, h.Memory), cmp.Or(r.Cpus, uint32(h.CPUs))
+		r.MaxMemory, r.MaxCpus = h.MaxMemory, uint32(h.MaxCPUs)
+	}
+	return nil
 }
 
 // boot makes a machine of the size asked for.
