@@ -25,6 +25,9 @@ type Bench struct {
 	broken map[string]error
 }
 
+// kinds are what --peers chooses from.
+var kinds = []string{"tenon", "docker", "podman", "containerd", "crun", "runc", "gvisor", "floor"}
+
 type subBench struct {
 	name, about string
 	run         func(*Bench) error
@@ -72,7 +75,7 @@ func bench() error {
 	var (
 		n     = flag.Int("n", 20, "measured runs of each case")
 		quick = flag.Bool("quick", false, "5 runs of each case")
-		only  = flag.String("peers", "", "comma-separated kinds to measure (tenon, docker, podman, containerd, crun, runc, gvisor, floor); default all")
+		only  = flag.String("peers", "", "comma-separated kinds to measure ("+strings.Join(kinds, ", ")+"); default all")
 		cache = flag.String("cache", envOr("TENON_CACHE", "/var/cache/tenon-test"), "where peers were installed")
 		bin   = flag.String("bin", "bin", "where Tenon's binaries are")
 	)
@@ -99,6 +102,11 @@ func bench() error {
 	}
 	if *only != "" {
 		b.only = strings.Split(*only, ",")
+		for _, kind := range b.only {
+			if !slices.Contains(kinds, kind) {
+				return fmt.Errorf("--peers %s: use %s", kind, strings.Join(kinds, ", "))
+			}
+		}
 	}
 	defer b.close()
 	interrupted := make(chan os.Signal, 1)
@@ -152,6 +160,14 @@ func inside(args []string) error {
 		return err
 	}
 	defer e.Close()
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		<-interrupted
+		e.Close()
+		_ = os.RemoveAll(data) // nothing more can be done about it
+		os.Exit(130)
+	}()
 	for _, name := range args[:len(args)-1] {
 		for _, en := range engines {
 			if en.Kind == name {
