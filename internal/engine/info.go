@@ -215,7 +215,7 @@ func (e *Engine) stopForShutdown(ctx context.Context, c *ctr, o StopOptions) err
 	c.mu.Lock()
 	rn := c.run
 	c.mu.Unlock()
-	if rn != nil {
+	if rn != nil && (err == nil || errors.Is(err, ErrNotModified)) {
 		waitFor(ctx, rn.done, cleanTime)
 	}
 	return err
