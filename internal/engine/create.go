@@ -17,6 +17,7 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 )
@@ -227,6 +228,11 @@ func (e *Engine) register(c *ctr) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	r := c.record()
+	if name := machine.Named(r.Isolation); name != "" { // it may have gone since it was looked at
+		if m := e.machs[name]; m == nil || m.record().State() == machine.Removing {
+			return conflict("machine %s is being removed; nothing was started", name)
+		}
+	}
 	if err := e.takeIDsLocked(r); err != nil {
 		return err
 	}

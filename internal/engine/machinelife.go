@@ -22,6 +22,11 @@ import (
 // first of all waits for the template.
 const bootTime = 5 * time.Minute
 
+// guestsTime is how long the containers of a machine that is stopped may take
+// together, whatever they have as their own stop time: a tenant may have asked for any.
+// Who stops it can say another.
+const guestsTime = 2 * time.Minute
+
 // MachineStart starts a machine, and then the containers on it that their
 // policies want. ErrNotModified if it runs.
 func (e *Engine) MachineStart(ctx context.Context, ref string) error {
@@ -179,6 +184,13 @@ func (e *Engine) stopMachLocked(ctx context.Context, m *mach, o StopOptions) err
 	if err := failpoint("machine-stopping"); err != nil {
 		return err
 	}
+	end := time.Now().Add(guestsTime)
+	sctx := ctx
+	if o.Timeout == nil { // what has not ended then ends with the machine
+		var cancel context.CancelFunc
+		sctx, cancel = context.WithDeadline(ctx, end.Add(2*killTime))
+		defer cancel()
+	}
 	slots := make(chan struct{}, shutdownParallel)
 	var wg sync.WaitGroup
 	for _, c := range e.containersOf(m) {
@@ -186,7 +198,12 @@ func (e *Engine) stopMachLocked(ctx context.Context, m *mach, o StopOptions) err
 		wg.Go(func() {
 			defer func() { <-slots }()
 			e.restNow(c)
-			if err := e.stopForShutdown(ctx, c, o); err != nil && !errors.Is(err, ErrNotModified) {
+			own := o
+			if d := e.stopTimeout(c.record(), o); o.Timeout == nil && (d < 0 || d > time.Until(end)) {
+				secs := max(0, int(time.Until(end)/time.Second))
+				own.Timeout = &secs
+			}
+			if err := e.stopForShutdown(sctx, c, own); err != nil && !errors.Is(err, ErrNotModified) {
 				e.log.Warn("container does not end before its machine", "container", c.id, "machine", m.record().Name, "err", err)
 			}
 		})

@@ -247,6 +247,9 @@ func (e *Engine) MachineCreate(ctx context.Context, r *machine.Record, start boo
 		if st, err := os.Stat(s.Path); err != nil || !st.IsDir() {
 			return Machine{}, invalid("share %s: it is no directory of the host", s.Path)
 		}
+		if real, err := filepath.EvalSymlinks(s.Path); err != nil || real != s.Path { // links can be changed, by another's tenants, too
+			return Machine{}, invalid("share %s: a symbolic link is on the way to it; give %s", s.Path, real)
+		}
 	}
 	if _, err := e.machines(ctx); err != nil {
 		return Machine{}, err

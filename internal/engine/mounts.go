@@ -329,13 +329,13 @@ func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, tenant
 		if err != nil {
 			return err
 		}
+		if tenant != "" && v.Labels[MachineLabel] != tenant { // made by others since it was looked at
+			return Denied(tenant, "the volume %s belongs to others", v.Name)
+		}
 		if !existed {
 			name := v.Name
 			u.add("volume "+name, func(ctx context.Context) error { return e.cfg.Volumes.Remove(ctx, name) })
 			e.emitVolume(v.Name, events.ActionCreate, map[string]string{"driver": "local"})
-		}
-		if tenant != "" && v.Labels[MachineLabel] != tenant { // made by others since it was looked at
-			return Denied(tenant, "the volume %s belongs to others", v.Name)
 		}
 		m.Name, m.Driver, m.Source = v.Name, "local", e.cfg.Volumes.Path(v.Name)
 	}

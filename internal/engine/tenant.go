@@ -182,16 +182,19 @@ func (e *Engine) checkTenantMount(m *machine.Record, x *container.Mount) error {
 // openWithin opens what a tenant mounts of a share: no link is followed on the way,
 // since tenants can make some there.
 func openWithin(share, source string) (*os.File, error) {
-	root, err := os.OpenFile(share, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	// The share may lie in one of another machine.
+	top, err := unix.Openat2(unix.AT_FDCWD, share, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
+	})
 	if err != nil {
-		return nil, fmt.Errorf("share: %w", err)
+		return nil, &os.PathError{Op: "open the share, without links,", Path: share, Err: err}
 	}
-	defer root.Close()
+	defer unix.Close(top)
 	rel, err := filepath.Rel(share, source)
 	if err != nil || !filepath.IsLocal(rel) {
 		return nil, invalid("%s is not below the share %s", source, share)
 	}
-	fd, err := unix.Openat2(int(root.Fd()), rel, &unix.OpenHow{
+	fd, err := unix.Openat2(top, rel, &unix.OpenHow{
 		Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
 	})
 	if err != nil {
