@@ -447,13 +447,14 @@ func (m *machine) Keep(ctx context.Context, ids []string) error {
 
 // Resize gives the machine another size.
 func (m *machine) Resize(ctx context.Context, memory int64, cpus int) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	m.resizing.Lock()
+	defer m.resizing.Unlock()
+	f := m.Facts()
 	switch {
 	case m.lasting == nil:
 		return errOnlyLasting
-	case cpus > 0 && cpus < m.facts.CPUs:
-		return fmt.Errorf("%d processors: the machine has %d, and can't lose any while it runs: %w", cpus, m.facts.CPUs, errdefs.ErrInvalidArgument)
+	case cpus > 0 && cpus < f.CPUs:
+		return fmt.Errorf("%d processors: the machine has %d, and can't lose any while it runs: %w", cpus, f.CPUs, errdefs.ErrInvalidArgument)
 	case memory < 0 || cpus > math.MaxInt32:
 		return fmt.Errorf("%d bytes, %d processors: %w", memory, cpus, errdefs.ErrInvalidArgument)
 	}

@@ -29,6 +29,8 @@ type machine struct {
 	ended chan struct{}
 	once  sync.Once
 
+	resizing sync.Mutex // held while its size is changed, which the guest has a say in; taken before mu
+
 	mu     sync.Mutex
 	reason string
 	nics   []*vmv1.NIC
@@ -210,13 +212,14 @@ func (m *machine) PowerOff(ctx context.Context) error {
 
 // Grow plugs in memory and processors.
 func (m *machine) Grow(ctx context.Context, memory int64, cpus int) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	m.resizing.Lock()
+	defer m.resizing.Unlock()
+	f := m.Facts()
 	req := &vmv1.ResizeRequest{Id: m.about.Id}
-	if memory > 0 && memory+guestMemory > m.facts.Memory {
+	if memory > 0 && memory+guestMemory > f.Memory {
 		req.Memory = machineMemory(memory)
 	}
-	if most := max(int(m.about.MaxCpus), m.facts.CPUs); cpus > m.facts.CPUs && most > m.facts.CPUs {
+	if most := max(int(m.about.MaxCpus), f.CPUs); cpus > f.CPUs && most > f.CPUs {
 		req.Cpus = uint32(min(cpus, most))
 	}
 	if m.lasting != nil || req.Memory == 0 && req.Cpus == 0 { // one that lasts grows by Resize alone
@@ -225,6 +228,7 @@ func (m *machine) Grow(ctx context.Context, memory int64, cpus int) error {
 	return m.resizeLocked(ctx, req)
 }
 
+// resizeLocked is called with resizing held.
 func (m *machine) resizeLocked(ctx context.Context, req *vmv1.ResizeRequest) error {
 	c, err := m.v.connect(ctx, false)
 	if err != nil || c == nil {
@@ -234,6 +238,8 @@ func (m *machine) resizeLocked(ctx context.Context, req *vmv1.ResizeRequest) err
 	if err != nil {
 		return fmt.Errorf("another size of the virtual machine: %w", err)
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.facts.Memory, m.facts.CPUs = r.Memory, int(r.Cpus)
 	m.facts.CPUSet = cpuSet(m.facts.CPUs)
 	return nil
