@@ -151,6 +151,9 @@ func (e *Engine) sizes(ctx context.Context, c *ctr) (rw, root int64) {
 	return rw, rw + root
 }
 
+// sizeTime bounds the question how much a container on a machine has written.
+const sizeTime = 10 * time.Second
+
 // written is the size of a container's writable layer, bytes; 0 if it has none yet,
 // or if it is on a machine that does not run.
 func (e *Engine) written(ctx context.Context, c *ctr) int64 {
@@ -161,7 +164,7 @@ func (e *Engine) written(ctx context.Context, c *ctr) int64 {
 		if k == nil {
 			return 0
 		}
-		ctx, cancel := context.WithTimeout(ctx, usageTime)
+		ctx, cancel := context.WithTimeout(ctx, sizeTime)
 		defer cancel()
 		n, err = k.machine.Written(ctx, c.id)
 	} else {
