@@ -27,6 +27,7 @@ type mode struct {
 var modes = []mode{
 	{"process", "p", "--isolation process", nil, 4, false, false},
 	{"vm", "v", "--isolation vm", nil, 4, true, true},
+	{"machine", "m", "--isolation machine=matrix", []string{"machine", "create", "matrix"}, 4, true, true},
 }
 
 // wantedModes are all, or those that TENON_MODES names (with commas).

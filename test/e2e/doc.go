@@ -5,5 +5,5 @@
 //
 // The behaviours that must hold in every isolation mode are a table
 // (behaviours_*_test.go): a shell script over `docker`, and what it must print.
-// The same table is run once per mode.
+// The same table is run once per mode, and docs/conformance.md says what each does.
 package e2e
