@@ -33,8 +33,8 @@ func newPool(m *Manager) *pool {
 // up to mostQuiet.
 const (
 	poolQuiet   = 200 * time.Millisecond
-	quietFactor = 4
-	mostQuiet   = 3 * time.Second
+	quietFactor = 8 // a start is some seven times the handing over
+	mostQuiet   = 4 * time.Second
 )
 
 // poolRetry is the pause after a failure.
