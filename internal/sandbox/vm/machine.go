@@ -247,6 +247,13 @@ func (m *machine) resizeLocked(ctx context.Context, req *vmv1.ResizeRequest) err
 
 // Remove ends it and takes everything of it away.
 func (m *machine) Remove(ctx context.Context) error {
+	m.v.mu.Lock()
+	other := m.v.machines[m.about.Id]
+	m.v.mu.Unlock()
+	if other != nil && other != m { // its name has a new owner: it was removed before that was made
+		m.end("it was removed")
+		return nil
+	}
 	c, err := m.v.connect(ctx, false)
 	if err == nil && c != nil {
 		if _, err = c.client.Remove(ctx, &vmv1.RemoveRequest{Id: m.about.Id}); errdefs.IsNotFound(err) {

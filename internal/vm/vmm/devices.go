@@ -234,10 +234,17 @@ func (v *machine) addCPUs(ctx context.Context, n uint32) (uint32, error) {
 func (s *Service) GrowDisk(ctx context.Context, r *vmv1.GrowDiskRequest) (*vmv1.GrowDiskResponse, error) {
 	err := s.change(ctx, r.Id, func(ctx context.Context, v *machine) error {
 		v.mu.Lock()
-		there := v.disks[r.Serial]
+		there, d := v.disks[r.Serial], v.owned[r.Serial]
 		v.mu.Unlock()
-		if !there {
+		if !there || d == nil {
 			return fmt.Errorf("disk %s: %w", r.Serial, errdefs.ErrNotFound)
+		}
+		st, err := os.Stat(d.path)
+		if err != nil {
+			return err
+		}
+		if st.Size() >= r.Size { // QEMU would cut it
+			return nil
 		}
 		return v.proc.GrowDisk(ctx, r.Serial, r.Size)
 	})
