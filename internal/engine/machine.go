@@ -320,6 +320,12 @@ func (e *Engine) lastingHandover(r *container.Record, h *sandbox.MachineHandover
 	if h.SizeLimit, err = spec.DiskLimit(r.HostConfig); err != nil {
 		return err
 	}
+	hc := r.HostConfig
+	caps, err := spec.Capabilities(hc.CapAdd, hc.CapDrop, hc.Privileged, e.factsOf(r.Isolation).Capabilities)
+	if err != nil {
+		return err
+	}
+	h.NetAdmin = slices.Contains(caps, "CAP_NET_ADMIN")
 	if h.Log, err = e.logSettings(r); err != nil || h.Log == nil {
 		return err
 	}
