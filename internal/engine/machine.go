@@ -460,8 +460,8 @@ func (g *kernel) connect(ctx context.Context) (*task.Client, uint64, error) {
 	return client, seq, nil
 }
 
-// silentTime is how long a machine that runs may not answer before it is given
-// up.
+// silentTime is how long a machine may not answer what somebody waits for before
+// it is given up.
 const silentTime = 15 * time.Second
 
 // keeper is told what becomes of a machine.
@@ -498,9 +498,13 @@ func (e *Engine) watchMachine(k *kernel, client *task.Client, seq uint64, to kee
 	}
 }
 
+// reconnectTime bounds how long the shim of a machine that runs may refuse
+// connections. A guest that hangs tenon-vmm ends, after a time that is set.
+const reconnectTime = 10 * time.Minute
+
 // reconnectMachine connects again to the shim of a machine that runs.
 func (e *Engine) reconnectMachine(k *kernel, to keeper) (*task.Client, uint64, error) {
-	ctx, cancel := context.WithTimeout(e.ctx, silentTime)
+	ctx, cancel := context.WithTimeout(e.ctx, reconnectTime)
 	defer cancel()
 	for {
 		select { // a machine that has ended is known to have at once, or a moment later
@@ -524,7 +528,7 @@ func (e *Engine) reconnectMachine(k *kernel, to keeper) (*task.Client, uint64, e
 		}
 		if ctx.Err() != nil {
 			if !isClosed(k.machine.Ended()) {
-				err = fmt.Errorf("it did not answer for %v: %w", silentTime, err)
+				err = fmt.Errorf("it did not answer for %v: %w", reconnectTime, err)
 			}
 			return nil, 0, err
 		}

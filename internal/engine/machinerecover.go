@@ -35,11 +35,12 @@ func (e *Engine) findMachines(ctx context.Context) map[*ctr]*foundMachine {
 			machines[m.ID()] = m
 		}
 	}
+	answers := e.askMachines(ctx, machines)
 	out := map[*ctr]*foundMachine{}
 	for _, m := range e.allMachs() {
 		vm := machines[m.id]
 		delete(machines, m.id)
-		e.findGuests(ctx, m, vm, out)
+		e.findGuests(ctx, m, vm, answers[m.id], out)
 	}
 	for _, c := range e.all() {
 		if onHost(c.record()) || out[c] != nil {
@@ -47,8 +48,9 @@ func (e *Engine) findMachines(ctx context.Context) map[*ctr]*foundMachine {
 		}
 		f := &foundMachine{machine: machines[machineID(c.id)]}
 		delete(machines, machineID(c.id))
-		if f.machine != nil && !isClosed(f.machine.Ended()) {
-			e.findTask(ctx, c, f)
+		if a := answers[machineID(c.id)]; a != nil {
+			f.guest, f.client, f.seq, f.task = &guest{kernel: a.kernel}, a.client, a.seq, initTasks(a.procs)[c.id]
+			f.guest.root = f.machine.Root(c.id, e.hasLayers(ctx, c.record()))
 		}
 		f.verdict = decide(seen{record: c.record(), task: f.task, run: runOf(f.task)})
 		out[c] = f
@@ -67,23 +69,55 @@ func (e *Engine) findMachines(ctx context.Context) map[*ctr]*foundMachine {
 	return out
 }
 
-// findTask asks a machine's shim for the container.
-func (e *Engine) findTask(ctx context.Context, c *ctr, f *foundMachine) {
-	ctx, cancel := context.WithTimeout(ctx, silentTime)
+// answer is what a machine's shim has.
+type answer struct {
+	kernel *kernel // connected
+	client *task.Client
+	seq    uint64
+	procs  []*taskv1.Process
+}
+
+// findTime bounds how long a new daemon waits for machines that don't answer, all
+// of them together.
+const findTime = time.Minute
+
+// askMachines asks the shims of all that somebody has, at once; those that don't
+// answer are not in the result.
+func (e *Engine) askMachines(ctx context.Context, machines map[string]sandbox.Machine) map[string]*answer {
+	owned := map[string]bool{}
+	for _, m := range e.allMachs() {
+		owned[m.id] = true
+	}
+	for _, c := range e.all() {
+		owned[machineID(c.id)] = true
+	}
+	ctx, cancel := context.WithTimeout(ctx, findTime)
 	defer cancel()
-	g := e.newGuest(f.machine)
-	client, seq, err := g.connect(ctx)
-	var procs []*taskv1.Process
-	if err == nil {
-		procs, seq, err = client.List(ctx, "")
+	out := map[string]*answer{}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for id, m := range machines {
+		if !owned[id] || isClosed(m.Ended()) {
+			continue
+		}
+		wg.Go(func() {
+			a := &answer{kernel: e.newKernel(m)}
+			var err error
+			if a.client, a.seq, err = a.kernel.connect(ctx); err == nil {
+				a.procs, a.seq, err = a.client.List(ctx, "")
+			}
+			if err != nil {
+				e.log.Error("virtual machine does not answer", "machine", id, "err", err)
+				a.kernel.link.close()
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			out[id] = a
+		})
 	}
-	if err != nil {
-		e.log.Error("virtual machine does not answer", "container", c.id, "machine", f.machine.ID(), "err", err)
-		g.link.close()
-		return
-	}
-	f.guest, f.client, f.seq, f.task = g, client, seq, initTasks(procs)[c.id]
-	g.root = f.machine.Root(c.id, e.hasLayers(ctx, c.record()))
+	wg.Wait()
+	return out
 }
 
 // hasLayers says whether a container's root has a disk for its image.

@@ -12,30 +12,16 @@ import (
 )
 
 // findGuests judges the containers of a machine that lasts. vm is what an earlier
-// engine left of it; nil: it does not run.
-func (e *Engine) findGuests(ctx context.Context, m *mach, vm sandbox.Machine, out map[*ctr]*foundMachine) {
+// engine left of it; nil: it does not run; a is nil if it does not answer.
+func (e *Engine) findGuests(ctx context.Context, m *mach, vm sandbox.Machine, a *answer, out map[*ctr]*foundMachine) {
 	var k *kernel
 	var client *task.Client
 	var seq uint64
 	tasks := map[string]*taskv1.Process{}
-	if vm != nil && !isClosed(vm.Ended()) {
-		cctx, cancel := context.WithTimeout(ctx, silentTime)
-		k = e.newKernel(vm)
-		var procs []*taskv1.Process
-		var err error
-		if client, _, err = k.connect(cctx); err == nil {
-			procs, seq, err = client.List(cctx, "")
-		}
-		cancel()
-		if err != nil {
-			e.log.Error("machine does not answer", "machine", m.record().Name, "err", err)
-			k.link.close()
-			k = nil
-		} else {
-			tasks = initTasks(procs)
-			m.setKernel(k)
-			e.dropTasks(ctx, client, tasks)
-		}
+	if a != nil {
+		k, client, seq, tasks = a.kernel, a.client, a.seq, initTasks(a.procs)
+		m.setKernel(k)
+		e.dropTasks(ctx, client, tasks)
 	}
 	for _, c := range e.containersOf(m) {
 		f := &foundMachine{machine: vm, client: client, seq: seq, task: tasks[c.id]}
