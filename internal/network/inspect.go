@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -91,13 +92,23 @@ func (f Filters) match(n *netw) (bool, error) {
 		}
 	}
 	dangling := len(n.eps) == 0 && !predefined(n.rec.Name)
-	return any("name", func(v string) bool { return strings.Contains(n.rec.Name, v) }) &&
-		any("id", func(v string) bool { return strings.HasPrefix(n.rec.ID, v) }) &&
+	return any("name", func(v string) bool { return matches(v, n.rec.Name) }) &&
+		any("id", func(v string) bool { return matches(v, n.rec.ID) }) &&
 		any("driver", func(v string) bool { return n.rec.Driver == v }) &&
 		any("scope", func(v string) bool { return v == "local" }) &&
 		any("type", func(v string) bool { return (v == "builtin") == predefined(n.rec.Name) }) &&
 		any("dangling", func(v string) bool { return (v == "true" || v == "1") == dangling }) &&
 		f.labels(n.rec.Labels), nil
+}
+
+// matches holds if what is wanted is contained, or matches as a regular expression,
+// as Docker has it.
+func matches(want, have string) bool {
+	if strings.Contains(have, want) {
+		return true
+	}
+	re, err := regexp.Compile(want)
+	return err == nil && re.MatchString(have)
 }
 
 func (f Filters) labels(have map[string]string) bool {

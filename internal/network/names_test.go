@@ -186,3 +186,16 @@ func TestRootDNSProcessIsNobody(t *testing.T) {
 		}
 	}
 }
+
+func TestFilterByName(t *testing.T) {
+	for _, c := range []struct {
+		want, have string
+		ok         bool
+	}{
+		{"web", "web-front", true}, {"^web", "web", true}, {"^front", "web-front", false}, {"front$", "web-front", true}, {"a(", "a(b", true}, {"a(", "b", false},
+	} {
+		if got := matches(c.want, c.have); got != c.ok {
+			t.Errorf("name=%s of %s: %v", c.want, c.have, got)
+		}
+	}
+}

@@ -168,7 +168,18 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		args = append(args, "--console-socket", sock)
 	}
 	cmd := command(e.global(logFile, append(args, rest...)))
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = file(p.io.in), file(p.io.out), file(p.io.err)
+	in := p.io.in
+	if in == nil {
+		// Not /dev/null: crun gives its standard input to the container's user, and
+		// that would be the host's node.
+		var end *os.File
+		if in, end, err = os.Pipe(); err != nil {
+			return 0, err
+		}
+		end.Close()
+		defer in.Close()
+	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, file(p.io.out), file(p.io.err)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("runtime: %w", err)

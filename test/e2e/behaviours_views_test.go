@@ -71,6 +71,7 @@ var kernelFacts = []struct{ scene, field, what, with, why string }{
 	{"", `path\./proc/self/exe`, ` write=.*`, "", "busy, or on a read-only file system"},
 	{"", `ns\..*`, `\[\d+\]`, "[N]", "numbers of namespaces"},
 	{"privileged.*", otherDevices, `.*`, "", "which devices the machine has"},
+	{"privileged.*", `dev/\w+`, ` \d+:\d+ `, " ", "whose the host's nodes are: some runtimes give them to who reads from them"},
 	{"", `cgroup\..*`, `.*`, "", "v1 has a group in each hierarchy"},
 	{"", `(memory|processes|processors) limit`, `^(max.*|-1|\d{11,}|ENOENT)$`, "", "no limit: v1 has big numbers, or no file"},
 	{"", `processors limit`, ` 100000$`, "", "v2 has the period in the same file"},

@@ -33,4 +33,7 @@ func init() {
 }
 
 // facts are what a row's output has of the kernel or of chance.
-var facts = map[string]string{}
+var facts = map[string]string{
+	"logs --timestamps":           `\d{4}-\S+Z`,
+	"inspect shows the isolation": `.*`,
+}

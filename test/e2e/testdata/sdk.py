@@ -179,7 +179,7 @@ for n in range(5):
     s = c.api.attach_socket(q, params={'stdout': 1, 'stream': 1})
     c.api.start(q)
     if n == 4:
-        while c.containers.list(all=True, filters={'id': q}):
+        while c.containers.list(all=True, filters={'id': q}, ignore_removed=True):
             time.sleep(0.01)
     assert c.api.wait(q, timeout=30)['StatusCode'] == 5
     s._sock.setblocking(False)
