@@ -2,6 +2,7 @@ package shim
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -168,18 +169,20 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 		args = append(args, "--console-socket", sock)
 	}
 	cmd := command(e.global(logFile, append(args, rest...)))
-	in := p.io.in
-	if in == nil {
-		// Not /dev/null: crun gives its standard input to the container's user, and
-		// that would be the host's node.
-		var end *os.File
-		if in, end, err = os.Pipe(); err != nil {
-			return 0, err
-		}
-		end.Close()
-		defer in.Close()
+	// What is not there is not /dev/null: crun gives its standard streams to the
+	// container's user, and that would be the host's node.
+	in, none, err := os.Pipe()
+	if err != nil {
+		return 0, err
 	}
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = in, file(p.io.out), file(p.io.err)
+	none.Close()
+	defer in.Close()
+	sink, err := os.Create(filepath.Join(dir, "output"))
+	if err != nil {
+		return 0, err
+	}
+	defer sink.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = cmp.Or(p.io.in, in), cmp.Or(p.io.out, sink), cmp.Or(p.io.err, sink)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("runtime: %w", err)
@@ -232,17 +235,6 @@ func (e *external) mixedGroup(c *container) string {
 		return ""
 	}
 	return c.group.V2()
-}
-
-// file makes a nil *os.File a nil interface, which exec takes for /dev/null.
-func file(f *os.File) interface {
-	Read([]byte) (int, error)
-	Write([]byte) (int, error)
-} {
-	if f == nil {
-		return nil
-	}
-	return f
 }
 
 func (e *external) global(logFile string, args []string) []string {
