@@ -13,9 +13,11 @@ import (
 
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/mount"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/machine"
+	"tenon.dev/tenon/internal/safepath"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/volume"
 )
@@ -397,33 +399,32 @@ func (e *Engine) specMount(m *container.Mount) (spec.Mount, error) {
 		}
 		s.Type, s.Source, s.Options = v.Type, v.Source, v.Options
 		if m.SubPath != "" {
-			if s.Source, err = subPath(s, m); err != nil {
+			if s.Type != "bind" {
+				return s, invalid("volume %s: subpaths work for directories only", m.Name)
+			}
+			// Whoever mounts looks it up again: this is for the error's sake.
+			f, err := openSubPath(m, s.Source)
+			if err != nil {
 				return s, err
 			}
+			f.Close()
+			s.Beneath = m.SubPath
 		}
 	}
 	return s, nil
 }
 
-// subPath finds a directory inside a volume without following links out of it.
-func subPath(s spec.Mount, m *container.Mount) (string, error) {
-	if s.Type != "bind" {
-		return "", invalid("volume %s: subpaths work for directories only", m.Name)
-	}
-	root, err := os.OpenRoot(s.Source)
+// openSubPath opens (O_PATH) what a mount names in its volume, whose files are at
+// source; links lead nowhere out of it.
+func openSubPath(m *container.Mount, source string) (*os.File, error) {
+	root, err := os.OpenFile(source, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", fmt.Errorf("volume %s: %w", m.Name, err)
+		return nil, fmt.Errorf("volume %s: %w", m.Name, err)
 	}
 	defer root.Close()
-	f, err := root.Open(m.SubPath)
+	f, err := safepath.OpenBeneath(root, m.SubPath, unix.O_PATH, 0)
 	if err != nil {
-		return "", invalid("cannot access path %s in volume %s: %v", m.SubPath, m.Name, err)
+		return nil, invalid("cannot access path %s in volume %s: %v", m.SubPath, m.Name, err)
 	}
-	defer f.Close()
-	// The descriptor's own path: every link on the way has been resolved inside.
-	real, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
-	if err != nil {
-		return "", fmt.Errorf("volume %s: %w", m.Name, err)
-	}
-	return real, nil
+	return f, nil
 }

@@ -558,6 +558,9 @@ func (e *Engine) rootMessage(r *container.Record, root *rootfs.Root, mounts []sp
 		if x.ReadOnly {
 			o = append(o[:len(o):len(o)], "ro")
 		}
+		if x.Beneath != "" {
+			o = append(o[:len(o):len(o)], spec.BeneathOption+x.Beneath)
+		}
 		m.Volumes = append(m.Volumes, &taskv1.Mount{Type: x.Type, Source: x.Source, Target: x.Destination, Options: o})
 	}
 	return m

@@ -14,7 +14,6 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/machine"
-	"tenon.dev/tenon/internal/safepath"
 	"tenon.dev/tenon/internal/spec"
 )
 
@@ -222,7 +221,7 @@ func (e *Engine) holdMounts(r *container.Record, mounts []spec.Mount) (release f
 		case m.Within != "":
 			f, err = openWithin(m.Within, m.Source)
 		case m.Type == mount.TypeVolume && m.SubPath != "":
-			f, err = e.openSubPath(m)
+			f, err = openSubPath(m, mounts[i].Source)
 		default:
 			continue
 		}
@@ -236,25 +235,7 @@ func (e *Engine) holdMounts(r *container.Record, mounts []spec.Mount) (release f
 			release()
 			return nil, invalid("mount at %s: its source is neither a directory nor a file", m.Destination)
 		}
-		mounts[i].Source = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())
+		mounts[i].Source, mounts[i].Beneath = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()), ""
 	}
 	return release, nil
-}
-
-// openSubPath opens a path in a volume, links resolved inside of it.
-func (e *Engine) openSubPath(m *container.Mount) (*os.File, error) {
-	v, err := e.cfg.Volumes.Mount(m.Name)
-	if err != nil {
-		return nil, err
-	}
-	root, err := os.OpenFile(v.Source, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("volume %s: %w", m.Name, err)
-	}
-	defer root.Close()
-	f, err := safepath.Open(root, m.SubPath, unix.O_PATH, 0)
-	if err != nil {
-		return nil, invalid("cannot access path %s in volume %s: %v", m.SubPath, m.Name, err)
-	}
-	return f, nil
 }

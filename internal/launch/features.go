@@ -11,7 +11,7 @@ func Capabilities() []string { return slices.Clone(capNames) }
 // MountOptions are the mount options that are understood, sorted; others are
 // data for the file system.
 func MountOptions() []string {
-	list := []string{"bind", "dest-nofollow", "idmap", "rbind", "remount", "ridmap", "src-nofollow", "tmpcopyup"}
+	list := []string{"bind", "dest-nofollow", "idmap", "rbind", "remount", "ridmap", "src-beneath", "src-nofollow", "tmpcopyup"}
 	list = slices.AppendSeq(list, maps.Keys(optionFlags))
 	list = slices.AppendSeq(list, maps.Keys(recursiveFlags))
 	list = slices.AppendSeq(list, maps.Keys(propagations))

@@ -145,6 +145,9 @@ func (c *compiler) mountAt(typ, source, dest string, o mountOptions, m *specs.Mo
 	if o.srcNoFollow {
 		return fmt.Errorf("option src-nofollow: only for a bind")
 	}
+	if o.srcBeneath != "" {
+		return fmt.Errorf("option src-beneath: only for a bind")
+	}
 	if m != nil && (len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0) {
 		return fmt.Errorf("uidMappings: only for a bind")
 	}
@@ -297,7 +300,7 @@ func (c *compiler) bind(source, dest string, o mountOptions, m *specs.Mount) err
 		kind = "rbind"
 	}
 	t := c.builder.slot()
-	c.step(kind+" "+c.abs(source)+" → "+dest, o.describe())
+	c.step(kind+" "+path.Join(c.abs(source), o.srcBeneath)+" → "+dest, o.describe())
 	tree, opened := c.sources[m]
 	if !opened { // of Options.Rootfs
 		tree = c.builder.slot()

@@ -2,6 +2,7 @@ package launch
 
 import (
 	"fmt"
+	"path/filepath"
 	"sort"
 	"strings"
 
@@ -21,6 +22,7 @@ type mountOptions struct {
 	copyUp        bool
 	idmap, ridmap bool
 	srcNoFollow   bool
+	srcBeneath    string // what of the source is mounted
 	destNoFollow  bool
 	remount       bool
 }
@@ -159,6 +161,13 @@ func parseOptions(options []string) (o mountOptions, err error) {
 		default:
 			if strings.IndexByte(s, 0) >= 0 {
 				return o, fmt.Errorf("option %q has a zero byte", s)
+			}
+			if p, ok := strings.CutPrefix(s, "src-beneath="); ok {
+				if !filepath.IsLocal(p) {
+					return o, fmt.Errorf("option %q: not a path below the source", s)
+				}
+				o.srcBeneath = p
+				continue
 			}
 			o.data = append(o.data, s)
 		}

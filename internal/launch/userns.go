@@ -126,7 +126,7 @@ func (c *compiler) openSource(i int) error {
 		return nil
 	}
 	tree := c.builder.slot()
-	c.step("open " + c.abs(m.Source))
+	c.step("open " + path.Join(c.abs(m.Source), o.srcBeneath))
 	if err := c.sourceTree(tree, m, o); err != nil {
 		return err
 	}
@@ -203,7 +203,11 @@ func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	if o.srcNoFollow {
 		flags |= unix.AT_SYMLINK_NOFOLLOW
 	}
-	c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(c.abs(m.Source)), num(flags)).out(tree)
+	if o.srcBeneath == "" {
+		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(c.abs(m.Source)), num(flags)).out(tree)
+	} else {
+		c.beneathTree(tree, c.abs(m.Source), o.srcBeneath, flags)
+	}
 	uids, gids := m.UIDMappings, m.GIDMappings
 	if len(uids) == 0 && len(gids) == 0 {
 		if !o.idmap {
@@ -219,6 +223,28 @@ func (c *compiler) sourceTree(tree slot, m *specs.Mount, o mountOptions) error {
 	}
 	c.idmapTree(tree, c.idmapNS(m), o.ridmap)
 	return nil
+}
+
+// beneathTree clones what sub is in the directory source: others may exchange it
+// at any time, so it is looked up once and never out of source.
+func (c *compiler) beneathTree(tree slot, source, sub string, flags uint64) {
+	top, found := c.builder.slot(), c.builder.slot()
+	c.call(unix.SYS_OPENAT, fdcwd, c.str(source), num(pathFlags|unix.O_DIRECTORY), num(0)).out(top)
+	var resolve uint64 = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS
+	if flags&unix.AT_SYMLINK_NOFOLLOW != 0 {
+		resolve |= unix.RESOLVE_NO_SYMLINKS
+	}
+	done := c.label()
+	for range 8 { // EAGAIN: something was renamed while a link led upwards
+		again := c.label()
+		c.open(top, sub, pathFlags, resolve).out(found).on(unix.EAGAIN, again).to(done)
+		c.mark(again)
+	}
+	c.open(top, sub, pathFlags, resolve).out(found)
+	c.mark(done)
+	c.call(unix.SYS_OPEN_TREE, found.arg(), c.str(""), num(flags|unix.AT_EMPTY_PATH)).out(tree)
+	c.call(unix.SYS_CLOSE, found.arg())
+	c.call(unix.SYS_CLOSE, top.arg())
 }
 
 // idmapTree maps the ids of a detached mount by the user namespace ns.

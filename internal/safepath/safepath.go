@@ -52,6 +52,16 @@ func Open(root *os.File, name string, flags int, mode os.FileMode) (*os.File, er
 	return os.NewFile(uintptr(fd), path.Join(root.Name(), name)), nil
 }
 
+// OpenBeneath is Open for paths that must not lead outside: where Open would stay
+// inside (an absolute link, ".." at the top) it is an error.
+func OpenBeneath(root *os.File, name string, flags int, mode os.FileMode) (*os.File, error) {
+	fd, err := openat2(root, name, flags, uint32(mode.Perm()), unix.RESOLVE_BENEATH|unix.RESOLVE_NO_MAGICLINKS)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), path.Join(root.Name(), name)), nil
+}
+
 // OpenParent opens the directory that holds name and gives the last component,
 // which is not looked up: for making, removing and renaming.
 func OpenParent(root *os.File, name string) (dir *os.File, base string, err error) {

@@ -7,11 +7,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"tenon.dev/tenon/internal/launch"
 	"tenon.dev/tenon/internal/shim/files"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
@@ -44,7 +46,7 @@ func Bundle(args []string) error {
 		}
 	}
 	hide := mixedCgroups()
-	if hide || len(m.Mounts) > 0 {
+	if hide || len(m.Mounts)+len(m.Sources) > 0 {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return os.NewSyscallError("unshare", err)
 		}
@@ -54,8 +56,8 @@ func Bundle(args []string) error {
 			return err
 		}
 	}
-	if len(m.Mounts) > 0 {
-		if err := mountBundle(m.Dir, m.Mounts); err != nil {
+	if len(m.Mounts)+len(m.Sources) > 0 {
+		if err := mountBundle(m); err != nil {
 			return err
 		}
 	}
@@ -88,7 +90,29 @@ func hideMount(path string) error {
 	return nil
 }
 
-func mountBundle(dir string, mounts []launch.Mount) error {
+// bundleSources has the mounts of which only a part of the source is bound bind a
+// place below dir, where Bundle mounts that part.
+func bundleSources(dir string, mounts []specs.Mount) ([]specs.Mount, []BundleSource, error) {
+	var sources []BundleSource
+	mounts = slices.Clone(mounts)
+	for i := range mounts {
+		m := &mounts[i]
+		at := slices.IndexFunc(m.Options, func(o string) bool { return strings.HasPrefix(o, files.BeneathOption) })
+		if at < 0 {
+			continue
+		}
+		s := BundleSource{Dir: m.Source, Beneath: m.Options[at][len(files.BeneathOption):], Target: filepath.Join(dir, "sources", strconv.Itoa(i))}
+		if err := os.MkdirAll(filepath.Dir(s.Target), 0o700); err != nil {
+			return nil, nil, err
+		}
+		m.Source, m.Options = s.Target, slices.Delete(slices.Clone(m.Options), at, at+1)
+		sources = append(sources, s)
+	}
+	return mounts, sources, nil
+}
+
+func mountBundle(b BundleMounts) error {
+	dir := b.Dir
 	// Only the mount that we mount on stops passing mounts on to the machine;
 	// shared volumes stay shared.
 	on, err := mountOf(dir)
@@ -98,9 +122,14 @@ func mountBundle(dir string, mounts []launch.Mount) error {
 	if err := unix.Mount("", on, "", unix.MS_SLAVE, ""); err != nil {
 		return &os.PathError{Op: "make slave", Path: on, Err: err}
 	}
-	for _, m := range mounts {
+	for _, m := range b.Mounts {
 		err := files.Mount(&taskv1.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options}, filepath.Join(dir, m.Target))
 		if err != nil {
+			return err
+		}
+	}
+	for _, s := range b.Sources {
+		if err := files.BindBeneath(s.Dir, s.Beneath, s.Target); err != nil {
 			return err
 		}
 	}

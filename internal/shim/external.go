@@ -79,11 +79,15 @@ func (e *external) create(c *container, p *process, r createRequest) (_ child, e
 		spec.Root = &root
 	}
 	spec.Linux = forLibseccomp(spec.Linux)
+	var sources []BundleSource
+	if spec.Mounts, sources, err = bundleSources(e.dir, spec.Mounts); err != nil {
+		return nil, err
+	}
 	if err := writeJSON(filepath.Join(e.dir, "config.json"), &spec); err != nil {
 		return nil, err
 	}
 	mounts := filepath.Join(e.dir, "mounts.json")
-	if err := writeJSON(mounts, BundleMounts{Dir: filepath.Join(e.dir, "rootfs"), Mounts: r.rootfs}); err != nil {
+	if err := writeJSON(mounts, BundleMounts{Dir: filepath.Join(e.dir, "rootfs"), Mounts: r.rootfs, Sources: sources}); err != nil {
 		return nil, err
 	}
 	pid, err := e.spawn(p, "create", []string{"create", "--bundle", e.dir}, []string{c.id}, func(args []string) *exec.Cmd {

@@ -2,6 +2,7 @@ package shim_test
 
 import (
 	"bytes"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -45,6 +46,21 @@ func TestExternalRuntime(t *testing.T) {
 			r.Spec = sp("/none")
 			if got, err := s.run(ctx, r, nil); !errdefs.IsNotFound(err) {
 				t.Errorf("no program: %+v, %v", got, err)
+			}
+			part := t.TempDir()
+			if err := os.Mkdir(filepath.Join(part, "dir"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(part, "dir/f"), []byte("part"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			r.Spec = spec("rootfs", func(s *specs.Spec) {
+				for _, p := range []string{"dir", "dir/f"} {
+					s.Mounts = append(s.Mounts, specs.Mount{Destination: "/" + p, Type: "bind", Source: part, Options: []string{"rbind", "ro", "src-beneath=" + p}})
+				}
+			}, "sh", "-c", "cat /dir/f; touch /dir/x 2>/dev/null || echo ,ro")
+			if got, err := s.run(ctx, r, nil); err != nil || got.out != "part,ro\n" {
+				t.Errorf("parts of a directory: %+v, %v", got, err)
 			}
 			r.Spec = sp("sleep", "1000")
 			if _, err := s.Create(ctx, r); err != nil {

@@ -99,4 +99,12 @@ const BundleCommand = "bundle"
 type BundleMounts struct {
 	Dir    string
 	Mounts []launch.Mount
+	// Sources are mounted before the runtime binds them: it has no word for it.
+	Sources []BundleSource
+}
+
+// BundleSource is what of a directory a container mounts, and where it is bound
+// for the runtime.
+type BundleSource struct {
+	Dir, Beneath, Target string
 }

@@ -15,6 +15,10 @@ import (
 // initTarget is where --init's program stands in the container.
 const initTarget = "/sbin/docker-init"
 
+// BeneathOption and a path are a bind's option that names what of the source is
+// mounted (Mount.Beneath): the launcher's own.
+const BeneathOption = "src-beneath="
+
 // Mount is a mount asked for, its source resolved on the container's kernel.
 type Mount struct {
 	Type        string // "bind", "tmpfs", or what a volume's driver options say
@@ -25,6 +29,9 @@ type Mount struct {
 	// Recursive makes all mounts below read-only too, where ReadOnly.
 	Recursive   bool
 	Propagation mount.Propagation
+	// Beneath, where Type is "bind", is what of the directory Source is mounted: a
+	// path that others may change, looked up by whoever mounts and never out of Source.
+	Beneath string
 	// Engine marks the engine's own files (hosts, resolv.conf …).
 	Engine bool
 }
@@ -141,6 +148,9 @@ func options(m Mount) ([]string, error) {
 			p = mount.PropagationRPrivate
 		}
 		o = append(o, string(p))
+		if m.Beneath != "" {
+			o = append(o, BeneathOption+m.Beneath)
+		}
 	}
 	return o, nil
 }

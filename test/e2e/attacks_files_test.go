@@ -126,6 +126,44 @@ func TestA11CopyRaceVolumes(t *testing.T) {
 	}
 }
 
+// TestSubPathRace: a part of a volume is mounted, and read in a container that is not
+// running, while another container swaps that part with a link to the host's files.
+func TestSubPathRace(t *testing.T) {
+	d := newTarget(t)
+	dir, changed := canary(t)
+	self := selfPath(t)
+	d.Must(t, "run", "-d", "--name", "swapper", "-v", "parts:/v", "-v", self+":/probe:ro", "-e", "TENON_E2E_PROBE=swap", "busybox", "sh", "-c",
+		"mkdir /v/dir && echo inside >/v/dir/secret && ln -s ../../../../../../../../../.."+dir+" /v/link && echo ready && exec /probe /v/dir /v/link")
+	eventually(t, "the swapper", func() string {
+		if s := d.Must(t, "logs", "swapper"); s != "ready" {
+			return "says " + s
+		}
+		return ""
+	})
+	part := []string{"--mount", "type=volume,src=parts,dst=/x,volume-subpath=dir", "busybox", "sh", "-c", "cat /x/secret; touch /x/planted"}
+	d.Must(t, append([]string{"create", "--name", "lying"}, part...)...)
+	inside, refused := 0, 0
+	for k := range 60 {
+		r := d.Docker(t, append([]string{"run", "--rm", "--network", "none"}, part...)...)
+		_, b := d.api(t, "GET", "/containers/lying/archive?path=/x/secret", nil)
+		switch out := r.Out + string(b); {
+		case strings.Contains(out, "the host's secret"):
+			t.Fatalf("round %d: the host's files were mounted", k)
+		case strings.Contains(out, "inside"):
+			inside++
+		}
+		if r.Code == 125 || r.Code == 126 || r.Code == 127 {
+			refused++
+		}
+	}
+	if s := changed(); s != "" {
+		t.Fatal(s)
+	}
+	if inside == 0 || refused == 0 {
+		t.Errorf("the part was mounted in %d rounds, and refused in %d: the race was none", inside, refused)
+	}
+}
+
 // TestA16Workdir (CVE-2026-55686) and TestM4Volumes (CVE-2022-23648): working
 // directories and volumes that an image places by links or "..".
 func TestA16Workdir(t *testing.T) {

@@ -67,6 +67,33 @@ func TestMounts(t *testing.T) {
 	}
 }
 
+// TestSourceBeneath: a part of a bind's source is looked up in it, and never out of it.
+func TestSourceBeneath(t *testing.T) {
+	root, src := busybox(t), t.TempDir()
+	for _, err := range []error{
+		os.MkdirAll(filepath.Join(src, "a/b"), 0o755), os.WriteFile(filepath.Join(src, "a/b/f"), []byte("f\n"), 0o644),
+		os.Symlink("b", filepath.Join(src, "a/near")), os.Symlink("../a/b", filepath.Join(src, "a/up")),
+		os.Symlink("../../../../../../etc", filepath.Join(src, "out")), os.Symlink("/etc", filepath.Join(src, "absolute")),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	bind := func(dest, part string) specs.Mount {
+		return specs.Mount{Destination: dest, Source: src, Options: []string{"rbind", "src-beneath=" + part}}
+	}
+	s := sh(root, "cat /b/f /near/f /up/f /f")
+	s.Mounts = append(s.Mounts, bind("/b", "a/b"), bind("/near", "a/near"), bind("/up", "a/up"), bind("/f", "a/up/f"))
+	expect(t, s, "f\nf\nf\nf")
+	for part, want := range map[string]error{"out": unix.EXDEV, "absolute": unix.EXDEV, "none": unix.ENOENT} {
+		s := sh(root, "true")
+		s.Mounts = append(s.Mounts, bind("/b", part))
+		if err := failure(t, s); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", part, err, want)
+		}
+	}
+}
+
 // TestProcLink: a link in the image does not send /proc elsewhere.
 func TestProcLink(t *testing.T) {
 	root := busybox(t)

@@ -246,6 +246,43 @@ var ignored = map[string]bool{
 	"defaults": true, "volatile": true, "async": true, "copyup": true, "tmpcopyup": true, "z": true, "Z": true, "nocopy": true,
 }
 
+// BeneathOption and a path below a bind's source say what of it is mounted.
+const BeneathOption = "src-beneath="
+
+// openBeneath opens what sub is in the directory source, links never out of it.
+func openBeneath(source, sub string) (*os.File, error) {
+	top, err := os.OpenFile(source, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer top.Close()
+	return safepath.OpenBeneath(top, sub, unix.O_PATH, 0)
+}
+
+// BindBeneath binds what sub is in the directory source, and all that is mounted
+// below it, on target, which it makes a file or a directory as that is. Sub is
+// looked up once, and never out of source.
+func BindBeneath(source, sub, target string) error {
+	f, err := openBeneath(source, sub)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if st.IsDir() {
+		err = os.MkdirAll(target, 0o700)
+	} else {
+		err = os.WriteFile(target, nil, 0o600)
+	}
+	if err != nil {
+		return err
+	}
+	return pathError("bind "+sub+" of "+source+" on", target, unix.Mount(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), target, "", unix.MS_BIND|unix.MS_REC, ""))
+}
+
 // mount mounts m at target, which the caller knows to be the right place.
 func mount(m *taskv1.Mount, target string, write bool) error {
 	if m.Type == "overlay" {
@@ -257,9 +294,17 @@ func mount(m *taskv1.Mount, target string, write bool) error {
 	}
 	var flags uintptr
 	var data []string
+	source := m.Source
 	for _, o := range m.Options {
 		if f, ok := mountFlags[o]; ok {
 			flags |= f
+		} else if sub, ok := strings.CutPrefix(o, BeneathOption); ok {
+			f, err := openBeneath(m.Source, sub)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			source = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
 		} else if !ignored[o] {
 			data = append(data, o)
 		}
@@ -274,7 +319,7 @@ func mount(m *taskv1.Mount, target string, write bool) error {
 		err := unix.Mount(m.Source, target, m.Type, flags, strings.Join(data, ","))
 		return pathError("mount "+m.Type+" on", m.Target, err)
 	}
-	if err := unix.Mount(m.Source, target, "", flags&(unix.MS_BIND|unix.MS_REC), ""); err != nil {
+	if err := unix.Mount(source, target, "", flags&(unix.MS_BIND|unix.MS_REC), ""); err != nil {
 		return pathError("bind "+m.Source+" on", m.Target, err)
 	}
 	if flags&unix.MS_RDONLY != 0 {
