@@ -305,7 +305,7 @@ func (t *taskService) Update(_ context.Context, r *taskv3.UpdateTaskRequest) (*e
 	if err := json.Unmarshal(r.Resources.Value, &res); err != nil {
 		return nil, fmt.Errorf("task %s: resources: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
 	}
-	if err := c.group.Update(&res); err != nil {
+	if err := c.update(&res); err != nil {
 		return nil, fmt.Errorf("task %s: update: %w", r.Id, err)
 	}
 	return empty, nil

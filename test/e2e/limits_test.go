@@ -62,15 +62,19 @@ func TestLimitsInTheKernel(t *testing.T) {
 		break
 	}
 
-	// An update reaches the running one.
-	id := d.Must(t, "run", "-d", "-m", "64m", "--cpus", "1", "busybox", "sleep", "100000")
-	d.Must(t, "update", "-m", "96m", "--memory-swap", "128m", "--cpus", "0.5", "--pids-limit", "55", id)
-	script, want := "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes cpu/cpu.cfs_quota_us pids/pids.max", "100663296\n50000\n55"
-	if pure {
-		script, want = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max pids.max", "100663296\n33554432\n50000 100000\n55"
+	// An update reaches a container that runs, and is seen there, also if it had no
+	// limit of the kind.
+	for _, flags := range []string{"--cpus 1", "", "--read-only", "--userns auto"} {
+		id := strings.TrimSpace(d.Sh(t, "tenon run -d -m 64m "+flags+" busybox sleep 100000").Out)
+		d.Must(t, "update", "-m", "96m", "--memory-swap", "128m", "--cpus", "0.5", "--pids-limit", "55", id)
+		d.Must(t, "update", "--cpuset-cpus", "0", id)
+		script, want := "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes cpu/cpu.cfs_quota_us pids/pids.max cpuset/cpuset.cpus; touch x cpu/x 2>/dev/null || echo ro", "100663296\n50000\n55\n0\nro"
+		if pure {
+			script, want = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max pids.max cpuset.cpus", "100663296\n33554432\n50000 100000\n55\n0"
+		}
+		if got := d.Must(t, "exec", id, "sh", "-c", script); got != want {
+			t.Errorf("%s: after the update: %q, want %q", flags, got, want)
+		}
+		d.Must(t, "rm", "-f", id)
 	}
-	if got := d.Must(t, "exec", id, "sh", "-c", script); got != want {
-		t.Errorf("after the update: %q, want %q", got, want)
-	}
-	d.Must(t, "rm", "-f", id)
 }
