@@ -38,6 +38,8 @@ type Config struct {
 	Engine   engine.API
 	Images   *image.Store
 	Networks *network.Controller
+	// Builder builds images; nil: there is none.
+	Builder docker.Builder
 
 	// Version, GitCommit and BuildTime are what /version tells.
 	Version, GitCommit, BuildTime string
@@ -87,7 +89,7 @@ func New(cfg Config) *Server {
 		log = slog.New(slog.DiscardHandler)
 	}
 	d := docker.New(docker.Config{
-		Engine: cfg.Engine, Images: cfg.Images, Networks: cfg.Networks,
+		Engine: cfg.Engine, Images: cfg.Images, Networks: cfg.Networks, Builder: cfg.Builder,
 		Version: cfg.Version, GitCommit: cfg.GitCommit, BuildTime: cfg.BuildTime, Log: log,
 	})
 	s := &Server{cfg: cfg, log: log}

@@ -2,11 +2,9 @@ package docker
 
 import (
 	"fmt"
-	"io"
 	"net/http"
 
 	"github.com/containerd/errdefs"
-	"github.com/moby/moby/api/types/build"
 )
 
 const noteSwarm = "Tenon has no swarm mode; use Kubernetes for clusters"
@@ -26,18 +24,3 @@ func (a *API) noPlugin(c *call) error {
 }
 
 func (a *API) pluginList(c *call) error { return c.json(http.StatusOK, []any{}) }
-
-// maxContext is how much of a build's context is read only to be thrown away.
-const maxContext = 256 << 20
-
-// build refuses, after it has read the context: a client that is still sending
-// when the connection closes reports that instead of the answer.
-func (a *API) build(c *call) error {
-	_, _ = io.CopyN(io.Discard, c.r.Body, maxContext) // the answer is the same
-	return errNotBuilt(noteBuild)
-}
-
-// buildPrune lets `docker system prune` end well.
-func (a *API) buildPrune(c *call) error {
-	return c.json(http.StatusOK, build.CachePruneReport{CachesDeleted: []string{}})
-}

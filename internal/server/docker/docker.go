@@ -36,6 +36,8 @@ type Config struct {
 	Networks                      Networks
 	Version, GitCommit, BuildTime string
 	Log                           *slog.Logger
+	// Builder builds images; nil: there is none.
+	Builder Builder
 	// Tenant, if not nil, says that this is a machine's own socket, with Engine and
 	// Networks scoped to it.
 	Tenant Tenant

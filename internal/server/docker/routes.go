@@ -37,7 +37,6 @@ func noSwarm(method, pattern string) route {
 const (
 	notePlugin     = "Tenon has no managed plugins; drivers are built in"
 	noteCheckpoint = "checkpoints are not built yet"
-	noteBuild      = "building images comes in a later release; build elsewhere and bring the image with `docker load` or a registry"
 	noteSearch     = "there is no registry to search; pull by name, or look on the registry's web page"
 	noteAttest     = "attestations of images are not read yet; fetch them from the registry"
 )
@@ -102,11 +101,11 @@ var routes = []route{
 	done("POST", "/commit", (*API).commit, ""),
 	done("GET", "/distribution/{name}/json", (*API).distribution, ""),
 
-	{"POST", "/build", NotBuilt, noteBuild, (*API).build},
-	done("POST", "/build/prune", (*API).buildPrune, "there is no build cache: nothing to prune"),
-	notBuilt("POST", "/build/cancel", noteBuild),
-	notBuilt("POST", "/session", noteBuild),
-	notBuilt("POST", "/grpc", noteBuild),
+	done("POST", "/build", (*API).build, "both builders, by BuildKit"),
+	done("POST", "/build/prune", (*API).buildPrune, ""),
+	done("POST", "/build/cancel", (*API).buildCancel, ""),
+	done("POST", "/session", (*API).session, "upgraded to h2c"),
+	done("POST", "/grpc", (*API).grpc, "upgraded to h2c: BuildKit's API"),
 
 	done("GET", "/networks", (*API).networkList, ""),
 	done("POST", "/networks/create", (*API).networkCreate, ""),

@@ -29,7 +29,11 @@ func (a *API) ping(c *call) error {
 	h := c.w.Header()
 	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
 	h.Set("Pragma", "no-cache")
-	h.Set("Builder-Version", string(build.BuilderV1)) // no BuildKit: clients don't try it
+	builder := build.BuilderV1 // no BuildKit: clients don't try it
+	if a.cfg.Tenant == nil && a.cfg.Builder != nil {
+		builder = build.BuilderBuildKit
+	}
+	h.Set("Builder-Version", string(builder))
 	h.Set("Docker-Experimental", "false")
 	h.Set("Swarm", "inactive")
 	h.Set("Content-Type", "text/plain; charset=utf-8")
@@ -340,8 +344,12 @@ func (a *API) diskUsage(c *call) error {
 		old.Volumes = nonNil(u.Items)
 	}
 	if all || want[system.BuildCacheObject] {
-		du.BuildCacheUsage = &build.DiskUsage{}
-		old.BuildCache = []build.CacheRecord{}
+		u, err := a.buildUsage(c)
+		if err != nil {
+			return err
+		}
+		du.BuildCacheUsage = u
+		old.BuildCache = nonNil(u.Items)
 	}
 	if c.v.before(52) {
 		return c.json(http.StatusOK, old)
@@ -362,6 +370,10 @@ func stripItems(du *system.DiskUsage) {
 	if u := du.ImageUsage; u != nil {
 		cp := *u
 		cp.Items, du.ImageUsage = nil, &cp
+	}
+	if u := du.BuildCacheUsage; u != nil {
+		cp := *u
+		cp.Items, du.BuildCacheUsage = nil, &cp
 	}
 	if u := du.ContainerUsage; u != nil {
 		cp := *u

@@ -68,6 +68,12 @@ func (m *messages) send(msg jsonstream.Message) {
 
 func (m *messages) progress(p image.Progress) { m.send(Message(p)) }
 
+// fail ends the stream with an error that clients know more about than its text.
+func (m *messages) fail(e *jsonstream.Error) {
+	_ = m.enc.Encode(message{ErrorText: e.Message, Message: jsonstream.Message{Error: e}}) // the client may be gone
+	m.s.Close(true)
+}
+
 // end ends the stream: an error before the first message is the answer's
 // status, a later one is the last message.
 func (m *messages) end(err error) error {
