@@ -2,9 +2,7 @@ package client
 
 import (
 	"context"
-	"io"
 	"net/http"
-	"net/url"
 
 	"tenon.dev/tenon/client/runproto"
 )
@@ -94,16 +92,6 @@ func (c *Client) Doctor(ctx context.Context) (Report, error) {
 	var r Report
 	err := c.Get(ctx, "/tenon/v1/doctor", nil, &r)
 	return r, err
-}
-
-// Bootstrap makes a base image without a registry ("busybox"). It returns a
-// stream of Docker JSON messages, which the caller closes.
-func (c *Client) Bootstrap(ctx context.Context, name string) (io.ReadCloser, error) {
-	resp, err := c.Do(ctx, Request{Method: http.MethodPost, Path: "/tenon/v1/images/bootstrap", Query: url.Values{"name": {name}}})
-	if err != nil {
-		return nil, err
-	}
-	return resp.Body, nil
 }
 
 // Shutdown stops all containers, then the daemon and everything it made.

@@ -124,27 +124,6 @@ func writeReport(b *bytes.Buffer, r client.Report, colour bool) {
 	}
 }
 
-func (a *app) bootstrapCmd() *cobra.Command {
-	var quiet bool
-	cmd := &cobra.Command{
-		Use: "bootstrap NAME", Short: "Make a base image without any registry",
-		Long:              "Make a base image from what the host's own package system offers: busybox.",
-		Example:           "tenon image bootstrap busybox && tenon run --rm busybox echo hello",
-		Args:              exactArgs(1),
-		ValidArgsFunction: a.completeFirst(fixed("busybox")),
-	}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "Suppress verbose output")
-	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
-		body, err := c.Bootstrap(ctx, args[0])
-		if err != nil {
-			return err
-		}
-		defer body.Close()
-		return newProgress(a.out, quiet).copy(body, func(json.RawMessage) {})
-	})
-	return cmd
-}
-
 func (a *app) shutdownCmd() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{

@@ -17,6 +17,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/layered"
 )
 
 // makeOptions describe a new image made here, of a parent's layers and one more.
@@ -27,6 +29,10 @@ type makeOptions struct {
 	source  string
 	config  dockerspec.DockerOCIImage // without RootFS and History
 	history ocispec.History
+	// attest, if not nil, says what is attested of the image; its target is an index
+	// then. It is given the new layer.
+	attest     func(img *Image, top layered.Stack) ([]Statement, error)
+	attestName string // what the attestation calls it
 }
 
 // make stores the layer (compressed), unpacks it in the same pass, and records
@@ -84,6 +90,15 @@ func (s *Store) makeImage(ctx context.Context, o makeOptions) (*Image, error) {
 			s.discard(u.dir)
 		}
 		return nil, err
+	}
+	if o.attest != nil {
+		st, err := o.attest(img, layered.Stack{s.layerDir(img.ChainID)})
+		if err != nil {
+			return nil, err
+		}
+		if img, err = s.attested(img, o.attestName, st); err != nil {
+			return nil, err
+		}
 	}
 	parent := ""
 	if o.parent != nil {

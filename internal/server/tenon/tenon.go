@@ -1,6 +1,6 @@
 // Package tenon serves what Tenon's socket answers beside the Docker API, under
 // /tenon/v1: a container's run in one round trip, an exec likewise, the host's
-// check-up, base images without a registry, machines, virtual machines made ahead,
+// check-up, base images without a registry and the life of images, machines, virtual machines made ahead,
 // and the daemon's end.
 // docs/tenon-api.md describes it; the frames of a run are package
 // client/runproto's.
@@ -8,7 +8,6 @@ package tenon
 
 import (
 	"context"
-	"encoding/json"
 	"log/slog"
 	"net/http"
 
@@ -62,7 +61,7 @@ func New(cfg Config) *API {
 	}
 	a.handle("GET /tenon/v1/doctor", answer(cfg.Doctor, "this daemon has no doctor"))
 	a.handle("POST /tenon/v1/vm/prepare", answer(cfg.PrepareVM, "this daemon was set up without virtual machines"))
-	a.handle("POST /tenon/v1/images/bootstrap", a.bootstrap)
+	a.imageRoutes()
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
 	a.machineRoutes()
 	a.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
@@ -97,22 +96,6 @@ func answer(f func(context.Context) (any, error), none string) func(http.Respons
 		}
 		return wire.WriteJSON(w, http.StatusOK, v)
 	}
-}
-
-func (a *API) bootstrap(w http.ResponseWriter, r *http.Request) error {
-	if n := r.URL.Query().Get("name"); n != "" && n != "busybox" && n != "busybox:latest" {
-		return errdefs.ErrNotImplemented.WithMessage("only busybox can be made without a registry; load or pull other images")
-	}
-	img, err := a.cfg.Images.BootstrapBusybox(r.Context())
-	if err != nil {
-		return err
-	}
-	s := wire.NewStream(w, "application/json", true)
-	enc := json.NewEncoder(s)
-	_ = enc.Encode(map[string]string{"status": "Made " + img.Ref() + " from the host's busybox-static"}) // the client may be gone
-	_ = enc.Encode(map[string]string{"status": img.Ref(), "id": img.ID})
-	s.Close(true)
-	return nil
 }
 
 func (a *API) shutdown(w http.ResponseWriter, r *http.Request) error {

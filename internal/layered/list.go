@@ -1,0 +1,149 @@
+package layered
+
+import (
+	"errors"
+	"io"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// List returns the names in the merged directory at name, sorted, at most limit of
+// each layer. The error is fs.ErrNotExist if there is nothing, syscall.ENOTDIR if it
+// is no directory.
+func (s Stack) List(name string, limit int) ([]string, error) {
+	n, err := s.lookup(name)
+	if err == nil && n.mode&unix.S_IFMT != unix.S_IFDIR {
+		err = syscall.ENOTDIR
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	seen := map[string]bool{}
+	for _, l := range n.layers {
+		entries, err := names(l, n.path, limit)
+		if err != nil {
+			return nil, &os.PathError{Op: "read", Path: name, Err: err}
+		}
+		for _, e := range entries {
+			if _, known := seen[e]; !known {
+				seen[e] = true
+			}
+		}
+	}
+	var out []string
+	for e := range seen {
+		if _, _, err := step(n, e); err == nil { // no whiteout
+			out = append(out, e)
+		}
+	}
+	slices.Sort(out)
+	return out, nil
+}
+
+func names(layer, dir string, limit int) ([]string, error) {
+	fd, err := open(layer, dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), dir)
+	defer f.Close()
+	list, err := f.Readdirnames(limit)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return list, err
+}
+
+// Entry is something in a layer, as WalkLayer finds it.
+type Entry struct {
+	// Path is absolute, without the layer.
+	Path string
+	// Whiteout: the entry hides what layers below have at this path.
+	Whiteout bool
+	// Opaque directories hide what layers below have in them.
+	Opaque bool
+	Stat   unix.Stat_t
+	open   func() (*os.File, error)
+}
+
+// Open opens a regular file for reading.
+func (e Entry) Open() (*os.File, error) { return e.open() }
+
+// maxDepth is the number of directories in a path that WalkLayer follows.
+const maxDepth = 256
+
+// WalkLayer calls f for everything in one layer below from ("/" is all of it),
+// directories first, sorted by name. No link is followed, and no file system but the
+// layer's is entered. It ends with f's first error.
+func WalkLayer(layer, from string, f func(Entry) error) error {
+	return walk(layer, strings.Trim(path.Clean("/"+from), "/"), 0, f)
+}
+
+func walk(layer, dir string, depth int, f func(Entry) error) error {
+	if depth > maxDepth {
+		return nil
+	}
+	fd, err := open(layer, dir, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: "/" + dir, Err: err}
+	}
+	d := os.NewFile(uintptr(fd), dir)
+	list, err := d.Readdirnames(-1)
+	if err != nil {
+		d.Close()
+		return &os.PathError{Op: "read", Path: "/" + dir, Err: err}
+	}
+	slices.Sort(list)
+	var dirs []string
+	for _, name := range list {
+		e := Entry{Path: "/" + path.Join(dir, name)}
+		if err := unix.Fstatat(fd, name, &e.Stat, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			if errors.Is(err, unix.ENOENT) {
+				continue
+			}
+			d.Close()
+			return &os.PathError{Op: "stat", Path: e.Path, Err: err}
+		}
+		e.open = func() (*os.File, error) {
+			fd, err := open(layer, e.Path[1:], unix.O_RDONLY|unix.O_NONBLOCK)
+			if err != nil {
+				return nil, &os.PathError{Op: "open", Path: e.Path, Err: err}
+			}
+			return os.NewFile(uintptr(fd), e.Path), nil
+		}
+		switch e.Stat.Mode & unix.S_IFMT {
+		case unix.S_IFCHR:
+			e.Whiteout = e.Stat.Rdev == 0
+		case unix.S_IFDIR:
+			dirs = append(dirs, name)
+			e.Opaque = opaque(layer, e.Path[1:])
+		}
+		if err := f(e); err != nil {
+			d.Close()
+			return err
+		}
+	}
+	d.Close()
+	for _, name := range dirs {
+		if err := walk(layer, path.Join(dir, name), depth+1, f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func opaque(layer, name string) bool {
+	fd, err := open(layer, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	var val [2]byte
+	m, err := unix.Fgetxattr(fd, "trusted.overlay.opaque", val[:])
+	return err == nil && m >= 1 && val[0] == 'y'
+}
