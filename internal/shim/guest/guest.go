@@ -23,6 +23,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -42,9 +43,12 @@ const PortName = "tenon"
 
 const (
 	runDir = "/run/tenon"
-	// heapPercent, as for the host's shim: every resident page is private
-	// memory of this machine.
+	// heapPercent and ballastSize, as for the host's shim: every resident page is
+	// private memory of this machine, and a collection while a container starts
+	// takes an emulated guest as long as the start. Once it is quiet, garbage is
+	// given back (Shim.touch).
 	heapPercent = 50
+	ballastSize = 16 << 20
 	// portTime is how long the port may take to appear.
 	portTime = 30 * time.Second
 )
@@ -52,6 +56,8 @@ const (
 // Main is init. It does not return: when it can't go on, the machine ends.
 func Main() {
 	debug.SetGCPercent(heapPercent)
+	ballast := make([]byte, ballastSize)
+	defer runtime.KeepAlive(ballast)
 	log := slog.New(slog.NewTextHandler(kernelLog{}, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		if a.Key == slog.TimeKey {
 			return slog.Attr{} // the kernel's log has times
