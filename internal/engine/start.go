@@ -378,6 +378,13 @@ func (e *Engine) prepare(ctx context.Context, c *ctr, u *undo) (_ *prepared, err
 	if err := e.mapMounts(r, p); err != nil {
 		return nil, err
 	}
+	for _, m := range p.mounts {
+		if m.Type == "bind" && m.Propagation != "" {
+			if err := e.cfg.Kernel.Propagates(m.Source, m.Propagation); err != nil {
+				return nil, err
+			}
+		}
+	}
 	p.kernel, err = e.cfg.Kernel.Prepare(ctx, sandbox.Handover{ID: c.id, Root: taskMounts(p.root), NetNS: p.ns.Path})
 	return p, err
 }

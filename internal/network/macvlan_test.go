@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	mobynet "github.com/moby/moby/api/types/network"
 )
 
@@ -25,6 +26,9 @@ func TestRootMacvlan(t *testing.T) {
 	}
 	if _, err := n.Create(t.Context(), CreateRequest{Name: "x", Driver: "macvlan"}); err == nil {
 		t.Error("macvlan without a parent was made")
+	}
+	if _, err := n.Create(t.Context(), CreateRequest{Name: "x", Driver: "macvlan", Options: map[string]string{"parent": "lo"}}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("macvlan on loopback: %v", err)
 	}
 	n.create("wire", func(r *CreateRequest) {
 		r.Driver = "macvlan"

@@ -40,6 +40,8 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 	case "bridge", "macvlan", "null", "host":
 	case "overlay":
 		return bad("This node is not a swarm manager: the driver overlay is not supported; use bridge")
+	case "ipvlan":
+		return netRecord{}, fmt.Errorf("ipvlan networks are not built; a macvlan network also extends an interface of the host: %w", errdefs.ErrNotImplemented)
 	default:
 		return netRecord{}, fmt.Errorf("could not find a network driver named %q; there are bridge and macvlan: %w", rec.Driver, errdefs.ErrNotFound)
 	}
@@ -86,8 +88,10 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 		}
 		if p := rec.Options[optParent]; !bridgePattern.MatchString(p) {
 			return bad("a macvlan network needs the option parent, the host's interface that it extends (-o parent=eth0)")
-		} else if _, err := net.InterfaceByName(p); err != nil {
+		} else if i, err := net.InterfaceByName(p); err != nil {
 			return bad("parent interface %s: %w", p, err)
+		} else if i.Flags&net.FlagLoopback != 0 {
+			return bad("parent interface %s: a macvlan network can't extend the loopback interface", p)
 		}
 	}
 	if rec.Driver == "bridge" {

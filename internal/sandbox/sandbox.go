@@ -12,6 +12,7 @@ package sandbox
 import (
 	"context"
 
+	"github.com/moby/moby/api/types/mount"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"tenon.dev/tenon/internal/spec"
@@ -97,6 +98,9 @@ type Sandbox interface {
 	// BindSource checks the source of a bind mount and makes a missing
 	// directory if asked to. NotFound if there is none.
 	BindSource(path string, create bool) error
+	// Propagates checks that what is mounted below the source of a bind mount can
+	// be seen on its other side. InvalidArgument if the source's mount is private.
+	Propagates(path string, p mount.Propagation) error
 	// Init is the path of the program that --init puts first.
 	Init() (string, error)
 }

@@ -225,3 +225,42 @@ devices:
 		t.Errorf("containers are left: %s", s)
 	}
 }
+
+// TestPropagation: what is mounted in a shared directory is seen on its other side,
+// and a directory whose mount is private is refused, as by Docker.
+func TestPropagation(t *testing.T) {
+	d := newTarget(t)
+	dir := t.TempDir()
+	if err := syscall.Mount("tenon-e2e", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	kind := func(flag uintptr) {
+		t.Helper()
+		if err := syscall.Mount("", dir, "", flag, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kind(syscall.MS_PRIVATE)
+	for mode, want := range map[string]string{"rshared": "is not a shared mount", "rslave": "is not a shared or slave mount", "shared": "is not a shared mount"} {
+		r := d.Docker(t, "run", "--rm", "-v", dir+":/x:"+mode, "busybox", "true")
+		if r.Code != 125 || !strings.Contains(r.Err, "path "+dir+" is mounted on "+dir+" but it "+want) {
+			t.Errorf("%s of a private mount: exit %d, %s", mode, r.Code, r.Err)
+		}
+	}
+	kind(syscall.MS_SHARED)
+	if err := os.MkdirAll(filepath.Join(dir, "in"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d.Must(t, "run", "--rm", "--cap-add", "SYS_ADMIN", "-v", dir+":/x:rshared", "busybox", "sh", "-c", "mount -t tmpfs in /x/in && echo there >/x/in/f")
+	if b, err := os.ReadFile(filepath.Join(dir, "in/f")); err != nil || string(b) != "there\n" {
+		t.Errorf("what a container mounted: %q, %v", b, err)
+	}
+	d.Must(t, "run", "-d", "--name", "slave", "-v", dir+":/x:rslave", "busybox", "sleep", "100000")
+	if err := syscall.Unmount(filepath.Join(dir, "in"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if out := d.Must(t, "exec", "slave", "sh", "-c", "ls /x/in; grep -c ' /x/in ' /proc/mounts || true"); out != "0" {
+		t.Errorf("what the host unmounted: %s", out)
+	}
+}

@@ -86,6 +86,24 @@ func TestBindSource(t *testing.T) {
 	}
 }
 
+// TestPeers: the mount that a path is on, and whether it is shared.
+func TestPeers(t *testing.T) {
+	const table = `22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+23 22 0:30 / /mnt rw - tmpfs tmpfs rw
+24 22 0:31 / /mnt rw shared:7 master:1 - tmpfs tmpfs rw
+25 24 0:32 / /mnt/with\040space rw master:3 - tmpfs tmpfs rw
+26 24 0:33 / /mnt/private rw - tmpfs tmpfs rw
+`
+	for path, want := range map[string][2]string{
+		"/": {"/", "shared:1"}, "/mntx": {"/", "shared:1"}, "/mnt": {"/mnt", "shared:7 master:1"}, "/mnt/a": {"/mnt", "shared:7 master:1"},
+		"/mnt/with space/a": {"/mnt/with space", "master:3"}, "/mnt/private": {"/mnt/private", ""},
+	} {
+		if on, groups := peers(table, path); on != want[0] || groups != want[1] {
+			t.Errorf("%s: %s %s", path, on, groups)
+		}
+	}
+}
+
 func TestSharedMemory(t *testing.T) {
 	h := newHost(t)
 	for range 2 { // the second asks for what is there
