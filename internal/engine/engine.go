@@ -187,7 +187,7 @@ type API interface {
 	MachineRemove(ctx context.Context, ref string, o MachineRemoveOptions) error
 	MachineUpdate(ctx context.Context, ref string, o MachineUpdateOptions) error
 	MachineLogs(ctx context.Context, ref string, tail int, follow bool, w io.Writer) error
-	MachinePrune(ctx context.Context, f Filters) ([]string, error)
+	MachinePrune(ctx context.Context, f Filters, removing func(name string)) ([]string, error)
 	// TenantContainer and TenantPrune are for a machine's own socket.
 	TenantContainer(name, ref string) (id string, err error)
 	TenantPrune(ctx context.Context, name string, f Filters) (container.PruneReport, error)

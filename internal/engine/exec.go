@@ -195,6 +195,9 @@ func (e *Engine) runExec(ctx context.Context, x *execution, detach bool, o Attac
 	if !x.o.AttachStdin {
 		o.Stdin = nil
 	}
+	if g := x.c.onMachine(); g != nil && x.o.Privileged {
+		g.machine.Taint(e.reachOf(x.c.record()))
+	}
 	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTime)
 	defer cancel()
 	r := task.ExecRequest{

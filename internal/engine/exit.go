@@ -129,6 +129,7 @@ func (e *Engine) cleanRun(client *task.Client, c *ctr, rn *run) {
 		err := e.remove(ctx, c, RemoveOptions{Volumes: true, Force: true})
 		if err != nil && !errdefs.IsNotFound(err) {
 			e.log.Error("container of --rm is not removed", "container", c.id, "err", err)
+			e.removeLater(c, RemoveOptions{Volumes: true, Force: true})
 		}
 	}
 }
@@ -154,7 +155,8 @@ func (e *Engine) vanish(ctx context.Context, client *task.Client, c *ctr, rn *ru
 	errs := []error{e.endTask(ctx, client, c), e.free(ctx, c)}
 	close(rn.done)
 	if err := errors.Join(errs...); err != nil {
-		e.log.Error("something of an ended container is left until the daemon's next start", "container", c.id, "err", err)
+		e.log.Error("something of an ended container is left for now", "container", c.id, "err", err)
+		e.freeLater(c, r)
 		return true
 	}
 	if err := e.saver.remove(r); err != nil {

@@ -103,7 +103,7 @@ func (e *Engine) client(ctx context.Context, c *ctr) (*task.Client, error) {
 	}
 	m := c.onMachine()
 	if m == nil {
-		return nil, conflict("container %s is not running", c.id)
+		return nil, noMachine(c)
 	}
 	return m.link.get(ctx)
 }

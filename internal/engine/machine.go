@@ -29,6 +29,7 @@ type kernel struct {
 	machine sandbox.Machine
 	link    *link
 	over    chan struct{} // closed when the engine removes the machine
+	gone    chan struct{} // closed when one that lasts has ended by itself, and was removed
 	once    sync.Once
 	givenUp atomic.Bool // it did not answer, and was removed for it
 }
@@ -44,7 +45,7 @@ type guest struct {
 }
 
 func (e *Engine) newKernel(m sandbox.Machine) *kernel {
-	return &kernel{machine: m, link: newLink(e.ctx, m, e.log), over: make(chan struct{})}
+	return &kernel{machine: m, link: newLink(e.ctx, m, e.log), over: make(chan struct{}), gone: make(chan struct{})}
 }
 
 func (e *Engine) newGuest(m sandbox.Machine) *guest { return &guest{kernel: e.newKernel(m)} }
@@ -227,6 +228,9 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 	if err != nil {
 		return nil, nil, err
 	}
+	if h.NetAdmin {
+		g.machine.Taint(e.reachOf(r))
+	}
 	if p.kernel = mp.Prepared; p.netPeer != "" {
 		p.kernel.NetNS = p.netPeer
 	}
@@ -291,7 +295,7 @@ func (e *Engine) makeMachine(ctx context.Context, c *ctr, u *undo) (*guest, sand
 		return nil, disks, err
 	}
 	if machine.Named(r.Isolation) != "" {
-		g, err := e.enterMachine(c, u)
+		g, err := e.enterMachine(ctx, c, u)
 		return g, disks, err
 	}
 	req := sandbox.MachineRequest{ID: machineID(c.id), Hostname: r.Config.Hostname, Memory: r.HostConfig.Memory, CPUs: cpusFor(&r.HostConfig.Resources), Disks: disks}

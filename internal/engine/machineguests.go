@@ -9,7 +9,7 @@ import (
 )
 
 // enterMachine is a container's place on a machine that lasts.
-func (e *Engine) enterMachine(c *ctr, u *undo) (*guest, error) {
+func (e *Engine) enterMachine(ctx context.Context, c *ctr, u *undo) (*guest, error) {
 	m := e.machOf(c.record())
 	if m == nil {
 		return nil, conflict("container %s: its %s is gone", c.id, machineText(c.record()))
@@ -17,6 +17,11 @@ func (e *Engine) enterMachine(c *ctr, u *undo) (*guest, error) {
 	k, err := m.running()
 	if err != nil {
 		return nil, err
+	}
+	if k.machine.Holds(c.id) { // what is left of its last run could not be taken back then
+		if err := k.machine.Release(ctx, c.id); err != nil {
+			return nil, fmt.Errorf("what is left of its last run: %w", err)
+		}
 	}
 	g := &guest{kernel: k}
 	c.setMachine(g)
@@ -50,8 +55,8 @@ func (e *Engine) leaveMachine(ctx context.Context, c *ctr, g *guest) error {
 	return err
 }
 
-// discard removes what a container has written on its machine. If that does not
-// run, its next start does it.
+// discard removes what a container has written on its machine, and what its last
+// run could not give back. If the machine does not run, its next start does it.
 func (e *Engine) discard(ctx context.Context, c *ctr) error {
 	m := e.machOf(c.record())
 	if m == nil {
@@ -63,7 +68,14 @@ func (e *Engine) discard(ctx context.Context, c *ctr) error {
 	}
 	dctx, cancel := context.WithTimeout(ctx, removeTime)
 	defer cancel()
-	if err := k.machine.Discard(dctx, c.id); err != nil && !isClosed(k.machine.Ended()) && !isClosed(k.over) {
+	var err error
+	if k.machine.Holds(c.id) {
+		err = k.machine.Release(dctx, c.id)
+	}
+	if err == nil {
+		err = k.machine.Discard(dctx, c.id)
+	}
+	if err != nil && !isClosed(k.machine.Ended()) && !isClosed(k.over) {
 		return fmt.Errorf("its files on machine %s: %w", m.record().Name, err)
 	}
 	return nil

@@ -48,6 +48,9 @@ func (e *Engine) startMach(ctx context.Context, m *mach, byUser bool) error {
 		m.backoff = backoff{}
 	}
 	m.mu.Unlock()
+	if k := m.current(); k != nil && (isClosed(k.over) || isClosed(k.machine.Ended())) { // its end is under way
+		waitFor(ctx, k.gone, removeTime+killTime)
+	}
 	r := m.record()
 	switch {
 	case gone || r.Facts.Pending == machine.Removing:
@@ -300,13 +303,9 @@ func (l lasting) lost(why error) {
 	e, m, k := l.e, l.m, l.k
 	text := k.end(why)
 	e.log.Warn("a machine ended", "machine", m.record().Name, "reason", text)
-	m.mu.Lock()
-	if m.kernel != k {
-		m.mu.Unlock()
+	if m.current() != k {
 		return
 	}
-	m.kernel = nil
-	m.mu.Unlock()
 	k.once.Do(func() { close(k.over) })
 	k.link.close()
 	var ran time.Duration
@@ -324,6 +323,12 @@ func (l lasting) lost(why error) {
 	if err := k.machine.Remove(ctx); err != nil {
 		e.log.Error("something of a machine is left", "machine", m.record().Name, "err", err)
 	}
+	m.mu.Lock()
+	if m.kernel == k { // from here on it can be started again
+		m.kernel = nil
+	}
+	m.mu.Unlock()
+	close(k.gone)
 	e.lostOn(m, k, text)
 	e.restartMach(m, ran)
 }

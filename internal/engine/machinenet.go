@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 
+	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
@@ -119,4 +120,16 @@ func (e *Engine) refreshFiles(ctx context.Context, c *ctr) error {
 		}
 	}
 	return g.machine.Files(ctx, c.id, files)
+}
+
+// reachOf are the containers whose interfaces a process of this one can change if it
+// has the capabilities, the first itself; all: everybody's on its kernel.
+func (e *Engine) reachOf(r *container.Record) (ids []string, all bool) {
+	ids = []string{r.ID}
+	for _, peer := range []string{r.HostConfig.NetworkMode.ConnectedContainer(), r.HostConfig.PidMode.Container()} {
+		if c, err := e.find(peer); peer != "" && err == nil {
+			ids = append(ids, c.id)
+		}
+	}
+	return ids, r.HostConfig.PidMode.IsHost()
 }

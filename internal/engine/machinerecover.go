@@ -142,8 +142,13 @@ func (e *Engine) applyMachines(ctx context.Context, found map[*ctr]*foundMachine
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			if err := e.actMachine(ctx, c, f); err != nil {
-				e.log.Error("container could not be taken over", "container", c.id, "verdict", f.verdict.String(), "err", err)
+			err := e.actMachine(ctx, c, f)
+			if err == nil {
+				return
+			}
+			e.log.Error("container could not be taken over", "container", c.id, "verdict", f.verdict.String(), "err", err)
+			if f.verdict == finishRemove || f.verdict == undoStart && c.record().HostConfig.AutoRemove {
+				e.removeLater(c, RemoveOptions{Force: true, Volumes: c.record().Facts.Volumes || c.record().HostConfig.AutoRemove})
 			}
 		})
 	}
@@ -175,8 +180,9 @@ func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error 
 		if f.guest != nil {
 			f.guest.link.close()
 		}
-		if err := f.machine.Remove(ctx); err != nil {
-			return err
+		if err := f.machine.Remove(ctx); err != nil { // the container does not run for that
+			e.log.Error("something of a container's virtual machine is left for now", "container", c.id, "err", err)
+			e.again("virtual machine "+f.machine.ID(), f.machine.Remove)
 		}
 	}
 	if f.verdict == lost && reason != "" {

@@ -66,6 +66,8 @@ func (m *mach) running() (*kernel, error) {
 		return nil, conflict("machine %s is being removed", r.Name)
 	case s == machine.Stopping:
 		return nil, conflict("machine %s is being stopped", r.Name)
+	case m.kernel != nil && (isClosed(m.kernel.over) || isClosed(m.kernel.machine.Ended())):
+		return nil, conflict("machine %s is ending", r.Name)
 	case m.kernel != nil:
 		return m.kernel, nil
 	case s == machine.Starting || s == machine.Creating:
@@ -319,6 +321,9 @@ func (e *Engine) forgetMach(m *mach) error {
 type MachineRemoveOptions struct {
 	Force   bool // end it, and remove its containers
 	Volumes bool // and the volumes made by its own socket
+	// Removing is called with the name of the machine once its removal is certain, and
+	// before the name can be another's. May be nil.
+	Removing func(name string)
 }
 
 // MachineLabel says, on a network or volume, which machine's own socket made it
@@ -356,17 +361,22 @@ func (e *Engine) removeMachLocked(ctx context.Context, m *mach, o MachineRemoveO
 		return conflict("cannot remove machine %q: it is running; stop it first, or force", r.Name)
 	}
 	m.cancelRetry()
-	if err := e.changeMach(m, func(r *machine.Record) { r.Facts.Pending, r.Facts.Wanted = machine.Removing, false }); err != nil {
+	if err := e.changeMach(m, func(r *machine.Record) {
+		r.Facts.Pending, r.Facts.Wanted, r.Facts.Volumes = machine.Removing, false, o.Volumes
+	}); err != nil {
 		return err
+	}
+	if o.Removing != nil {
+		o.Removing(r.Name)
 	}
 	if err := failpoint("machine-removing"); err != nil {
 		return err
 	}
-	return e.finishRemoveMach(ctx, m, o)
+	return e.finishRemoveMach(ctx, m)
 }
 
 // finishRemoveMach does the rest of a removal, also of one that was cut off.
-func (e *Engine) finishRemoveMach(ctx context.Context, m *mach, o MachineRemoveOptions) error {
+func (e *Engine) finishRemoveMach(ctx context.Context, m *mach) error {
 	if k := m.current(); k != nil { // its disk goes: nothing is to be written back
 		e.endKernel(ctx, m, k, false, "the machine was removed")
 	}
@@ -379,7 +389,7 @@ func (e *Engine) finishRemoveMach(ctx context.Context, m *mach, o MachineRemoveO
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("machine %s: %w", m.record().Name, err)
 	}
-	e.dropTenants(ctx, m.record().Name, o.Volumes)
+	e.dropTenants(ctx, m.record().Name, m.record().Facts.Volumes)
 	if err := os.RemoveAll(e.machineDir(m.id)); err != nil {
 		return fmt.Errorf("machine %s: %w", m.record().Name, err)
 	}
@@ -414,8 +424,9 @@ func (e *Engine) dropTenants(ctx context.Context, name string, volumes bool) {
 	}
 }
 
-// MachinePrune removes the machines that don't run and have no containers.
-func (e *Engine) MachinePrune(ctx context.Context, f Filters) ([]string, error) {
+// MachinePrune removes the machines that don't run and have no containers. removing is
+// MachineRemoveOptions'.
+func (e *Engine) MachinePrune(ctx context.Context, f Filters, removing func(name string)) ([]string, error) {
 	if err := checkFilters(f, "label"); err != nil {
 		return nil, err
 	}
@@ -425,7 +436,7 @@ func (e *Engine) MachinePrune(ctx context.Context, f Filters) ([]string, error) 
 		if !matchLabels(f["label"], r.Labels) || r.Running() || r.Facts.Pending != "" || r.Facts.Wanted && r.Restart == machine.Always {
 			continue
 		}
-		switch err := e.MachineRemove(ctx, r.Name, MachineRemoveOptions{}); {
+		switch err := e.MachineRemove(ctx, r.Name, MachineRemoveOptions{Removing: removing}); {
 		case err == nil:
 			out = append(out, r.Name)
 		case !errdefs.IsFailedPrecondition(err) && !errdefs.IsNotFound(err):

@@ -79,13 +79,18 @@ func (e *Engine) dropTasks(ctx context.Context, client *task.Client, tasks map[s
 // lasts.
 func (e *Engine) actGuest(ctx context.Context, c *ctr, f *foundMachine) error {
 	if f.guest != nil {
+		var err error
 		if f.task != nil {
-			if err := deleteTask(ctx, f.client, c.id); err != nil {
-				return err
-			}
+			err = deleteTask(ctx, f.client, c.id)
 		}
-		if err := e.leaveMachine(ctx, c, f.guest); err != nil {
-			return err
+		if err == nil {
+			err = e.leaveMachine(ctx, c, f.guest)
+		}
+		if err != nil { // it does not run for that: its next start, or its removal, tries again
+			e.log.Error("something of a container is left on its machine for now", "container", c.id, "err", err)
+			if f.task != nil {
+				e.endTaskLater(c, f.guest)
+			}
 		}
 	}
 	if f.verdict == lost && f.guest == nil {
@@ -147,14 +152,24 @@ func (e *Engine) settleMachs(ctx context.Context) {
 
 // dropMach finishes a removal, or undoes a creation, that was cut off.
 func (e *Engine) dropMach(m *mach) {
+	drop := func(ctx context.Context) error {
+		if err := m.op.lock(ctx); err != nil {
+			return err
+		}
+		defer m.op.unlock()
+		m.mu.Lock()
+		gone := m.gone
+		m.mu.Unlock()
+		if gone {
+			return nil
+		}
+		return e.finishRemoveMach(ctx, m)
+	}
 	ctx, cancel := context.WithTimeout(e.ctx, cleanTime)
 	defer cancel()
-	if err := m.op.lock(ctx); err != nil {
-		return
-	}
-	defer m.op.unlock()
-	if err := e.finishRemoveMach(ctx, m, MachineRemoveOptions{Force: true}); err != nil {
+	if err := drop(ctx); err != nil && e.ctx.Err() == nil {
 		e.log.Error("machine is not removed", "machine", m.record().Name, "err", err)
+		e.again("removal of machine "+m.record().Name, drop)
 	}
 }
 

@@ -80,7 +80,10 @@ func (e *Engine) endForRemoval(ctx context.Context, c *ctr, o RemoveOptions) err
 	if !c.record().Running() {
 		return nil
 	}
-	if err := e.signal(ctx, c, syscall.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
+	if rn == nil {
+		rn = c.runOrNew()
+	}
+	if err := e.signalOrEnd(c, rn, func() error { return e.signal(ctx, c, syscall.SIGKILL) }); err != nil {
 		return fmt.Errorf("cannot remove container %q: kill it: %w", r.Name, err)
 	}
 	if !waitFor(ctx, rn.exited, killTime) {

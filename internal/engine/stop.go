@@ -66,14 +66,17 @@ func (e *Engine) stop(ctx context.Context, c *ctr, o StopOptions) error {
 		return err
 	}
 	timeout := e.stopTimeout(r, o)
-	if err := e.signal(ctx, c, sig); err != nil && !errdefs.IsNotFound(err) {
+	if rn == nil {
+		rn = c.runOrNew()
+	}
+	if err := e.signalOrEnd(c, rn, func() error { return e.signal(ctx, c, sig) }); err != nil {
 		if c.onMachine() == nil || sig == syscall.SIGKILL {
 			return err
 		}
 		timeout = 0 // its machine does not answer: it will not hear the signal
 	}
 	if !waitFor(ctx, rn.exited, timeout) {
-		if err := e.signal(ctx, c, syscall.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
+		if err := e.signalOrEnd(c, rn, func() error { return e.signal(ctx, c, syscall.SIGKILL) }); err != nil {
 			return err
 		}
 		if !waitFor(ctx, rn.exited, killTime) {
@@ -258,7 +261,9 @@ func (e *Engine) Kill(ctx context.Context, ref, signal string) error {
 		c.mu.Lock()
 		rn := c.run
 		c.mu.Unlock()
-		waitFor(ctx, rn.exited, 10*time.Second)
+		if rn != nil {
+			waitFor(ctx, rn.exited, 10*time.Second)
+		}
 	}
 	return nil
 }

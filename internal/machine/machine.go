@@ -89,6 +89,8 @@ type Share struct {
 type Facts struct {
 	// Pending is an operation that was begun: Creating, Starting, Stopping or Removing.
 	Pending State `json:"pending,omitempty"`
+	// Volumes says that a removal takes the volumes of its own socket, too.
+	Volumes bool `json:"volumes,omitempty"`
 	// Wanted says that it should run: it was started and not stopped by a user.
 	Wanted   bool      `json:"wanted,omitempty"`
 	Started  time.Time `json:"started,omitzero"`

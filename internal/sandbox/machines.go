@@ -147,6 +147,13 @@ type Machine interface {
 
 	// The rest is for machines that last; others refuse it (NotImplemented).
 
+	// Taint says that the interfaces of these containers may be changed by somebody:
+	// no other container gets them. With all, the first container's processes reach
+	// those of everybody who is there before it is released.
+	Taint(ids []string, all bool)
+	// Holds says whether a container has something of the machine: its Release is to
+	// come, or has failed and is to be tried again.
+	Holds(id string) bool
 	// Discard removes what a released container has written; nothing is no error.
 	Discard(ctx context.Context, id string) error
 	// Written is how much a container has written, in bytes. NotFound if it has had

@@ -56,6 +56,6 @@ func (s *Scope) MachineLogs(context.Context, string, int, bool, io.Writer) error
 }
 
 // MachinePrune is refused.
-func (s *Scope) MachinePrune(context.Context, engine.Filters) ([]string, error) {
+func (s *Scope) MachinePrune(context.Context, engine.Filters, func(string)) ([]string, error) {
 	return nil, s.noMachines()
 }

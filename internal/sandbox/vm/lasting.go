@@ -35,7 +35,8 @@ type lasting struct {
 type holdings struct {
 	image  string // serial number; empty: none
 	shares []string
-	clean  bool // it can't have changed its interfaces
+	clean  bool // nobody can have changed its interfaces
+	reach  bool // it can change those of everybody on the machine
 }
 
 func newLasting(d *vmv1.Machine) *lasting {
@@ -75,6 +76,49 @@ func (l *lasting) clean(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.holds[id] != nil && l.holds[id].clean
+}
+
+// enter is a container's beginning on the machine. clean says that it can't change its
+// own interfaces.
+func (l *lasting) enter(id string, clean bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h := l.holds[id]
+	if h == nil {
+		h = &holdings{}
+		l.holds[id] = h
+	}
+	h.clean = clean
+	for _, other := range l.holds {
+		h.clean = h.clean && !other.reach
+	}
+}
+
+// taint is Machine's Taint.
+func (l *lasting) taint(ids []string, all bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, id := range ids {
+		if h := l.holds[id]; h != nil {
+			h.clean = false
+		}
+	}
+	if !all {
+		return
+	}
+	for _, h := range l.holds {
+		h.clean = false
+	}
+	if h := l.holds[ids[0]]; h != nil {
+		h.reach = true
+	}
+}
+
+// Taint says that the interfaces of containers may be changed.
+func (m *machine) Taint(ids []string, all bool) {
+	if m.lasting != nil && len(ids) > 0 {
+		m.lasting.taint(ids, all)
+	}
 }
 
 // users counts the containers that have an image.
@@ -188,7 +232,7 @@ func (m *machine) lastingRoot(ctx context.Context, h sandbox.MachineHandover) ([
 	if err != nil || c == nil {
 		return nil, m.gone(err)
 	}
-	m.lasting.of(h.ID, func(x *holdings) { x.clean = !h.NetAdmin })
+	m.lasting.enter(h.ID, !h.NetAdmin)
 	if h.Log != nil {
 		if _, err := c.client.KeepLog(ctx, &vmv1.KeepLogRequest{Id: m.about.Id, Container: h.ID, Log: h.Log}); err != nil {
 			return nil, err
@@ -259,14 +303,14 @@ func (m *machine) dropImage(ctx context.Context, c *conn, id, serial string) err
 
 // dropLater takes an image from the machine if it is still idle then.
 func (m *machine) dropLater(serial string) {
-	time.AfterFunc(idleTime, func() {
+	m.v.later.after(idleTime, func(over context.Context) {
 		l := m.lasting
 		l.images.Lock()
 		defer l.images.Unlock()
 		if l.users(serial) > 0 || m.hasEnded() {
 			return
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), dropTime)
+		ctx, cancel := context.WithTimeout(over, dropTime)
 		defer cancel()
 		if err := m.detachImage(ctx, serial); err != nil && !errdefs.IsNotFound(err) && !m.hasEnded() && !m.v.isClosed() {
 			m.v.cfg.Log.Warn("an image that nobody uses stays on a virtual machine", "machine", m.about.Name, "err", err)
@@ -315,6 +359,20 @@ func (m *machine) Release(ctx context.Context, id string) error {
 		return nil // and with it everything
 	}
 	return err
+}
+
+// Holds says whether a container has something of a machine that lasts: its Release
+// is to come, or has failed.
+func (m *machine) Holds(id string) bool {
+	if m.lasting == nil || m.hasEnded() {
+		return false
+	}
+	m.lasting.mu.Lock()
+	held := m.lasting.holds[id] != nil
+	m.lasting.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return held || slices.ContainsFunc(m.nics, func(n *vmv1.NIC) bool { return n.Owner == id })
 }
 
 func (m *machine) hasEnded() bool {
@@ -390,7 +448,8 @@ func (m *machine) returnNIC(ctx context.Context, id string, nic *vmv1.NIC, clean
 	if err != nil || c == nil {
 		return m.gone(err)
 	}
-	if _, err := c.client.DetachNIC(ctx, &vmv1.DetachNICRequest{Id: m.about.Id, Nic: nic.Id, Spare: true}); err != nil {
+	_, err = c.client.DetachNIC(ctx, &vmv1.DetachNICRequest{Id: m.about.Id, Nic: nic.Id, Spare: true})
+	if err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
 	m.mu.Lock()

@@ -29,9 +29,10 @@ type machine struct {
 	ended chan struct{}
 	once  sync.Once
 
-	resizing sync.Mutex // held while its size is changed, which the guest has a say in; taken before mu
+	resizing sync.Mutex    // held while its size is changed, which the guest has a say in; taken before mu
+	dialing  chan struct{} // has an element while somebody connects to guest
 
-	mu     sync.Mutex
+	mu     sync.Mutex // never held while somebody else has to answer
 	reason string
 	nics   []*vmv1.NIC
 	rpc    *ttrpc.Client // to the guest's own service; nil: not connected
@@ -45,7 +46,7 @@ var _ sandbox.Machine = (*machine)(nil)
 
 // newMachine is called with v.mu held.
 func (v *VMs) newMachine(d *vmv1.Machine) *machine {
-	m := &machine{v: v, about: d, nics: d.Nics, ended: make(chan struct{})}
+	m := &machine{v: v, about: d, nics: d.Nics, ended: make(chan struct{}), dialing: make(chan struct{}, 1)}
 	m.facts = sandbox.Facts{
 		BootID: d.BootId, KernelRelease: d.KernelRelease, CgroupV2: true, Capabilities: spec.CapabilityNames(1<<41 - 1),
 		CPUs: max(int(d.Cpus), 1), Memory: d.Memory,
@@ -168,29 +169,67 @@ func (m *machine) apply(ctx context.Context, steps []*taskv1.Step) error {
 
 // service is the connection to the guest's own service.
 func (m *machine) service(ctx context.Context) (taskv1.GuestService, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.guest != nil {
-		return m.guest, nil
+	if g, err := m.connected(); g != nil || err != nil {
+		return g, err
 	}
-	if m.reason != "" {
-		return nil, fmt.Errorf("it ended: %s: %w", m.reason, errdefs.ErrUnavailable)
+	select {
+	case m.dialing <- struct{}{}:
+		defer func() { <-m.dialing }()
+	case <-m.ended:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
+	if g, err := m.connected(); g != nil || err != nil { // by who dialed before
+		return g, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	over := make(chan struct{})
+	defer close(over)
+	go func() { // whose guest is gone is waited for no longer
+		select {
+		case <-m.ended:
+			cancel()
+		case <-over:
+		}
+	}()
 	c, err := channel.Unix(m.about.Socket).Dial(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
-	rpc := ttrpc.NewClient(c, ttrpc.WithUnaryClientInterceptor(task.ClientInterceptor), ttrpc.WithOnClose(m.disconnected))
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.reason != "" {
+		c.Close()
+		return nil, m.endedLocked()
+	}
+	var rpc *ttrpc.Client
+	rpc = ttrpc.NewClient(c, ttrpc.WithUnaryClientInterceptor(task.ClientInterceptor), ttrpc.WithOnClose(func() {
+		go func() { // it may be called with mu held
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if m.rpc == rpc {
+				m.rpc, m.guest = nil, nil
+			}
+		}()
+	}))
 	m.rpc, m.guest = rpc, taskv1.NewGuestClient(rpc)
 	return m.guest, nil
 }
 
-func (m *machine) disconnected() {
-	go func() { // it may be called from within service
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.rpc, m.guest = nil, nil
-	}()
+// connected is the connection that there is; neither it nor an error: one is to be
+// made.
+func (m *machine) connected() (taskv1.GuestService, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.guest == nil && m.reason != "" {
+		return nil, m.endedLocked()
+	}
+	return m.guest, nil
+}
+
+func (m *machine) endedLocked() error {
+	return fmt.Errorf("it ended: %s: %w", m.reason, errdefs.ErrUnavailable)
 }
 
 // PowerOff ends the guest in order.

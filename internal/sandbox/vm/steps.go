@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/network"
@@ -228,7 +229,8 @@ func (m *machine) detachNIC(ctx context.Context, nic *vmv1.NIC) error {
 	if err != nil || c == nil {
 		return m.gone(err)
 	}
-	if _, err := c.client.DetachNIC(ctx, &vmv1.DetachNICRequest{Id: m.about.Id, Nic: nic.Id}); err != nil {
+	_, err = c.client.DetachNIC(ctx, &vmv1.DetachNICRequest{Id: m.about.Id, Nic: nic.Id})
+	if err != nil && !errdefs.IsNotFound(err) { // an earlier daemon may have begun it
 		return err
 	}
 	m.mu.Lock()

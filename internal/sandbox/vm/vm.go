@@ -63,7 +63,8 @@ type Config struct {
 
 // VMs is sandbox.Machines.
 type VMs struct {
-	cfg Config
+	cfg   Config
+	later later
 
 	starting sync.Mutex // held while tenon-vmm is being reached or started
 
@@ -88,12 +89,48 @@ type conn struct {
 	over    context.Context // ends with the connection
 }
 
+// later does things after a while, until it is ended.
+type later struct {
+	over context.Context
+	end  context.CancelFunc
+
+	mu      sync.Mutex
+	running sync.WaitGroup
+}
+
+func (l *later) after(d time.Duration, f func(over context.Context)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over.Err() != nil {
+		return
+	}
+	l.running.Go(func() {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			f(l.over)
+		case <-l.over.Done():
+		}
+	})
+}
+
+// stop ends what waits, and waits for what has begun.
+func (l *later) stop() {
+	l.mu.Lock()
+	l.end()
+	l.mu.Unlock()
+	l.running.Wait()
+}
+
 // New has no side effects.
 func New(cfg Config) *VMs {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &VMs{cfg: cfg, machines: map[string]*machine{}}
+	v := &VMs{cfg: cfg, machines: map[string]*machine{}}
+	v.later.over, v.later.end = context.WithCancel(context.Background())
+	return v
 }
 
 // Socket is where tenon-vmm listens.
@@ -573,5 +610,6 @@ func (v *VMs) Close() error {
 	if c != nil {
 		c.rpc.Close()
 	}
+	v.later.stop()
 	return nil
 }

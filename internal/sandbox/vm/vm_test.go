@@ -3,11 +3,13 @@ package vm
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,6 +54,74 @@ func TestMachineMemory(t *testing.T) {
 		if got := machineMemory(containers); got != want {
 			t.Errorf("for %d bytes a machine has %d, want %d", containers, got, want)
 		}
+	}
+}
+
+// TestClean: an interface goes to the next container only if nobody can have changed it.
+func TestClean(t *testing.T) {
+	m := New(Config{}).newMachine(&vmv1.Machine{Id: "m", Lasting: true})
+	l := m.lasting
+	for id, clean := range map[string]bool{"a": true, "b": true, "admin": false} {
+		l.enter(id, clean)
+	}
+	is := func(want string) {
+		t.Helper()
+		got := ""
+		for _, id := range []string{"a", "admin", "b", "c"} {
+			if l.clean(id) {
+				got += id
+			}
+		}
+		if got != want {
+			t.Errorf("clean are %q, want %q", got, want)
+		}
+	}
+	is("ab")
+	m.Taint([]string{"admin", "b"}, false) // admin is in the network of b
+	is("a")
+	m.Taint([]string{"admin"}, true) // admin sees all processes
+	l.enter("c", true)
+	is("")
+	l.mu.Lock()
+	delete(l.holds, "admin") // it was released
+	l.mu.Unlock()
+	l.enter("c", true)
+	is("c")
+}
+
+// TestService: many ask the guest over one connection, and none after its end.
+func TestService(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	m := New(Config{}).newMachine(&vmv1.Machine{Id: "m", Socket: l.Addr().String()})
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			if _, err := m.service(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := l.(*net.UnixListener).SetDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; ; n++ {
+		c, err := l.Accept()
+		if err != nil {
+			if n != 1 {
+				t.Errorf("%d connections", n)
+			}
+			break
+		}
+		defer c.Close()
+	}
+	m.end("it was removed")
+	if _, err := m.service(t.Context()); err == nil || !strings.Contains(err.Error(), "it was removed") {
+		t.Errorf("of a machine that is gone: %v", err)
 	}
 }
 

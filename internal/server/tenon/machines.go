@@ -88,7 +88,7 @@ func (a *API) machineCreate(w http.ResponseWriter, r *http.Request) error {
 	}
 	if a.cfg.Doors != nil {
 		if err := a.cfg.Doors.Open(context.WithoutCancel(r.Context()), m.Record); err != nil {
-			rmErr := a.cfg.Engine.MachineRemove(context.WithoutCancel(r.Context()), m.Record.ID, engine.MachineRemoveOptions{Force: true})
+			rmErr := a.cfg.Engine.MachineRemove(context.WithoutCancel(r.Context()), m.Record.ID, engine.MachineRemoveOptions{Force: true, Removing: a.closeDoor})
 			return errors.Join(err, rmErr)
 		}
 	}
@@ -185,14 +185,16 @@ func (a *API) machineRemove(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	o := engine.MachineRemoveOptions{Force: flag(q, "force"), Volumes: flag(q, "v")}
-	if err := a.cfg.Engine.MachineRemove(r.Context(), m.Record.ID, o); err != nil {
-		return err
-	}
+	o := engine.MachineRemoveOptions{Force: flag(q, "force"), Volumes: flag(q, "v"), Removing: a.closeDoor}
+	return acted(w, a.cfg.Engine.MachineRemove(r.Context(), m.Record.ID, o))
+}
+
+// closeDoor closes a machine's socket while the name is still the machine's: one that
+// is made right after opens its own.
+func (a *API) closeDoor(name string) {
 	if a.cfg.Doors != nil {
-		a.cfg.Doors.Close(m.Record.Name)
+		a.cfg.Doors.Close(name)
 	}
-	return acted(w, nil)
 }
 
 func flag(q url.Values, key string) bool {
@@ -205,12 +207,7 @@ func (a *API) machinePrune(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	names, err := a.cfg.Engine.MachinePrune(r.Context(), f)
-	if a.cfg.Doors != nil {
-		for _, n := range names {
-			a.cfg.Doors.Close(n)
-		}
-	}
+	names, err := a.cfg.Engine.MachinePrune(r.Context(), f, a.closeDoor)
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,8 @@ type service struct {
 
 	mu    sync.Mutex // held while spare is made or used
 	spare string     // path of a network namespace made ahead; empty: none
+
+	removed removed
 }
 
 var _ taskv1.GuestService = (*service)(nil)
@@ -76,6 +78,7 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 		}
 		return os.Chmod(k.File.Path, os.FileMode(k.File.Mode))
 	case *taskv1.Step_Remove:
+		g.removed.add(k.Remove.Path)
 		return removeTree(k.Remove.Path)
 	case *taskv1.Step_Netns:
 		if k.Netns.Remove {
@@ -91,9 +94,9 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 	case *taskv1.Step_Online:
 		return online(ctx, int(k.Online.Cpus))
 	case *taskv1.Step_Upper:
-		return upper(k.Upper)
+		return g.removed.unless(k.Upper.Path, func() error { return upper(k.Upper) })
 	case *taskv1.Step_Keep:
-		return keep(k.Keep)
+		return keep(k.Keep, g.removed.add)
 	case *taskv1.Step_GrowFs:
 		return growFS(ctx, k.GrowFs)
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -141,8 +142,48 @@ func upperUsed(path string) (uint64, error) {
 	return q.used - min(q.used, emptyUpper), nil
 }
 
-// keep removes what is not named.
-func keep(k *taskv1.Keep) error {
+// removed are the last paths that were removed. What a killed daemon has asked for may
+// be done after the next one has taken it back: the place of a container's files is
+// not made again once it was removed, since no other container gets its name.
+type removed struct {
+	mu    sync.Mutex
+	paths map[string]bool
+	order []string
+}
+
+// maxRemoved is how many are remembered.
+const maxRemoved = 1024
+
+// add returns when nobody makes the path any more, or will.
+func (r *removed) add(path string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.paths[path] {
+		return
+	}
+	if r.paths == nil {
+		r.paths = map[string]bool{}
+	}
+	if len(r.order) >= maxRemoved {
+		delete(r.paths, r.order[0])
+		r.order = r.order[1:]
+	}
+	r.paths[path] = true
+	r.order = append(r.order, path)
+}
+
+// unless runs f, which makes the path, if it was not removed.
+func (r *removed) unless(path string, f func() error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.paths[path] {
+		return fmt.Errorf("%s was removed: %w", path, errdefs.ErrFailedPrecondition)
+	}
+	return f()
+}
+
+// keep removes what is not named, after it has told of each.
+func keep(k *taskv1.Keep, tell func(path string)) error {
 	list, err := os.ReadDir(k.Path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -153,7 +194,9 @@ func keep(k *taskv1.Keep) error {
 	var errs []error
 	for _, e := range list {
 		if !slices.Contains(k.Names, e.Name()) {
-			errs = append(errs, removeTree(filepath.Join(k.Path, e.Name())))
+			path := filepath.Join(k.Path, e.Name())
+			tell(path)
+			errs = append(errs, removeTree(path))
 		}
 	}
 	return errors.Join(errs...)

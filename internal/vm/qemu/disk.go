@@ -216,7 +216,8 @@ func (p *Process) unplug(ctx context.Context, id string) error {
 	for wait := time.Millisecond; ; wait = min(2*wait, 20*time.Millisecond) {
 		if time.Since(asked) > unplugTurn {
 			// Asked again while the first request stands, QEMU refuses.
-			if _, err := p.run(ctx, "device_del", map[string]any{"id": id}); err != nil && asked.IsZero() {
+			var qe *qmp.Error
+			if _, err := p.run(ctx, "device_del", map[string]any{"id": id}); err != nil && asked.IsZero() && (!errors.As(err, &qe) || !asIfAsked(qe)) {
 				return err
 			}
 			asked = time.Now()
@@ -235,6 +236,12 @@ func (p *Process) unplug(ctx context.Context, id string) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// asIfAsked says that a device is gone or about to go, since somebody has asked for
+// it who did not wait for the end.
+func asIfAsked(e *qmp.Error) bool {
+	return e.Class == "DeviceNotFound" || strings.Contains(e.Desc, "already in the process of unplug")
 }
 
 func (p *Process) has(ctx context.Context, id string) (bool, error) {

@@ -21,13 +21,18 @@ import (
 const deviceTime = 60 * time.Second
 
 // change does something to the devices of a machine that runs, one after the
-// other.
+// other. A caller that dies does not end it half-way: another would find a device
+// that QEMU has and the machine does not know of, or the reverse.
 func (s *Service) change(ctx context.Context, id string, f func(context.Context, *machine) error) error {
 	v, err := s.m.get(id)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, deviceTime)
+	end := time.Now().Add(deviceTime)
+	if asked, ok := ctx.Deadline(); ok && asked.Before(end) {
+		end = asked
+	}
+	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), end)
 	defer cancel()
 	v.change.Lock()
 	defer v.change.Unlock()
@@ -153,7 +158,11 @@ func (s *Service) AttachNIC(ctx context.Context, r *vmv1.AttachNICRequest) (*vmv
 		return nil, err
 	}
 	if v, err := s.m.get(r.Id); err == nil && r.Owner != "" {
-		go v.spareAhead()
+		v.mu.Lock()
+		if !v.freed {
+			v.ahead.Go(v.spareAhead)
+		}
+		v.mu.Unlock()
 	}
 	return &vmv1.AttachNICResponse{Nic: n}, nil
 }

@@ -54,6 +54,7 @@ type machine struct {
 	verdict    atomic.Pointer[string] // why it was killed
 	freeOnce   sync.Once
 	serving    sync.WaitGroup // of shares
+	ahead      sync.WaitGroup // what makes interfaces for the next containers
 
 	// Of a machine in use.
 	id       string
@@ -313,6 +314,7 @@ func (v *machine) free() {
 		if v.session != nil {
 			v.session.Close()
 		}
+		v.ahead.Wait() // QEMU refuses everything now
 		v.dropShares()
 		if v.id != "" {
 			if err := os.RemoveAll(v.dir()); err != nil {
