@@ -22,6 +22,7 @@ import (
 //	meta/version          "1"
 //	images/<target>       record, JSON
 //	layers/<chain ID>     layerRecord, JSON
+//	shelves/…             what was pushed to the registry beside images: see shelf
 const dbVersion = "1"
 
 var (
@@ -98,6 +99,9 @@ func (s *Store) readDB() error {
 		if err != nil {
 			return err
 		}
+		if err := s.readShelves(tx); err != nil {
+			return err
+		}
 		return tx.Bucket(bucketLayers).ForEach(func(k, v []byte) error {
 			l := &layerRecord{saved: true}
 			if err := json.Unmarshal(v, l); err != nil || l.Dir == "" || filepath.Base(l.Dir) != l.Dir {
@@ -135,9 +139,10 @@ func (s *Store) readDB() error {
 
 // batch is one transaction being put together. A nil value deletes.
 type batch struct {
-	s      *Store
-	recs   map[digest.Digest]*record
-	layers map[digest.Digest]*layerRecord
+	s       *Store
+	recs    map[digest.Digest]*record
+	layers  map[digest.Digest]*layerRecord
+	shelves []shelfChange // in order
 }
 
 // record returns the record to be changed, nil if there is none.
@@ -223,11 +228,19 @@ func (s *Store) update(f func(*batch) error) error {
 	if err := f(b); err != nil {
 		return err
 	}
-	if len(b.recs)+len(b.layers) == 0 {
+	if len(b.recs)+len(b.layers)+len(b.shelves) == 0 {
 		return nil
+	}
+	for d, r := range b.recs {
+		if r == nil {
+			b.drop(d)
+		}
 	}
 	err := s.db.Update(func(tx *bolt.Tx) error {
 		if err := putAll(tx.Bucket(bucketImages), b.recs); err != nil {
+			return err
+		}
+		if err := putShelves(tx, b.shelves); err != nil {
 			return err
 		}
 		return putAll(tx.Bucket(bucketLayers), b.layers)
@@ -262,6 +275,7 @@ func (s *Store) update(f func(*batch) error) error {
 			}
 		}
 	}
+	s.applyShelvesLocked(b.shelves)
 	for d, l := range b.layers {
 		if l == nil {
 			delete(s.layers, d)

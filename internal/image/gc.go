@@ -6,6 +6,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // gcSoon asks the collector to look for garbage when nothing is being written.
@@ -133,13 +134,17 @@ func (s *Store) collect() (n int, err error) {
 func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
 	blobs, chains = map[digest.Digest]bool{}, map[digest.Digest]bool{}
 	s.mu.RLock()
-	recs := make([]*record, 0, len(s.recs))
+	targets := make([]ocispec.Descriptor, 0, len(s.recs))
 	for _, r := range s.recs {
-		recs = append(recs, r)
+		targets = append(targets, r.Target)
 	}
 	s.mu.RUnlock()
-	for _, r := range recs {
-		b, c, err := s.reach(r.Target)
+	pushed, expected := s.shelved()
+	for _, d := range expected {
+		blobs[d] = true
+	}
+	for _, t := range append(targets, pushed...) {
+		b, c, err := s.reach(t)
 		if errdefs.IsNotFound(err) {
 			continue // its very target is gone: it needs nothing
 		}

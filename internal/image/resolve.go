@@ -531,6 +531,9 @@ func (s *Store) reach(target ocispec.Descriptor) (blobs map[digest.Digest]int64,
 			return nil
 		}
 		doc, err := s.readDocument(d)
+		if depth > 0 && errdefs.IsInvalidArgument(err) {
+			return nil // it will never be one: a blob that somebody calls a manifest
+		}
 		if err != nil {
 			return err
 		}

@@ -51,15 +51,16 @@ type Store struct {
 	stall time.Duration // stallTimeout, but for tests
 	used  sync.Map      // image ID to time.Time
 
-	mu     sync.RWMutex
-	recs   map[digest.Digest]*record      // by target
-	names  map[string]digest.Digest       // canonical name to target
-	layers map[digest.Digest]*layerRecord // by chain ID
-	images map[imageKey]*Image            // what Resolve has answered
-	hot    map[hotKey]*Image              // the same by reference as written; dropped at each change
-	lowers map[digest.Digest][]string     // what Layers has answered, by chain ID
-	held   map[string]int                 // holds by image ID
-	tidy   *time.Timer                    // see tidyLater; guarded by mu
+	mu      sync.RWMutex
+	recs    map[digest.Digest]*record      // by target
+	names   map[string]digest.Digest       // canonical name to target
+	layers  map[digest.Digest]*layerRecord // by chain ID
+	images  map[imageKey]*Image            // what Resolve has answered
+	hot     map[hotKey]*Image              // the same by reference as written; dropped at each change
+	lowers  map[digest.Digest][]string     // what Layers has answered, by chain ID
+	held    map[string]int                 // holds by image ID
+	shelves map[string]*shelf              // by canonical name of the repository
+	tidy    *time.Timer                    // see tidyLater; guarded by mu
 }
 
 type imageKey struct {
@@ -107,7 +108,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		gcKick: make(chan struct{}, 1), flush: make(chan struct{}, 1),
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
 		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
-		lowers: map[digest.Digest][]string{}, held: map[string]int{},
+		lowers: map[digest.Digest][]string{}, held: map[string]int{}, shelves: map[string]*shelf{},
 		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{},
 	}
 	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir()} {
@@ -306,6 +307,16 @@ func (s *Store) syncNow() error {
 			layers = append(layers, d)
 		}
 	}
+	var shelves []shelfChange
+	for name, sh := range s.shelves {
+		for d, p := range sh.manifests {
+			if p.Boot != "" {
+				c := *p
+				c.Boot = ""
+				shelves = append(shelves, shelfChange{name: name, manifest: d, pushed: &c})
+			}
+		}
+	}
 	s.mu.RUnlock()
 	f, err := os.Open(s.cfg.Root)
 	if err != nil {
@@ -325,6 +336,13 @@ func (s *Store) syncNow() error {
 			if l := b.layer(d); l != nil && l.saved {
 				l.Boot = ""
 				b.layers[d] = l
+			}
+		}
+		s.mu.RLock()
+		defer s.mu.RUnlock()
+		for _, c := range shelves {
+			if s.shelves[c.name] != nil && s.shelves[c.name].manifests[c.manifest] != nil { // not removed meanwhile
+				b.shelves = append(b.shelves, c)
 			}
 		}
 		return nil
@@ -351,10 +369,20 @@ func (s *Store) checkUnflushed(ctx context.Context) {
 			bad = append(bad, d)
 		}
 	}
-	if len(bad)+len(stale) == 0 {
+	var lost []shelfChange
+	for name, sh := range s.shelves {
+		for d, p := range sh.manifests {
+			if p.Boot != "" && p.Boot != s.boot && s.verifyImage(p.Desc) != nil {
+				s.log.Error("manifest that was pushed lost in a crash of the machine", "repository", name, "manifest", d.String())
+				lost = append(lost, shelfChange{name: name, manifest: d})
+			}
+		}
+	}
+	if len(bad)+len(stale)+len(lost) == 0 {
 		return
 	}
 	err := s.update(func(b *batch) error {
+		b.shelves = lost
 		for _, d := range bad {
 			b.recs[d] = nil
 		}

@@ -1,0 +1,733 @@
+package image
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Repositories is the store as a registry shows it: what is pushed is an image at
+// once, what the store has can be pulled, and no blob is there twice.
+//
+// A repository NAME is the images whose names begin with NAMESPACE/NAME. Pulls find
+// the engine's other images as well: "busybox" is docker.io/library/busybox if
+// nothing has been pushed by that name, and "ghcr.io/a/b" is itself. Pushes and
+// removals never reach those.
+//
+// What is not an image (a signature, a chart), and manifests without a tag (the
+// parts of an index, referrers) are known to the registry alone: see shelf.
+// It is safe for concurrent use.
+type Repositories struct {
+	s  *Store
+	ns string
+
+	mu    sync.Mutex
+	nodes map[digest.Digest]*node // documents read lately
+}
+
+// node is what a document names.
+type node struct {
+	manifests []ocispec.Descriptor
+	blobs     []ocispec.Descriptor
+}
+
+// maxNodes bounds Repositories.nodes.
+const maxNodes = 4096
+
+// maxPushedManifest bounds a manifest that is pushed, as most registries do.
+const maxPushedManifest = 4 << 20
+
+var (
+	repositoryName = regexp.MustCompile(`^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*$`)
+	tagName        = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$`)
+)
+
+// maxRepositoryName bounds a repository's name, with the namespace, as clients do.
+const maxRepositoryName = 255
+
+// ErrRepositoryName, ErrTag: names that there cannot be.
+var (
+	ErrRepositoryName = fmt.Errorf("not a repository's name: %w", errdefs.ErrInvalidArgument)
+	ErrTag            = fmt.Errorf("not a tag: %w", errdefs.ErrInvalidArgument)
+	// ErrManifest: the document is not a manifest that is taken.
+	ErrManifest = fmt.Errorf("not a valid manifest: %w", errdefs.ErrInvalidArgument)
+	// ErrDigest: the bytes have another digest, or it is not a digest.
+	ErrDigest = fmt.Errorf("digest does not match: %w", errdefs.ErrInvalidArgument)
+	// ErrRepository is an errdefs.ErrNotFound: of the repository, rather than of
+	// something in it.
+	ErrRepository = fmt.Errorf("repository is not known: %w", errdefs.ErrNotFound)
+)
+
+// MissingError says what a manifest that is pushed names but the repository lacks.
+type MissingError struct {
+	Digest   digest.Digest
+	Manifest bool // it is a manifest
+}
+
+func (e *MissingError) Error() string { return "unknown to the repository: " + e.Digest.String() }
+
+// Repositories returns the registry's view; what is pushed gets names below
+// namespace ("registry.lan", "127.0.0.1:5000/team").
+func (s *Store) Repositories(namespace string) (*Repositories, error) {
+	n, err := reference.ParseNormalizedNamed(namespace + "/x")
+	if err != nil || !strings.HasPrefix(n.Name(), namespace+"/") {
+		return nil, fmt.Errorf("namespace %.200q: give a host, with a path if you like, as image names begin with: %w", namespace, errdefs.ErrInvalidArgument)
+	}
+	return &Repositories{s: s, ns: namespace, nodes: map[digest.Digest]*node{}}, nil
+}
+
+// Namespace is what names of pushed images begin with.
+func (r *Repositories) Namespace() string { return r.ns }
+
+// own is the canonical name of a repository that can be pushed to.
+func (r *Repositories) own(repo string) (string, error) {
+	full := r.ns + "/" + repo
+	if !repositoryName.MatchString(repo) || len(full) > maxRepositoryName {
+		return "", fmt.Errorf("%.100q: %w", repo, ErrRepositoryName)
+	}
+	n, err := reference.ParseNormalizedNamed(full)
+	if err != nil || !reference.IsNameOnly(n) {
+		return "", fmt.Errorf("%.100q: %w", repo, ErrRepositoryName)
+	}
+	return n.Name(), nil
+}
+
+// candidates are the canonical names that a pull from repo may mean, in order. host,
+// if not empty, is the registry that this one is a mirror of.
+func (r *Repositories) candidates(repo, host string) ([]string, error) {
+	own, err := r.own(repo)
+	if err != nil {
+		return nil, err
+	}
+	if host != "" {
+		n, err := reference.ParseNormalizedNamed(host + "/" + repo)
+		if err != nil || reference.Domain(n) != host {
+			return nil, fmt.Errorf("%.100q: %w", host+"/"+repo, ErrRepositoryName)
+		}
+		return []string{n.Name()}, nil
+	}
+	out := []string{own}
+	if n, err := reference.ParseNormalizedNamed(repo); err == nil && n.Name() != own {
+		out = append(out, n.Name())
+	}
+	return out, nil
+}
+
+// Manifest returns the manifest or index that ref (a tag or a digest) names. The
+// caller closes the file.
+func (r *Repositories) Manifest(repo, host, ref string) (ocispec.Descriptor, *os.File, error) {
+	names, err := r.candidates(repo, host)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, err
+	}
+	d, isDigest := digest.Digest(ref), strings.Contains(ref, ":")
+	if isDigest && d.Validate() != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("%.100q: %w", ref, ErrDigest)
+	}
+	known := false
+	for _, name := range names {
+		roots, tagged := r.roots(name, ref)
+		known = known || len(roots) > 0
+		if isDigest {
+			tagged = r.find(roots, d, true)
+		}
+		if tagged == nil {
+			continue
+		}
+		f, err := r.s.openBlob(tagged.Digest)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err == nil {
+			r.s.touchName(name, tagged.Digest)
+		}
+		return *tagged, f, err
+	}
+	if !known {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("%s: %w", repo, ErrRepository)
+	}
+	return ocispec.Descriptor{}, nil, fmt.Errorf("manifest %.200s: %w", ref, errdefs.ErrNotFound)
+}
+
+// Blob opens a blob of the repository; the caller closes it.
+func (r *Repositories) Blob(repo, host string, d digest.Digest) (*os.File, error) {
+	names, err := r.candidates(repo, host)
+	if err != nil {
+		return nil, err
+	}
+	if d.Validate() != nil {
+		return nil, fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	for _, name := range names {
+		if r.has(name, d) {
+			return r.s.openBlob(d)
+		}
+	}
+	return nil, fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound)
+}
+
+// Expect keeps a blob of the repository from being collected for some time: a
+// client that has asked for it may be about to push a manifest that needs it.
+func (r *Repositories) Expect(repo string, d digest.Digest) {
+	if name, err := r.own(repo); err == nil {
+		r.s.expect(name, d)
+	}
+}
+
+// roots lists the manifests and indexes of a repository by its canonical name, and
+// the one with the tag.
+func (r *Repositories) roots(name, tag string) (all []ocispec.Descriptor, tagged *ocispec.Descriptor) {
+	s := r.s
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for n, d := range s.names {
+		rest, ok := strings.CutPrefix(n, name)
+		if !ok || rest == "" || rest[0] != ':' && rest[0] != '@' {
+			continue
+		}
+		if rec := s.recs[d]; rec != nil {
+			t := rec.Target
+			all = append(all, t)
+			if rest[0] == ':' && rest[1:] == tag {
+				tagged = &t
+			}
+		}
+	}
+	sh := s.shelves[name]
+	if sh == nil {
+		return all, tagged
+	}
+	for _, p := range sh.manifests {
+		all = append(all, p.Desc)
+	}
+	if p := sh.manifests[sh.tags[tag]]; p != nil && tagged == nil {
+		t := p.Desc
+		tagged = &t
+	}
+	return all, tagged
+}
+
+// find looks for a digest among the roots and what they need; among documents
+// only, if manifests is set.
+func (r *Repositories) find(roots []ocispec.Descriptor, d digest.Digest, manifests bool) *ocispec.Descriptor {
+	for i := range roots {
+		if roots[i].Digest == d {
+			return &roots[i]
+		}
+	}
+	seen := map[digest.Digest]bool{}
+	var walk func(t ocispec.Descriptor, depth int) *ocispec.Descriptor
+	walk = func(t ocispec.Descriptor, depth int) *ocispec.Descriptor {
+		if seen[t.Digest] || depth > maxIndexDepth+1 {
+			return nil
+		}
+		seen[t.Digest] = true
+		n := r.node(t)
+		if n == nil {
+			return nil
+		}
+		for i := range n.manifests {
+			if n.manifests[i].Digest == d {
+				return &n.manifests[i]
+			}
+			if f := walk(n.manifests[i], depth+1); f != nil {
+				return f
+			}
+		}
+		if manifests {
+			return nil
+		}
+		for i := range n.blobs {
+			if n.blobs[i].Digest == d {
+				return &n.blobs[i]
+			}
+		}
+		return nil
+	}
+	for _, t := range roots {
+		if f := walk(t, 0); f != nil {
+			return f
+		}
+	}
+	return nil
+}
+
+// node reads a document; nil if it is not here or none.
+func (r *Repositories) node(d ocispec.Descriptor) *node {
+	if !images.IsIndexType(d.MediaType) && !images.IsManifestType(d.MediaType) {
+		return nil
+	}
+	r.mu.Lock()
+	n := r.nodes[d.Digest]
+	r.mu.Unlock()
+	if n != nil {
+		return n
+	}
+	doc, err := r.s.readDocument(d)
+	if err != nil {
+		return nil
+	}
+	n = &node{blobs: doc.Layers}
+	if doc.Config != nil {
+		n.blobs = append(slices.Clip(n.blobs), *doc.Config)
+	}
+	for _, m := range doc.Manifests {
+		if images.IsIndexType(m.MediaType) || images.IsManifestType(m.MediaType) {
+			n.manifests = append(n.manifests, m)
+		} else {
+			n.blobs = append(n.blobs, m)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.nodes) >= maxNodes {
+		clear(r.nodes)
+	}
+	r.nodes[d.Digest] = n
+	return n
+}
+
+// has tells whether a repository, by its canonical name, has the blob.
+func (r *Repositories) has(name string, d digest.Digest) bool {
+	if !r.s.hasBlob(d, -1) {
+		return false
+	}
+	if r.s.expected(name, d) {
+		return true
+	}
+	roots, _ := r.roots(name, "")
+	return r.find(roots, d, false) != nil
+}
+
+// Tags lists a repository's tags, sorted.
+func (r *Repositories) Tags(repo, host string) ([]string, error) {
+	names, err := r.candidates(repo, host)
+	if err != nil {
+		return nil, err
+	}
+	known := false
+	out := []string{}
+	s := r.s
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, name := range names {
+		for n := range s.names {
+			if tag, ok := strings.CutPrefix(n, name+":"); ok {
+				out = append(out, tag)
+			} else if strings.HasPrefix(n, name+"@") {
+				known = true
+			}
+		}
+		if sh := s.shelves[name]; sh != nil {
+			known = true
+			for tag := range sh.tags {
+				out = append(out, tag)
+			}
+		}
+	}
+	if len(out) == 0 && !known {
+		return nil, fmt.Errorf("%s: %w", repo, ErrRepository)
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
+}
+
+// List lists the repositories, sorted, as they are to be asked for.
+func (r *Repositories) List() []string {
+	seen := map[string]bool{}
+	add := func(name string) {
+		if rest, ok := strings.CutPrefix(name, r.ns+"/"); ok {
+			name = rest
+		} else if rest, ok := strings.CutPrefix(name, "docker.io/"); ok {
+			name = rest
+		}
+		if repositoryName.MatchString(name) {
+			seen[name] = true
+		}
+	}
+	s := r.s
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for n := range s.names {
+		if p, err := reference.ParseNormalizedNamed(n); err == nil {
+			add(p.Name())
+		}
+	}
+	for n, sh := range s.shelves {
+		if len(sh.manifests) > 0 {
+			add(n)
+		}
+	}
+	out := make([]string, 0, len(seen))
+	for n := range seen {
+		out = append(out, n)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// Referrers lists the manifests of the repository whose subject is d, sorted by
+// digest, with their artifact types and annotations.
+func (r *Repositories) Referrers(repo string, d digest.Digest) ([]ocispec.Descriptor, error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return nil, err
+	}
+	if d.Validate() != nil {
+		return nil, fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	var found []ocispec.Descriptor
+	r.s.mu.RLock()
+	if sh := r.s.shelves[name]; sh != nil {
+		for _, p := range sh.manifests {
+			if p.Subject == d {
+				found = append(found, p.Desc)
+			}
+		}
+	}
+	r.s.mu.RUnlock()
+	out := []ocispec.Descriptor{}
+	for _, f := range found {
+		b, err := r.s.readBlob(f)
+		if err != nil {
+			continue
+		}
+		var doc struct {
+			ArtifactType string              `json:"artifactType"`
+			Config       *ocispec.Descriptor `json:"config"`
+			Annotations  map[string]string   `json:"annotations"`
+		}
+		if json.Unmarshal(b, &doc) != nil {
+			continue
+		}
+		f.ArtifactType, f.Annotations = doc.ArtifactType, doc.Annotations
+		if f.ArtifactType == "" && doc.Config != nil {
+			f.ArtifactType = doc.Config.MediaType
+		}
+		out = append(out, f)
+	}
+	slices.SortFunc(out, func(a, b ocispec.Descriptor) int { return cmp.Compare(a.Digest, b.Digest) })
+	return out, nil
+}
+
+// PutManifest takes a manifest or index under a tag, or under its digest. What it
+// needs must be in the repository (MissingError). An image with a tag is an image of
+// the engine at once, and unpacked when it is first used. It returns the digest and
+// that of the manifest's subject, if it has one.
+func (r *Repositories) PutManifest(ctx context.Context, repo, ref, mediaType string, data []byte) (d, subject digest.Digest, err error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return "", "", err
+	}
+	if len(data) > maxPushedManifest {
+		return "", "", fmt.Errorf("larger than %d bytes: %w", maxPushedManifest, ErrManifest)
+	}
+	d, tag := digest.FromBytes(data), ref
+	if strings.Contains(ref, ":") {
+		want := digest.Digest(ref)
+		if want.Validate() != nil {
+			return "", "", fmt.Errorf("%.100q: %w", ref, ErrDigest)
+		}
+		if d = want.Algorithm().FromBytes(data); d != want {
+			return "", "", fmt.Errorf("the manifest has the digest %s: %w", d, ErrDigest)
+		}
+		tag = ""
+	} else if !tagName.MatchString(ref) {
+		return "", "", fmt.Errorf("%.200q: %w", ref, ErrTag)
+	}
+	if mediaType == "" {
+		var doc struct {
+			MediaType string `json:"mediaType"`
+		}
+		_ = json.Unmarshal(data, &doc) // parseDocument says what is wrong
+		mediaType = doc.MediaType
+	}
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(data))}
+	doc, err := parseDocument(desc, data)
+	if err != nil {
+		return "", "", fmt.Errorf("%w: %w", ErrManifest, err)
+	}
+	if doc.Subject != nil {
+		if err := checkDescriptor(*doc.Subject); err != nil {
+			return "", "", fmt.Errorf("subject: %w: %w", err, ErrManifest)
+		}
+		subject = doc.Subject.Digest
+	}
+	end, err := r.s.begin()
+	if err != nil {
+		return "", "", err
+	}
+	defer end()
+	if err := r.needs(name, repo, doc); err != nil {
+		return "", "", err
+	}
+	if err := r.s.putDocument(desc, data); err != nil {
+		return "", "", err
+	}
+	isImage := tag != "" && d.Algorithm() == digest.SHA256 && r.s.isImage(desc)
+	p := &pushed{Desc: desc, Subject: subject, Boot: r.s.boot}
+	if err := r.s.shelve(name, tag, p, isImage); err != nil {
+		return "", "", err
+	}
+	r.s.flushSoon()
+	if isImage {
+		r.s.event("load", d.String(), familiar(name+":"+tag), nil)
+	}
+	return d, subject, nil
+}
+
+// needs checks that the repository has what a document names.
+func (r *Repositories) needs(name, repo string, doc *document) error {
+	names, err := r.candidates(repo, "")
+	if err != nil {
+		return err
+	}
+	any := func(f func(string) bool) bool { return slices.ContainsFunc(names, f) }
+	blobs := slices.Clone(doc.Layers)
+	if doc.Config != nil {
+		blobs = append(blobs, *doc.Config)
+	}
+	for _, b := range blobs {
+		if len(b.URLs) > 0 && !r.s.hasBlob(b.Digest, -1) {
+			continue // foreign layers stay where they are
+		}
+		if !r.s.hasBlob(b.Digest, b.Size) || !any(func(n string) bool { return r.has(n, b.Digest) }) {
+			return &MissingError{Digest: b.Digest}
+		}
+	}
+	for _, m := range doc.Manifests {
+		found := any(func(n string) bool {
+			roots, _ := r.roots(n, "")
+			f := r.find(roots, m.Digest, true)
+			return f != nil && f.MediaType == m.MediaType && f.Size == m.Size
+		})
+		if !found && !(any(func(n string) bool { return r.has(n, m.Digest) }) && !images.IsIndexType(m.MediaType) && !images.IsManifestType(m.MediaType)) {
+			return &MissingError{Digest: m.Digest, Manifest: true}
+		}
+	}
+	return nil
+}
+
+// isImage tells whether a manifest, or one below an index, can be run.
+func (s *Store) isImage(d ocispec.Descriptor) bool {
+	all, err := s.candidates(d, 0)
+	if err != nil {
+		return false
+	}
+	for _, c := range all {
+		if !c.available {
+			continue
+		}
+		doc, err := s.readDocument(c.desc)
+		if err != nil || doc.Config == nil {
+			continue
+		}
+		switch doc.Config.MediaType {
+		case ocispec.MediaTypeImageConfig, images.MediaTypeDockerSchema2Config:
+			if _, err := s.readImage(d, c.desc); err == nil {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// putDocument stores a manifest under the digest it has, whichever algorithm that is of.
+func (s *Store) putDocument(d ocispec.Descriptor, data []byte) error {
+	if s.hasBlob(d.Digest, d.Size) {
+		return nil
+	}
+	w, err := s.newIngest(d.Digest.Algorithm())
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	if err := s.checkFree(); err != nil {
+		w.abort(err)
+		return err
+	}
+	if _, err := w.Write(data); err != nil {
+		w.abort(err)
+		return fmt.Errorf("write manifest: %w", err)
+	}
+	_, err = w.commit(d.Digest, d.Size)
+	return err
+}
+
+// Mount gives the repository a blob that another one has; false if that has not.
+func (r *Repositories) Mount(repo, from string, d digest.Digest) (bool, error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return false, err
+	}
+	if d.Validate() != nil {
+		return false, fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	if from == "" {
+		return false, nil
+	}
+	names, err := r.candidates(from, "")
+	if err != nil {
+		return false, nil // there is no such repository
+	}
+	end, err := r.s.begin()
+	if err != nil {
+		return false, err
+	}
+	defer end()
+	if !slices.ContainsFunc(names, func(n string) bool { return r.has(n, d) }) {
+		return false, nil
+	}
+	r.s.expect(name, d)
+	return true, nil
+}
+
+// DeleteManifest takes a tag, or a manifest by its digest with all tags of the
+// repository, away. An image without a name left is removed, unless a container
+// uses it. errdefs.ErrConflict for a manifest that an index of the repository needs.
+func (r *Repositories) DeleteManifest(repo, ref string) error {
+	name, err := r.own(repo)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(ref, ":") {
+		if !tagName.MatchString(ref) {
+			return fmt.Errorf("%.200q: %w", ref, ErrTag)
+		}
+		return r.s.unshelve(name, ref, "")
+	}
+	d := digest.Digest(ref)
+	if d.Validate() != nil {
+		return fmt.Errorf("%.100q: %w", ref, ErrDigest)
+	}
+	err = r.s.unshelve(name, "", d)
+	if errdefs.IsNotFound(err) {
+		if roots, _ := r.roots(name, ""); r.find(roots, d, true) != nil {
+			return fmt.Errorf("manifest %s is part of an index: %w", d, errdefs.ErrConflict)
+		}
+	}
+	return err
+}
+
+// DeleteBlob takes a blob away from the repository. errdefs.ErrConflict if a
+// manifest needs it.
+func (r *Repositories) DeleteBlob(repo string, d digest.Digest) error {
+	name, err := r.own(repo)
+	if err != nil {
+		return err
+	}
+	if d.Validate() != nil {
+		return fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	if roots, _ := r.roots(name, ""); r.find(roots, d, false) != nil {
+		return fmt.Errorf("a manifest needs blob %s: remove that first: %w", d, errdefs.ErrConflict)
+	}
+	if !r.s.unexpect(name, d) {
+		return fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound)
+	}
+	r.s.gcSoon()
+	return nil
+}
+
+// Upload is a blob that is being pushed. One goroutine at a time may use it. It is
+// to be ended by Commit or Abort; a daemon that dies leaves nothing of it.
+type Upload struct {
+	r    *Repositories
+	name string
+	w    *ingest
+}
+
+// NewUpload begins an upload to the repository.
+func (r *Repositories) NewUpload(repo string) (*Upload, error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.s.ctx.Err(); err != nil {
+		return nil, fmt.Errorf("image store is closed: %w", errdefs.ErrUnavailable)
+	}
+	if err := r.s.checkFree(); err != nil {
+		return nil, err
+	}
+	w, err := r.s.newIngest(digest.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	return &Upload{r: r, name: name, w: w}, nil
+}
+
+// Write appends. errdefs.ErrResourceExhausted beyond Limits.BlobBytes.
+func (u *Upload) Write(p []byte) (int, error) { return u.w.Write(p) }
+
+// Size is how much has been written, in bytes.
+func (u *Upload) Size() int64 { return u.w.n }
+
+// Abort gives the upload up.
+func (u *Upload) Abort() {
+	u.w.abort(nil)
+	u.w.close()
+}
+
+// Commit makes what was written a blob of the repository, if its digest is d
+// (ErrDigest). The upload is over either way.
+func (u *Upload) Commit(d digest.Digest) error {
+	defer u.w.close()
+	if err := d.Validate(); err != nil {
+		u.w.abort(err)
+		return fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	if d.Algorithm() != u.w.alg { // not known when the upload began
+		v := d.Verifier()
+		if _, err := io.Copy(v, io.NewSectionReader(u.w.f, 0, u.w.n)); err != nil {
+			u.w.abort(err)
+			return err
+		}
+		if !v.Verified() {
+			err := fmt.Errorf("blob %s: %w", d, ErrDigest)
+			u.w.abort(err)
+			return err
+		}
+		return u.place(d)
+	}
+	if got := u.w.digest(); got != d {
+		err := fmt.Errorf("blob %s: the bytes have the digest %s: %w", d, got, ErrDigest)
+		u.w.abort(err)
+		return err
+	}
+	return u.place(d)
+}
+
+func (u *Upload) place(d digest.Digest) error {
+	s := u.r.s
+	end, err := s.begin()
+	if err != nil {
+		u.w.abort(err)
+		return err
+	}
+	defer end()
+	if err := errors.Join(os.MkdirAll(s.blobDir(d.Algorithm()), 0o700), os.Rename(u.w.f.Name(), s.blobPath(d))); err != nil {
+		u.w.abort(err)
+		return fmt.Errorf("commit blob: %w", err)
+	}
+	u.w.finish(nil)
+	s.expect(u.name, d)
+	return nil
+}
+
+// expectFor is how long a blob that no manifest needs yet is kept.
+const expectFor = time.Hour
