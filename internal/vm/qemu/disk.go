@@ -203,6 +203,10 @@ func (p *Process) UnplugNIC(ctx context.Context, id string) error {
 		return err
 	}
 	_, err := p.run(ctx, "netdev_del", map[string]any{"id": "tap-" + id})
+	var qe *qmp.Error
+	if errors.As(err, &qe) && asIfAsked(qe) {
+		return nil
+	}
 	return err
 }
 
