@@ -36,8 +36,9 @@ var (
 // are never changed, only replaced.
 type record struct {
 	Target  ocispec.Descriptor `json:"target"`
-	Names   []string           `json:"names,omitempty"` // canonical, sorted; none: dangling
-	Created time.Time          `json:"created"`         // when it came here
+	Names   []string           `json:"names,omitempty"`  // canonical, sorted; none: dangling
+	Former  []string           `json:"former,omitempty"` // canonical names that others were given, the last at the end
+	Created time.Time          `json:"created"`          // when it came here
 	Tagged  time.Time          `json:"tagged,omitzero"`
 	Parent  string             `json:"parent,omitempty"` // commit's parent image ID
 	Source  string             `json:"source,omitempty"` // pull, load, import, commit, bootstrap
@@ -195,6 +196,7 @@ func (b *batch) put(target ocispec.Descriptor, name, source string, now time.Tim
 	if old := b.owner(name); old != "" && old != target.Digest {
 		o := b.record(old)
 		o.Names = slices.DeleteFunc(o.Names, func(n string) bool { return n == name })
+		o.Former = remember(o.Former, name)
 		moved = old
 	}
 	if i, ok := slices.BinarySearch(r.Names, name); !ok {
