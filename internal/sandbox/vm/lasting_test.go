@@ -51,6 +51,7 @@ func newHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
+	endWithUs(t, dir)
 	h := &host{t: t, dir: dir}
 	cmd := exec.CommandContext(limited(t), "go", "build", "-ldflags", "-s -w", "-o", dir, "tenon.dev/tenon/cmd/tenon-shim", "tenon.dev/tenon/cmd/tenon-vmm")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -161,6 +161,7 @@ func TestUpgrade(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
+	endWithUs(t, dir)
 	var pids []int
 	for _, of := range []string{"old", version.Version} {
 		bin := filepath.Join(dir, "vmm-"+of)

@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -230,9 +232,19 @@ func (v *machine) explain(err error) error {
 	select {
 	case <-v.proc.Done():
 		return fmt.Errorf("virtual machine ended (%s): %w", v.reason(), err)
-	case <-time.After(10 * time.Millisecond):
+	case <-time.After(explainTime(err)):
 		return err
 	}
+}
+
+// explainTime is how long the end of QEMU may take to be known after it was seen.
+func explainTime(err error) time.Duration {
+	for _, broken := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, net.ErrClosed, ttrpc.ErrClosed} {
+		if errors.Is(err, broken) {
+			return 2 * time.Second
+		}
+	}
+	return 10 * time.Millisecond
 }
 
 // reason says why the machine ended.

@@ -87,30 +87,38 @@ func (s *Service) Create(ctx context.Context, r *vmv1.CreateRequest) (_ *vmv1.Cr
 	if r.KernelLog != "" && !filepath.IsAbs(r.KernelLog) {
 		return nil, fmt.Errorf("virtual machine %s: kernel log %q: %w", r.Id, r.KernelLog, errdefs.ErrInvalidArgument)
 	}
-	var v *machine
 	if err := m.lasting(ctx, r); err != nil {
 		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
 	}
-	if r.Cold {
-		v, err = m.boot(ctx, r)
-	} else {
-		v, err = m.clone(ctx)
+	for {
+		var v *machine
+		if r.Cold {
+			v, err = m.boot(ctx, r)
+		} else {
+			v, err = m.clone(ctx)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
+		}
+		uctx, cancel := context.WithTimeout(ctx, bootTime) // a guest that hangs
+		err := v.use(uctx, r)
+		cancel()
+		if err != nil {
+			err = v.explain(err)
+			died := v.origin == fromPool && !v.alive()
+			v.free()
+			if died && ctx.Err() == nil { // while it waited, which was not known yet
+				m.log.Warn("a waiting virtual machine has ended", "reason", v.reason())
+				continue
+			}
+			return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
+		}
+		if err := m.add(v); err != nil {
+			v.free()
+			return nil, err
+		}
+		return &vmv1.CreateResponse{Machine: v.describe(), Identity: v.identity}, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
-	}
-	uctx, cancel := context.WithTimeout(ctx, bootTime) // a guest that hangs
-	defer cancel()
-	if err := v.use(uctx, r); err != nil {
-		err = v.explain(err)
-		v.free()
-		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
-	}
-	if err := m.add(v); err != nil {
-		v.free()
-		return nil, err
-	}
-	return &vmv1.CreateResponse{Machine: v.describe(), Identity: v.identity}, nil
 }
 
 // reserve takes a name.

@@ -571,11 +571,25 @@ func TestPool(t *testing.T) {
 	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(time.Minute); waiting() == 0 || waiting() == first; time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the pool is not filled again after the death of a waiting machine")
+	again := func() {
+		t.Helper()
+		for end := time.Now().Add(time.Minute); waiting() == 0 || waiting() == first; time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("the pool is not filled again after the death of a waiting machine")
+			}
 		}
 	}
+	again()
+	// Who asks before that is known gets another.
+	first = waiting()
+	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if v = e.create("early").Machine; int(v.Pid) == first {
+		t.Errorf("it is the dead one: %v", v)
+	}
+	e.remove("early")
+	again()
 	v = e.create("q").Machine
 	if v.Origin != fromPool {
 		t.Errorf("not from the pool: %v", v)
