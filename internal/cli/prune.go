@@ -144,6 +144,7 @@ func (a *app) systemPruneCmd() *cobra.Command {
 		} else {
 			lines = append(lines, "  - all dangling images")
 		}
+		lines = append(lines, "  - unused build cache")
 		return strings.Join(lines, "\n") + "\n"
 	}
 	cmd := a.pruneVerb("Remove unused data", "tenon system prune\ntenon system prune -a --volumes", warning,
@@ -165,7 +166,12 @@ func (a *app) systemPruneCmd() *cobra.Command {
 					total += n
 				}
 			}
-			return total, nil
+			q := fil.query(nil)
+			if everything {
+				q.Set("all", "1")
+			}
+			n, err := a.pruneBuilds(ctx, c, q)
+			return total + n, err
 		})
 	cmd.Flags().BoolVar(&volumes, "volumes", false, "Prune anonymous volumes")
 	return cmd

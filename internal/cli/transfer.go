@@ -3,7 +3,6 @@ package cli
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +12,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/moby/moby/api/types/jsonstream"
 	"github.com/spf13/cobra"
 
 	"tenon.dev/tenon/client"
@@ -335,27 +333,6 @@ func (a *app) importCmd() *cobra.Command {
 		defer resp.Body.Close()
 		return newProgress(a.out, false).copy(resp.Body, nil)
 	})
-	return cmd
-}
-
-func (a *app) buildCmd() *cobra.Command {
-	cmd := &cobra.Command{
-		Use: "build [OPTIONS] PATH | URL | -", Short: "Build an image from a Dockerfile (comes later)",
-		Long:               "Building images comes with a later version of the engine.",
-		Example:            "tenon build -t web:2 .",
-		DisableFlagParsing: true,
-		RunE: a.do(func(ctx context.Context, c *client.Client, _ []string) error {
-			// The server says what it can; one that builds has its own clients.
-			var m jsonstream.Message
-			var empty json.RawMessage
-			err := c.Call(ctx, client.Request{Method: http.MethodPost, Path: "/build", Body: bytes.NewReader(empty), Header: http.Header{"Content-Type": {"application/x-tar"}}}, &m)
-			var e *client.Error
-			if errors.As(err, &e) && e.Status == http.StatusNotImplemented {
-				return err
-			}
-			return errors.New("tenon build comes later: this command cannot build images yet")
-		}),
-	}
 	return cmd
 }
 

@@ -47,12 +47,14 @@ func topVerbs() []verb {
 
 		{"container", groupManage, (*app).containerCmd},
 		{"image", groupManage, (*app).imageCmd},
+		{"builder", groupManage, (*app).builderCmd},
 		{"network", groupManage, (*app).networkCmd},
 		{"volume", groupManage, (*app).volumeCmd},
 		{"system", groupManage, (*app).systemCmd},
 
 		{"machine", groupTenon, (*app).machineCmd},
 		{"vm", groupTenon, (*app).vmCmd},
+		{"compose", groupTenon, (*app).composeCmd},
 		{"doctor", groupTenon, (*app).doctorCmd},
 		{"completion", groupTenon, (*app).completionCmd},
 

@@ -1,0 +1,84 @@
+// Package buildopts is what `tenon build` hands to the program that does it: tenon-build,
+// which links BuildKit's client and is therefore not the tenon command itself. It goes as
+// JSON in the only argument, so that the command line is parsed once.
+package buildopts
+
+import (
+	"encoding/json"
+	"fmt"
+)
+
+// Options are the flags and arguments of `tenon build`, as they were given, and what
+// the tenon command knows of the daemon.
+type Options struct {
+	Host       string `json:"host"`
+	TLS        bool   `json:"tls,omitempty"`
+	ConfigDir  string `json:"configDir,omitempty"`
+	APIVersion string `json:"apiVersion,omitempty"`
+	Version    string `json:"version,omitempty"`
+
+	// Context is a directory, "-", or a URL.
+	Context  string   `json:"context"`
+	File     string   `json:"file,omitempty"`
+	Target   string   `json:"target,omitempty"`
+	Tags     []string `json:"tags,omitempty"`
+	Args     []string `json:"args,omitempty"` // NAME=VALUE, or NAME of the environment
+	Labels   []string `json:"labels,omitempty"`
+	Contexts []string `json:"contexts,omitempty"` // named, NAME=VALUE
+	Secrets  []string `json:"secrets,omitempty"`
+	SSH      []string `json:"ssh,omitempty"`
+	Platform []string `json:"platform,omitempty"`
+	AddHosts []string `json:"addHosts,omitempty"`
+	Allow    []string `json:"allow,omitempty"`
+	Ulimits  []string `json:"ulimits,omitempty"`
+
+	NoCache       bool     `json:"noCache,omitempty"`
+	NoCacheFilter []string `json:"noCacheFilter,omitempty"`
+	Pull          bool     `json:"pull,omitempty"`
+	Network       string   `json:"network,omitempty"`
+	Isolation     string   `json:"isolation,omitempty"`
+	CgroupParent  string   `json:"cgroupParent,omitempty"`
+	ShmSize       int64    `json:"shmSize,omitempty"` // bytes
+	Memory        int64    `json:"memory,omitempty"`  // bytes
+	MemorySwap    int64    `json:"memorySwap,omitempty"`
+	CPUShares     int64    `json:"cpuShares,omitempty"`
+	CPUPeriod     int64    `json:"cpuPeriod,omitempty"`
+	CPUQuota      int64    `json:"cpuQuota,omitempty"`
+	CPUSetCPUs    string   `json:"cpusetCpus,omitempty"`
+	CPUSetMems    string   `json:"cpusetMems,omitempty"`
+
+	CacheFrom []string `json:"cacheFrom,omitempty"`
+	CacheTo   []string `json:"cacheTo,omitempty"`
+	Outputs   []string `json:"outputs,omitempty"`
+	Push      bool     `json:"push,omitempty"`
+	Load      bool     `json:"load,omitempty"`
+
+	Attest     []string `json:"attest,omitempty"`
+	Provenance string   `json:"provenance,omitempty"`
+	SBOM       string   `json:"sbom,omitempty"`
+
+	// Progress is auto, plain, tty, rawjson or quiet.
+	Progress     string `json:"progress,omitempty"`
+	Quiet        bool   `json:"quiet,omitempty"`
+	IIDFile      string `json:"iidFile,omitempty"`
+	MetadataFile string `json:"metadataFile,omitempty"`
+	Check        bool   `json:"check,omitempty"`
+}
+
+// Encode makes the argument.
+func (o *Options) Encode() (string, error) {
+	b, err := json.Marshal(o)
+	if err != nil {
+		return "", fmt.Errorf("encode the build's options: %w", err)
+	}
+	return string(b), nil
+}
+
+// Decode reads the argument.
+func Decode(arg string) (*Options, error) {
+	o := new(Options)
+	if err := json.Unmarshal([]byte(arg), o); err != nil {
+		return nil, fmt.Errorf("the build's options: %w", err)
+	}
+	return o, nil
+}
