@@ -16,6 +16,7 @@ import (
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/system"
 
+	"tenon.dev/tenon/internal/build"
 	"tenon.dev/tenon/internal/config"
 	"tenon.dev/tenon/internal/doctor"
 	"tenon.dev/tenon/internal/engine"
@@ -40,6 +41,7 @@ type daemon struct {
 	images   *image.Store
 	networks *network.Controller
 	machines *vm.VMs
+	builder  *build.Builder
 	closers  []func() error
 }
 
@@ -153,7 +155,15 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		return nil, err
 	}
 	d.closers = append(d.closers, d.engine.Close)
-	return d, d.engine.Recover(ctx)
+	if err := d.engine.Recover(ctx); err != nil {
+		return nil, err
+	}
+	d.builder = build.New(build.Options{
+		Dir: filepath.Join(cfg.Root, "build"), RunDir: filepath.Join(cfg.RunRoot, "build"), Images: d.images, Steps: d.engine,
+		CacheSize: config.Bytes(cfg.BuildCache), Log: log,
+	})
+	d.closers = append(d.closers, d.builder.Close)
+	return d, nil
 }
 
 // newMachines makes virtual machines. What they need may be missing: it is looked
@@ -317,7 +327,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	quiet := keepHeap()
 	defer quiet.stop()
 	srv := server.New(server.Config{
-		Engine: d.engine, Images: d.images, Networks: d.networks, Version: version.Version,
+		Engine: d.engine, Images: d.images, Networks: d.networks, Builder: d.builder, Version: version.Version,
 		Answered:  quiet.touch,
 		Doctor:    func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
 		PrepareVM: func(ctx context.Context) (any, error) { return d.machines.Prepare(ctx) },

@@ -50,6 +50,8 @@ type Config struct {
 	VM         VM                 `toml:"vm"`
 	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
 	ImageBudget string `toml:"image-budget" comment:"disk space that images may take before unused ones are removed, oldest first; 0 unbounded"`
+	// BuildCache bounds the build cache; see docs/build.md.
+	BuildCache string `toml:"build-cache" comment:"disk space that the build cache may take; 0: a tenth of the disk, at most 20 GB"`
 
 	CDISpecDirs []string `toml:"cdi-spec-dirs" comment:"where specifications of the Container Device Interface lie (--device VENDOR/CLASS=NAME, --gpus); later ones win"`
 
@@ -143,6 +145,7 @@ func Default() *Config {
 		DefaultIsolation: "process",
 		DefaultRuntime:   "tenon",
 		ImageBudget:      "0",
+		BuildCache:       "0",
 		CDISpecDirs:      []string{"/etc/cdi", "/var/run/cdi"},
 		UserNS:           UserNS{Default: "host"},
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
@@ -259,7 +262,7 @@ func (c *Config) Validate() error {
 	}
 	for _, s := range []struct{ key, value string }{
 		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
-		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"image-budget", c.ImageBudget}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"image-budget", c.ImageBudget}, {"build-cache", c.BuildCache}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
 		{"vm.memory", c.VM.Memory}, {"vm.pool-memory", c.VM.PoolMemory},
 	} {
 		if _, err := units.RAMInBytes(s.value); err != nil {

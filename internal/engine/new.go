@@ -105,6 +105,7 @@ type Engine struct {
 	idmaps usernsProbe
 	known  knownAccounts
 	lately lately
+	steps  steps
 }
 
 var _ API = (*Engine)(nil)

@@ -205,7 +205,7 @@ func (e *Engine) apply(ctx context.Context, client *task.Client, procs []*taskv1
 	}
 	for _, p := range procs {
 		e.mu.Lock()
-		known := e.ctrs[p.Id] != nil
+		known := e.ctrs[p.Id] != nil || e.steps.get(p.Id) != nil
 		_, knownExec := e.execs[p.ExecId]
 		e.mu.Unlock()
 		switch {

@@ -9,6 +9,7 @@
 //	<root>/content/ingest-t/…   blobs being written
 //	<root>/layers/<id>/         an unpacked layer; the database knows its chain ID
 //	<root>/layers/tmp/…         layers being unpacked
+//	<root>/held/<id>            a layer's directory that the build cache needs, whether an image has it or not
 //	<root>/erofs/<chain ID>     an image's files as one file system, for virtual machines
 //
 // The registry client is containerd's, in process. containerd's metadata

@@ -79,6 +79,13 @@ func (s *Store) collect() (n int, err error) {
 		n++
 	}
 	dirs := map[string]bool{"tmp": true}
+	held, err := s.HeldLayerDirs()
+	if err != nil {
+		return 0, err
+	}
+	for _, name := range held {
+		dirs[name] = true
+	}
 	var gone []digest.Digest
 	s.mu.RLock()
 	for c, l := range s.layers {

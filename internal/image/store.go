@@ -111,7 +111,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		lowers: map[digest.Digest][]string{}, held: map[string]int{}, shelves: map[string]*shelf{},
 		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{},
 	}
-	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir()} {
+	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir(), s.heldDir()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
 		}

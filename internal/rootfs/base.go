@@ -18,6 +18,10 @@ var (
 	baseLinks = map[string]string{"etc/mtab": "/proc/mounts"}
 )
 
+// Base is the lowest layer of all roots, with the mount points that every container
+// needs. It is never written to.
+func (s *Store) Base() string { return s.base() }
+
 // makeBase makes the lowest layer, or completes it. The directory that it lies in
 // has nothing else in it: a container with ids of its own covers it by a mapped
 // mount of itself (launch's idmapLayers).

@@ -1,0 +1,140 @@
+package build
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/image"
+)
+
+// blobs is the back end of the content store: files below <dir>, and what the image
+// store has, which gets a second name here when it is asked for.
+type blobs struct {
+	content.Store
+	images *image.Store
+	dir    string
+}
+
+func openBlobs(images *image.Store, dir string) (*blobs, error) {
+	s, err := local.NewStore(dir)
+	if err != nil {
+		return nil, err
+	}
+	b := &blobs{Store: s, images: images, dir: dir}
+	return b, os.MkdirAll(filepath.Dir(b.path(digest.FromString(""))), 0o755)
+}
+
+// path is where a blob lies.
+func (b *blobs) path(d digest.Digest) string {
+	return filepath.Join(b.dir, "blobs", d.Algorithm().String(), d.Encoded())
+}
+
+// link gives a blob of the image store's a name here.
+func (b *blobs) link(d digest.Digest) error {
+	if d.Algorithm() != digest.SHA256 || !b.images.HasBlob(d) {
+		return errdefs.ErrNotFound
+	}
+	return b.images.LinkBlob(d, b.path(d))
+}
+
+// Info tells about a blob.
+func (b *blobs) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
+	i, err := b.Store.Info(ctx, d)
+	if errdefs.IsNotFound(err) && b.link(d) == nil {
+		return b.Store.Info(ctx, d)
+	}
+	return i, err
+}
+
+// allContent is what BuildKit sees: the blobs of the image store are there, and
+// become known to the metadata store (which leases them) when they are used.
+type allContent struct {
+	content.Store // containerd's metadata store
+	blobs         *blobs
+}
+
+// adopt makes a blob of the image store's known.
+func (c *allContent) adopt(ctx context.Context, d digest.Digest) bool {
+	if d.Validate() != nil || !c.blobs.images.HasBlob(d) {
+		return false
+	}
+	i, err := c.blobs.Info(ctx, d)
+	if err != nil {
+		return false
+	}
+	w, err := c.Store.Writer(ctx, content.WithRef("image-"+d.String()), content.WithDescriptor(ocispec.Descriptor{Digest: d, Size: i.Size}))
+	if err != nil {
+		return errdefs.IsAlreadyExists(err)
+	}
+	defer w.Close()
+	err = w.Commit(ctx, i.Size, d)
+	return err == nil || errdefs.IsAlreadyExists(err)
+}
+
+// Info tells about a blob.
+func (c *allContent) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
+	i, err := c.Store.Info(ctx, d)
+	if errdefs.IsNotFound(err) && c.adopt(ctx, d) {
+		return c.Store.Info(ctx, d)
+	}
+	return i, err
+}
+
+// Update changes a blob's labels.
+func (c *allContent) Update(ctx context.Context, info content.Info, fieldpaths ...string) (content.Info, error) {
+	i, err := c.Store.Update(ctx, info, fieldpaths...)
+	if errdefs.IsNotFound(err) && c.adopt(ctx, info.Digest) {
+		return c.Store.Update(ctx, info, fieldpaths...)
+	}
+	return i, err
+}
+
+// ReaderAt opens a blob.
+func (c *allContent) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	r, err := c.Store.ReaderAt(ctx, desc)
+	if errdefs.IsNotFound(err) && c.adopt(ctx, desc.Digest) {
+		return c.Store.ReaderAt(ctx, desc)
+	}
+	return r, err
+}
+
+// Writer writes a blob, unless it is here.
+func (c *allContent) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	var o content.WriterOpts
+	for _, opt := range opts {
+		if err := opt(&o); err != nil {
+			return nil, err
+		}
+	}
+	if o.Desc.Digest != "" {
+		c.adopt(ctx, o.Desc.Digest)
+	}
+	return c.Store.Writer(ctx, opts...)
+}
+
+// applier leaves alone what is an unpacked layer of an image already.
+type applier struct {
+	diff.Applier
+	images *image.Store
+}
+
+// Apply unpacks a layer.
+func (a *applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+	if len(mounts) == 1 && mounts[0].Type == layerType {
+		id, err := a.images.LayerDiffID(filepath.Base(mounts[0].Source))
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: id, Size: desc.Size}, nil
+	}
+	return a.Applier.Apply(ctx, desc, mounts, opts...)
+}

@@ -1,0 +1,307 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	mobycontainer "github.com/moby/moby/api/types/container"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/network"
+	"tenon.dev/tenon/internal/rootfs"
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/spec"
+	"tenon.dev/tenon/internal/task"
+)
+
+// Step is a process that runs once on a root of its own, with the defaults of
+// containers, and of which nothing stays: a build's. It is no container: nobody lists
+// it, and a daemon that finds one that an earlier daemon has begun ends it.
+type Step struct {
+	ID string // unlike every container's; letters and digits
+	// Config has Cmd, Env (all of it but HOME), User, WorkingDir, Hostname and Tty.
+	Config *mobycontainer.Config
+	// HostConfig has NetworkMode (bridge, host, none), limits, ExtraHosts and what
+	// protects the host.
+	HostConfig *mobycontainer.HostConfig
+	// Upper, Work and Lower (topmost first) are the overlay that is the root.
+	Upper, Work string
+	Lower       []string
+	Mounts      []spec.Mount
+	// Isolation is as containers ask for it; empty: the daemon's default.
+	Isolation string
+
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	Started        func() // called once it runs; may be nil
+	Resize         <-chan [2]uint32
+	Signal         <-chan syscall.Signal
+}
+
+// steps are those under way, by ID.
+type steps struct {
+	mu   sync.Mutex
+	list map[string]*Step
+}
+
+func (s *steps) add(st *Step) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.list[st.ID] != nil {
+		return errdefs.ErrAlreadyExists.WithMessage("step " + st.ID + " runs already")
+	}
+	if s.list == nil {
+		s.list = map[string]*Step{}
+	}
+	s.list[st.ID] = st
+	return nil
+}
+
+func (s *steps) drop(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.list, id)
+}
+
+func (s *steps) get(id string) *Step {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.list[id]
+}
+
+// RunStep runs a step to its end. When ctx ends it is killed, with all that it has
+// started, and the error is ctx's. Nothing of it is left but what it wrote.
+func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err error) {
+	if e.isClosing() {
+		return exit, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
+	}
+	if err := e.steps.add(st); err != nil {
+		return exit, err
+	}
+	defer e.steps.drop(st.ID)
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return exit, err
+	}
+	var u undo
+	defer func() {
+		// All is taken down whether it has worked or not.
+		if uerr := u.onError(ctx, errStepOver); !errors.Is(uerr, errStepOver) || uerr.Error() != errStepOver.Error() {
+			e.log.Warn("something of a build's step is left", "step", st.ID, "err", uerr)
+		}
+	}()
+	req, err := e.prepareStep(ctx, st, &u)
+	if err != nil {
+		return exit, err
+	}
+	if err := failpoint("step-prepared"); err != nil {
+		return exit, err
+	}
+	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, st.ID) })
+	if _, err = client.Create(ctx, req); err != nil {
+		return exit, fmt.Errorf("step: %s: %w", commandText(st.ID, err), err)
+	}
+	att, err := client.Attach(ctx, st.ID, "", task.Stdio{Stdin: st.Stdin, Stdout: st.Stdout, Stderr: st.Stderr, Terminal: st.Config.Tty})
+	if err != nil {
+		return exit, err
+	}
+	defer att.Close()
+	if _, err := client.Start(ctx, st.ID, ""); err != nil {
+		return exit, stepError(st.ID, err)
+	}
+	if err := failpoint("step-started"); err != nil {
+		return exit, err
+	}
+	if st.Started != nil {
+		st.Started()
+	}
+	return e.waitStep(ctx, client, st.ID, "", att, st.Resize, st.Signal)
+}
+
+// errStepOver has the undo of a step's preparations run at its end.
+var errStepOver = errors.New("step is over")
+
+func stepError(id string, err error) error {
+	return fmt.Errorf("%s: %w", commandText(id, err), err)
+}
+
+// waitStep waits for a process of a step and passes on what the build sends it.
+func (e *Engine) waitStep(ctx context.Context, client *task.Client, id, execID string, att *task.Attachment, resize <-chan [2]uint32, signals <-chan syscall.Signal) (task.Exit, error) {
+	type result struct {
+		exit task.Exit
+		err  error
+	}
+	done := make(chan result, 1)
+	wctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	e.spawn(func() {
+		x, err := client.Wait(wctx, id, execID)
+		if err == nil {
+			err = att.Wait(wctx)
+		}
+		done <- result{x, err}
+	})
+	for {
+		select {
+		case r := <-done:
+			return r.exit, r.err
+		case <-ctx.Done():
+			return task.Exit{}, context.Cause(ctx)
+		case <-e.ctx.Done():
+			return task.Exit{}, errdefs.ErrUnavailable.WithMessage("the daemon is ending")
+		case size, ok := <-resize:
+			if !ok {
+				resize = nil
+				continue
+			}
+			if err := client.Resize(ctx, id, execID, size[0], size[1]); err != nil {
+				e.log.Debug("step not resized", "step", id, "err", err)
+			}
+		case sig, ok := <-signals:
+			if !ok {
+				signals = nil
+				continue
+			}
+			if err := client.Kill(ctx, id, execID, sig, false); err != nil {
+				e.log.Debug("step not signalled", "step", id, "err", err)
+			}
+		}
+	}
+}
+
+// prepareStep makes the step's network, files and specification.
+func (e *Engine) prepareStep(ctx context.Context, st *Step, u *undo) (task.CreateRequest, error) {
+	var req task.CreateRequest
+	r := &container.Record{ID: st.ID, Name: "build-" + st.ID, Config: st.Config, HostConfig: st.HostConfig}
+	q := network.Request{ContainerID: st.ID, Name: r.Name, Hostname: st.Config.Hostname, Mode: network.ModeBridge, ExtraHosts: st.HostConfig.ExtraHosts}
+	switch m := st.HostConfig.NetworkMode; {
+	case m.IsHost():
+		q.Mode = network.ModeHost
+	case m.IsNone():
+		q.Mode = network.ModeNone
+	}
+	u.add("network", func(ctx context.Context) error { return e.cfg.Networks.Disconnect(ctx, st.ID) })
+	ns, err := e.cfg.Networks.Connect(ctx, q)
+	if err != nil {
+		return req, fmt.Errorf("step's network: %w", err)
+	}
+	u.add("files", func(context.Context) error { return removeDir(e.runDir(st.ID)) })
+	if err := writeNetworkFiles(e.runDir(st.ID), r, ns); err != nil {
+		return req, err
+	}
+	mounts := slices.Clone(st.Mounts)
+	for _, name := range networkFiles {
+		mounts = append(mounts, spec.Mount{Type: "bind", Source: filepath.Join(e.runDir(st.ID), name), Destination: "/etc/" + name, ReadOnly: st.HostConfig.ReadonlyRootfs, Engine: true})
+	}
+	root := e.stepRoot(st)
+	u.add("kernel", func(ctx context.Context) error { return e.cfg.Kernel.Release(ctx, st.ID) })
+	kernel, err := e.cfg.Kernel.Prepare(ctx, sandbox.Handover{ID: st.ID, Root: taskMounts(root), NetNS: ns.Path})
+	if err != nil {
+		return req, err
+	}
+	facts := e.cfg.Kernel.Facts()
+	in := spec.Input{
+		ID: st.ID, Config: st.Config, HostConfig: st.HostConfig, Defaults: e.def, NetReady: ns.Path != "", Hostname: st.Config.Hostname,
+		Mounts: withoutShadowed(mounts, st.Mounts), NetNS: kernel.NetNS, CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
+	}
+	if in.User, err = e.resolveUser(root, nil, st.Config.User, nil); err != nil {
+		return req, err
+	}
+	if st.HostConfig.Privileged {
+		if in.AllDevices, err = e.cfg.Kernel.AllDevices(); err != nil {
+			return req, err
+		}
+	}
+	s, err := spec.Build(in)
+	if err != nil {
+		return req, err
+	}
+	s.Process.Env = stepEnv(st.Config.Env, in.User.Home)
+	req = task.CreateRequest{ID: st.ID, Rootfs: kernel.Rootfs, Terminal: st.Config.Tty, Stdin: st.Stdin != nil, StdinOnce: true, Owner: "build"}
+	req.Spec, err = spec.Encode(s)
+	return req, err
+}
+
+// stepRoot is the overlay of a step, with the mount points that every container has
+// below all layers.
+func (e *Engine) stepRoot(st *Step) *rootfs.Root {
+	lower := append(slices.Clone(st.Lower), e.cfg.Roots.Base())
+	return &rootfs.Root{
+		Upper: st.Upper, Work: st.Work, Lower: lower,
+		Mounts: []rootfs.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+			"lowerdir=" + strings.Join(lower, ":"), "upperdir=" + st.Upper, "workdir=" + st.Work, "index=off",
+		}}},
+	}
+}
+
+// stepEnv is the build's environment, with HOME as programs expect it.
+func stepEnv(env []string, home string) []string {
+	if home == "" {
+		home = "/"
+	}
+	if slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, "HOME=") }) {
+		return env
+	}
+	return append(slices.Clone(env), "HOME="+home)
+}
+
+// ExecStep runs one more process in a step that runs. NotFound if there is none.
+func (e *Engine) ExecStep(ctx context.Context, id, execID string, x *Step) (exit task.Exit, err error) {
+	st := e.steps.get(id)
+	if st == nil {
+		return exit, errdefs.ErrNotFound.WithMessage("no such step: " + id)
+	}
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return exit, err
+	}
+	user, err := e.resolveUser(e.stepRoot(st), nil, x.Config.User, nil)
+	if err != nil {
+		return exit, err
+	}
+	h := st.HostConfig
+	caps, err := spec.Capabilities(h.CapAdd, h.CapDrop, h.Privileged, e.cfg.Kernel.Facts().Capabilities)
+	if err != nil {
+		return exit, err
+	}
+	p := specs.Process{
+		Terminal: x.Config.Tty, Args: x.Config.Cmd, Cwd: firstOf(x.Config.WorkingDir, "/"),
+		User: specs.User{UID: user.UID, GID: user.GID, AdditionalGids: user.Additional},
+		Env:  stepEnv(x.Config.Env, user.Home), Capabilities: spec.ProcessCapabilities(caps, user.UID),
+		NoNewPrivileges: spec.NoNewPrivileges(h), Rlimits: spec.Rlimits(h.Ulimits),
+	}
+	b, err := json.Marshal(p)
+	if err != nil {
+		return exit, err
+	}
+	att, _, err := client.Execute(ctx, task.ExecRequest{ID: id, ExecID: execID, Process: b, Terminal: x.Config.Tty, Stdin: x.Stdin != nil},
+		task.Stdio{Stdin: x.Stdin, Stdout: x.Stdout, Stderr: x.Stderr, Terminal: x.Config.Tty})
+	if err != nil {
+		return exit, stepError(id, err)
+	}
+	defer func() {
+		att.Close()
+		cctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTime)
+		defer cancel()
+		if err != nil {
+			if kerr := client.Kill(cctx, id, execID, syscall.SIGKILL, false); kerr == nil {
+				_, _ = client.Wait(cctx, id, execID) // it is to be deleted, whatever it said
+			}
+		}
+		if _, derr := client.Delete(cctx, id, execID); derr != nil && !errdefs.IsNotFound(derr) {
+			e.log.Warn("a step's exec is left in the shim", "step", id, "exec", execID, "err", derr)
+		}
+	}()
+	return e.waitStep(ctx, client, id, execID, att, x.Resize, x.Signal)
+}
+
