@@ -2,58 +2,17 @@ package build
 
 import (
 	"context"
-	"os"
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"tenon.dev/tenon/internal/image"
 )
-
-// blobs is the back end of the content store: files below <dir>, and what the image
-// store has, which gets a second name here when it is asked for.
-type blobs struct {
-	content.Store
-	images *image.Store
-	dir    string
-}
-
-func openBlobs(images *image.Store, dir string) (*blobs, error) {
-	s, err := local.NewStore(dir)
-	if err != nil {
-		return nil, err
-	}
-	b := &blobs{Store: s, images: images, dir: dir}
-	return b, os.MkdirAll(filepath.Dir(b.path(digest.FromString(""))), 0o755)
-}
-
-// path is where a blob lies.
-func (b *blobs) path(d digest.Digest) string {
-	return filepath.Join(b.dir, "blobs", d.Algorithm().String(), d.Encoded())
-}
-
-// link gives a blob of the image store's a name here.
-func (b *blobs) link(d digest.Digest) error {
-	if d.Algorithm() != digest.SHA256 || !b.images.HasBlob(d) {
-		return errdefs.ErrNotFound
-	}
-	return b.images.LinkBlob(d, b.path(d))
-}
-
-// Info tells about a blob.
-func (b *blobs) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
-	i, err := b.Store.Info(ctx, d)
-	if errdefs.IsNotFound(err) && b.link(d) == nil {
-		return b.Store.Info(ctx, d)
-	}
-	return i, err
-}
 
 // allContent is what BuildKit sees: the blobs of the image store are there, and
 // become known to the metadata store (which leases them) when they are used.

@@ -68,13 +68,16 @@ func (toSlog) Levels() []logrus.Level {
 
 // Fire passes an entry on.
 func (h toSlog) Fire(e *logrus.Entry) error {
-	if strings.Contains(e.Message, "fsverity") || strings.Contains(e.Message, "no trace recorder") {
+	if e.Message == "healthcheck failed" || strings.Contains(e.Message, "no trace recorder") {
 		return nil // nothing to do about it, nothing lost
 	}
 	args := []any{"part", "buildkit"}
 	for k, v := range e.Data {
 		if k == "spanID" || k == "traceID" {
 			continue
+		}
+		if err, ok := v.(error); ok { // it would come with its stack
+			v = err.Error()
 		}
 		args = append(args, k, v)
 	}
