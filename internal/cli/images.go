@@ -358,20 +358,25 @@ func (a *app) imageCmd() *cobra.Command {
 	return a.group("image", "Manage images", "",
 		verb{name: "bootstrap", make: (*app).bootstrapCmd},
 		verb{name: "build", make: (*app).buildCmd},
+		verb{name: "diff", make: (*app).imageDiffCmd},
 		verb{name: "history", make: (*app).historyCmd},
 		verb{name: "import", make: (*app).importCmd},
 		verb{name: "inspect", make: a.inspectGroup(imageInspector(), a.imageNames)},
 		verb{name: "load", make: (*app).loadCmd},
 		verb{name: "ls", make: (*app).imagesCmd},
+		verb{name: "outdated", make: (*app).outdatedCmd},
 		verb{name: "prune", make: (*app).imagePruneCmd},
 		verb{name: "pull", make: (*app).pullCmd},
 		verb{name: "push", make: (*app).pushCmd},
+		verb{name: "rebuild", make: (*app).rebuildCmd},
 		verb{name: "rm", make: func(a *app) *cobra.Command {
 			cmd := a.rmiCmd()
 			cmd.Aliases = []string{"remove"}
 			return cmd
 		}},
 		verb{name: "save", make: (*app).saveCmd},
+		verb{name: "sbom", make: (*app).sbomCmd},
 		verb{name: "tag", make: (*app).tagCmd},
+		verb{name: "tree", make: (*app).treeCmd},
 	)
 }

@@ -1,0 +1,2 @@
+// Package audit finds what is wrong with images and containers.
+package audit
