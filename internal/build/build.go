@@ -86,6 +86,15 @@ func New(opt Options) *Builder {
 	b := &Builder{opt: opt, log: opt.Log}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.sweep()
+	if _, err := os.Lstat(b.bootFile()); err == nil {
+		b.wg.Add(1)
+		go func() { // the last daemon was killed: what its builds had begun goes
+			defer b.wg.Done()
+			if _, err := b.start(b.ctx); err != nil && b.ctx.Err() == nil {
+				b.log.Warn("what killed builds have left is not collected", "err", err)
+			}
+		}()
+	}
 	return b
 }
 
@@ -117,6 +126,13 @@ func (b *Builder) start(context.Context) (*running, error) {
 		return nil, err
 	}
 	b.run = r
+	b.wg.Add(1)
+	go func() {
+		defer b.wg.Done()
+		if err := r.worker.GarbageCollect(b.ctx); err != nil && b.ctx.Err() == nil {
+			b.log.Warn("garbage of builds not collected", "err", err)
+		}
+	}()
 	b.log.Info("builder started", "took", time.Since(began))
 	return r, nil
 }
