@@ -35,6 +35,8 @@ type Definition struct {
 	// Bases are the images that its Dockerfile's stages began with; that of the final
 	// stage is the first. The server fills in what it knows.
 	Bases []Base `json:"bases,omitempty"`
+	// Commit says that it was committed from a container, not built.
+	Commit bool `json:"commit,omitempty"`
 	// Host is the name of the machine that has the context, User who built.
 	Host    string    `json:"host,omitempty"`
 	User    string    `json:"user,omitempty"`

@@ -60,6 +60,7 @@ func (e *Engine) Commit(ctx context.Context, ref string, o CommitOptions) (strin
 	if err != nil {
 		return "", err
 	}
+	e.rememberBase(ctx, img, r.Image.Ref, parent.ID)
 	e.emit(c, events.ActionCommit, map[string]string{"comment": o.Comment, "imageID": img.ID, "imageRef": o.Ref})
 	return img.ID, nil
 }

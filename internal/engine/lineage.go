@@ -86,6 +86,9 @@ func containerOf(r *container.Record) imageapi.Container {
 func (e *Engine) evidence(ctx context.Context, img *image.Image, def *imageapi.Definition) (out []lineage.Evidence, err error) {
 	if def != nil && len(def.Bases) > 0 {
 		ev := lineage.Evidence{By: imageapi.ByBuild, First: true}
+		if def.Commit {
+			ev.By = imageapi.ByCommit
+		}
 		for _, b := range def.Bases {
 			ev.Bases = append(ev.Bases, lineage.Base(b))
 		}
@@ -410,6 +413,21 @@ func (e *Engine) ImageDefine(ctx context.Context, ref string, d imageapi.Definit
 		return err
 	}
 	return e.cfg.Images.SetDefinition(ctx, img, b)
+}
+
+// rememberBase keeps by which name an image's parent was used.
+func (e *Engine) rememberBase(ctx context.Context, img *image.Image, ref, parent string) {
+	name := image.Familiar(ref)
+	if strings.Contains(name, "@") || strings.HasPrefix(parent, "sha256:"+ref) || ref == parent {
+		return // a digest does not move
+	}
+	b, err := json.Marshal(imageapi.Definition{Commit: true, Bases: []imageapi.Base{{Name: name, Digest: parent}}, Created: time.Now().UTC()})
+	if err == nil {
+		err = e.cfg.Images.SetDefinition(ctx, img, b)
+	}
+	if err != nil {
+		e.log.Warn("the name of an image's parent is not recorded", "image", img.ID, "parent", name, "err", err)
+	}
 }
 
 // ImagePlan says how to make anew, in order, what stands on a base (chain) and is
