@@ -51,6 +51,11 @@ const imageExporter = client.ExporterImage
 // to p as the builder of the asked version says it. Errors that are the Dockerfile's are
 // invalid arguments, with its line and column.
 func (b *Builder) Build(ctx context.Context, req api.Request, p api.Printer) (_ api.Result, err error) {
+	ctx, leave, err := b.enter(ctx)
+	if err != nil {
+		return api.Result{}, err
+	}
+	defer leave()
 	if id, ok := strings.CutPrefix(req.ID, uploadRequest+":"); ok {
 		return api.Result{}, b.builds.send(ctx, id, req.Context)
 	}

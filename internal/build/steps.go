@@ -316,6 +316,9 @@ func explain(err error, classic bool) error {
 		if !classic {
 			return err // its client shows the line
 		}
+		if exit.Err != nil && exit.ExitCode == gatewaypb.UnknownExitStatus {
+			return err // it could not be run: that says why
+		}
 		e := &api.StepError{Code: int(exit.ExitCode), Command: "?", Place: at}
 		var se *errdefs.SolveError
 		if errors.As(err, &se) && se.Op.GetExec().GetMeta() != nil {
