@@ -334,9 +334,18 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		Quit:      func() { down.Store(true); quit() }, Log: log,
 		MachineSockets: filepath.Join(cfg.RunRoot, "machines"), Group: cfg.Group,
 	})
+	registryEnded, err := d.serveRegistry(ctx)
+	if err != nil {
+		for _, l := range listeners {
+			_ = l.Close() // the error that led here is the one to tell
+		}
+		return errors.Join(err, d.close())
+	}
 	notify("READY=1")
 	log.Info("serving", "hosts", cfg.Hosts, "root", cfg.Root, "version", version.Version)
 	err = srv.Serve(ctx, listeners)
+	quit()
+	registryEnded()
 	if !down.Load() {
 		log.Info("ending; containers go on")
 		return errors.Join(err, d.close())

@@ -53,6 +53,7 @@ func topVerbs() []verb {
 		{"system", groupManage, (*app).systemCmd},
 
 		{"machine", groupTenon, (*app).machineCmd},
+		{"registry", groupTenon, (*app).registryCmd},
 		{"vm", groupTenon, (*app).vmCmd},
 		{"compose", groupTenon, (*app).composeCmd},
 		{"doctor", groupTenon, (*app).doctorCmd},

@@ -46,6 +46,7 @@ type Config struct {
 	Limits     Limits             `toml:"limits"`
 	Network    Network            `toml:"network"`
 	Registries Registries         `toml:"registries"`
+	Registry   Registry           `toml:"registry" comment:"this engine's own"`
 	Runtimes   map[string]Runtime `toml:"runtimes" comment:"other OCI runtimes, by name"`
 	VM         VM                 `toml:"vm"`
 	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
@@ -119,6 +120,16 @@ type Registries struct {
 	Mirrors  map[string][]string `toml:"mirrors" comment:"host = [URLs, tried in order before the host itself]"`
 	Insecure []string            `toml:"insecure" comment:"hosts or networks that may speak plain HTTP or show unknown certificates; loopback always may"`
 	CertsDir string              `toml:"certs-dir" comment:"HOST/ca.crt, client.cert, client.key"`
+}
+
+// Registry serves the engine's images as a registry.
+type Registry struct {
+	Listen    string `toml:"listen" comment:"ADDRESS:PORT; empty: none"`
+	Namespace string `toml:"namespace" comment:"what names of pushed images begin with; empty: the address"`
+	ReadOnly  bool   `toml:"read-only" comment:"refuse everything but pulls"`
+	Htpasswd  string `toml:"htpasswd" comment:"file of users and passwords by bcrypt (htpasswd -B), read again when it changes"`
+	TLSCert   string `toml:"tls-cert"`
+	TLSKey    string `toml:"tls-key"`
 }
 
 // Runtime is an OCI runtime command.
@@ -286,6 +297,12 @@ func (c *Config) Validate() error {
 		if name == "tenon" || !filepath.IsAbs(r.Path) {
 			bad("runtimes.%s: give an absolute path, and a name other than tenon", name)
 		}
+	}
+	if (c.Registry.TLSCert == "") != (c.Registry.TLSKey == "") {
+		bad("registry.tls-cert and registry.tls-key belong together")
+	}
+	if c.Registry.Listen == "" && c.Registry != (Registry{}) {
+		bad("[registry] says nothing without listen")
 	}
 	if _, ok := c.Runtimes[c.DefaultRuntime]; !ok && c.DefaultRuntime != "tenon" {
 		bad("default-runtime %q is not in [runtimes]", c.DefaultRuntime)

@@ -105,6 +105,8 @@ func (c *Config) flags(fs *pflag.FlagSet) (pools *[]string) {
 	fs.IntVar(&c.Network.Ready, "ready-networks", c.Network.Ready, "network namespaces kept ready")
 	fs.StringArrayVar(&c.Network.DNS, "dns", c.Network.DNS, "upstream DNS server, may be given several times")
 	fs.StringArrayVar(&c.Registries.Insecure, "insecure-registry", c.Registries.Insecure, "registry host or network that may speak plain HTTP")
+	fs.StringVar(&c.Registry.Listen, "registry-listen", c.Registry.Listen, "ADDRESS:PORT to serve the images at as a registry (the rest: [registry] of the settings)")
+	fs.StringVar(&c.ImageBudget, "image-budget", c.ImageBudget, "disk space of images beyond which those not used for longest are removed (0: none are)")
 	fs.StringArrayVar(&c.CDISpecDirs, "cdi-spec-dir", c.CDISpecDirs, "directory of CDI specifications, may be given several times")
 	fs.StringVar(&c.TLS.CA, "tlscacert", c.TLS.CA, "CA of clients' certificates, for tcp:// hosts")
 	fs.StringVar(&c.TLS.Cert, "tlscert", c.TLS.Cert, "certificate of tcp:// hosts")

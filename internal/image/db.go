@@ -42,6 +42,8 @@ type record struct {
 	Tagged  time.Time          `json:"tagged,omitzero"`
 	Parent  string             `json:"parent,omitempty"` // commit's parent image ID
 	Source  string             `json:"source,omitempty"` // pull, load, import, commit, bootstrap
+	// Remotes are canonical names of repositories that it was pulled from or pushed to.
+	Remotes []string `json:"remotes,omitempty"`
 	// Forgotten images were removed by force while stopped containers needed them:
 	// known by their whole ID only, and gone with the last of those.
 	Forgotten bool `json:"forgotten,omitempty"`

@@ -66,12 +66,13 @@ func (s *Store) Push(ctx context.Context, ref string, opts PushOptions) error {
 	defer cancel()
 	stop := context.AfterFunc(s.ctx, cancel)
 	defer stop()
-	res := s.resolver(opts.Auth, docker.NewInMemoryTracker())
+	tracker := docker.NewInMemoryTracker()
+	res := s.resolver(opts.Auth, tracker)
 	pusher, err := res.Pusher(ctx, canonical(named)+"@"+target.Digest.String())
 	if err != nil {
 		return registryError("push", show, err)
 	}
-	p := &pushing{s: s, pusher: pusher, progress: progress, done: map[digest.Digest]bool{}}
+	p := &pushing{s: s, pusher: pusher, tracker: tracker, progress: progress, done: map[digest.Digest]bool{}, sources: s.mountSources(named)}
 	if err := p.tree(ctx, target, 0); err != nil {
 		return registryError("push", show, err)
 	}
@@ -80,6 +81,9 @@ func (s *Store) Push(ctx context.Context, ref string, opts PushOptions) error {
 	progress.say(Progress{Aux: PushResult{Tag: tag, Digest: target.Digest.String(), Size: int(target.Size)}})
 	if note != "" {
 		progress.say(Progress{Status: note})
+	}
+	if err := s.noteRemote(rec.Target.Digest, named.Name()); err != nil {
+		s.log.Warn("where an image was pushed not recorded", "image", show, "err", err)
 	}
 	s.event("push", target.Digest.String(), show, nil)
 	return nil
@@ -121,8 +125,10 @@ func (s *Store) complete(d ocispec.Descriptor, depth int) bool {
 type pushing struct {
 	s        *Store
 	pusher   remotes.Pusher
+	tracker  docker.StatusTracker
 	progress ProgressFunc
 	done     map[digest.Digest]bool
+	sources  sources
 }
 
 // tree pushes what a document needs, then the document.
@@ -182,7 +188,10 @@ func (p *pushing) blob(ctx context.Context, d ocispec.Descriptor, show bool) err
 				return context.Cause(ctx)
 			}
 		}
-		err = p.once(ctx, d, show)
+		err = p.once(ctx, d, show, attempt == 0)
+		if st := httpStatus(err); attempt == 0 && st >= 400 && st < 500 && p.sources.of(d) != nil {
+			err = p.once(ctx, d, show, false) // perhaps it was the mount that was refused
+		}
 		if err == nil || ctx.Err() != nil || !retriable(err) || errors.Is(err, docker.ErrInvalidAuthorization) ||
 			httpStatus(err) != 0 && httpStatus(err) < 500 {
 			return err
@@ -191,18 +200,25 @@ func (p *pushing) blob(ctx context.Context, d ocispec.Descriptor, show bool) err
 	return err
 }
 
-func (p *pushing) once(ctx context.Context, d ocispec.Descriptor, show bool) error {
+func (p *pushing) once(ctx context.Context, d ocispec.Descriptor, show, mount bool) error {
 	id := shortDigest(d.Digest)
 	say := func(status string, cur int64) {
 		if show {
 			p.progress.say(Progress{ID: id, Status: status, Current: cur, Total: d.Size})
 		}
 	}
-	d.URLs = nil
+	d.URLs, d.Annotations = nil, nil
+	if mount {
+		d.Annotations = p.sources.of(d)
+	}
 	w, err := p.pusher.Push(ctx, d)
 	if errdefs.IsAlreadyExists(err) {
+		status := "Layer already exists"
+		if st, err := p.tracker.GetStatus(remotes.MakeRefKey(ctx, d)); err == nil && st.MountedFrom != "" {
+			status = "Mounted from " + familiarPath(st.MountedFrom)
+		}
 		if show {
-			p.progress.say(Progress{ID: id, Status: "Layer already exists"})
+			p.progress.say(Progress{ID: id, Status: status})
 		}
 		return nil
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 )
 
 // finish makes what an operation wrote an image: one transaction. It returns
@@ -38,6 +39,13 @@ func (s *Store) recordLoaded(all []loadedImage, source string) error {
 			}
 			for _, n := range li.names {
 				b.put(li.img.Target, n, source, now)
+			}
+			if source == "pull" {
+				for _, n := range li.names {
+					if p, err := reference.ParseNormalizedNamed(n); err == nil {
+						b.record(li.img.Target.Digest).addRemote(p.Name())
+					}
+				}
 			}
 			if li.img.Parent != "" {
 				b.record(li.img.Target.Digest).Parent = li.img.Parent

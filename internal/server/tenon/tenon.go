@@ -12,6 +12,7 @@ import (
 	"net/http"
 
 	"github.com/containerd/errdefs"
+	"tenon.dev/tenon/client/registryapi"
 	"tenon.dev/tenon/client/runproto"
 	"tenon.dev/tenon/internal/engine"
 	"tenon.dev/tenon/internal/image"
@@ -63,6 +64,7 @@ func New(cfg Config) *API {
 	a.handle("POST /tenon/v1/vm/prepare", answer(cfg.PrepareVM, "this daemon was set up without virtual machines"))
 	a.imageRoutes()
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
+	a.handle("POST "+registryapi.Path, a.serveRegistry)
 	a.machineRoutes()
 	a.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		wire.WriteMessage(w, http.StatusNotFound, "page not found")
