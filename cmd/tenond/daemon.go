@@ -149,6 +149,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		Log:      engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
 		Runtimes: runtimes, DefaultRuntime: defaultRuntime,
 		UserNS:   engine.UserNS{Auto: cfg.UserNS.Default == "auto", Pool: ids},
+		Tenants:  engine.TenantLimits{Containers: cfg.Tenants.Containers, Networks: cfg.Tenants.Networks, Volumes: cfg.Tenants.Volumes},
 		Describe: d.describe, Logger: log,
 	})
 	if err != nil {

@@ -49,6 +49,7 @@ type Config struct {
 	Registry   Registry           `toml:"registry" comment:"this engine's own"`
 	Runtimes   map[string]Runtime `toml:"runtimes" comment:"other OCI runtimes, by name"`
 	VM         VM                 `toml:"vm"`
+	Tenants    Tenants            `toml:"tenants" comment:"clients of a machine's own socket, by machine"`
 	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
 	ImageBudget string `toml:"image-budget" comment:"disk space that images may take before unused ones are removed, oldest first; 0 unbounded"`
 	// BuildCache bounds the build cache; see docs/build.md.
@@ -71,6 +72,14 @@ type VM struct {
 	Pool       int    `toml:"pool" comment:"machines that wait for the next containers"`
 	PoolMemory string `toml:"pool-memory" comment:"what they may cost together; 0 unbounded"`
 	HangTime   string `toml:"hang-time" comment:"a machine whose guest has not answered for this long is ended"`
+}
+
+// Tenants bounds how many clients of a machine's own socket can make of what they share
+// with others: names, addresses, ports, records.
+type Tenants struct {
+	Containers int `toml:"containers" comment:"on the machine; 0 any number"`
+	Networks   int `toml:"networks" comment:"each takes a subnet of the address pools"`
+	Volumes    int `toml:"volumes"`
 }
 
 // UserNS gives containers user namespaces.
@@ -167,6 +176,7 @@ func Default() *Config {
 			Ready:         4,
 		},
 		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0", HangTime: "3m"},
+		Tenants:    Tenants{Containers: 250, Networks: 16, Volumes: 250},
 		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
 		Runtimes:   map[string]Runtime{},
 	}
@@ -252,6 +262,9 @@ func (c *Config) Validate() error {
 	}
 	if c.VM.CPUs < 0 || c.VM.Pool < 0 {
 		bad("vm.cpus and vm.pool can't be negative")
+	}
+	if c.Tenants.Containers < 0 || c.Tenants.Networks < 0 || c.Tenants.Volumes < 0 {
+		bad("tenants.containers, tenants.networks and tenants.volumes can't be negative; 0 is any number")
 	}
 	if d, err := time.ParseDuration(c.VM.HangTime); err != nil || d < time.Second {
 		bad("vm.hang-time %q: give at least a second (such as 3m)", c.VM.HangTime)

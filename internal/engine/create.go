@@ -66,6 +66,9 @@ func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ct
 		return nil, res, err
 	}
 	u.add("registration", func(context.Context) error { e.unregister(c); return nil })
+	if err := e.tenantContainers(o.Tenant); err != nil {
+		return nil, res, err
+	}
 	if err := e.checkImageMounts(ctx, r); err != nil { // they are in use from here on
 		return nil, res, err
 	}

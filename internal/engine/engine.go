@@ -188,7 +188,8 @@ type API interface {
 	MachineUpdate(ctx context.Context, ref string, o MachineUpdateOptions) error
 	MachineLogs(ctx context.Context, ref string, tail int, follow bool, w io.Writer) error
 	MachinePrune(ctx context.Context, f Filters, removing func(name string)) ([]string, error)
-	// TenantContainer and TenantPrune are for a machine's own socket.
+	// TenantLimits, TenantContainer and TenantPrune are for a machine's own socket.
+	TenantLimits() TenantLimits
 	TenantContainer(name, ref string) (id string, err error)
 	TenantPrune(ctx context.Context, name string, f Filters) (container.PruneReport, error)
 

@@ -337,6 +337,9 @@ func (e *Engine) resolveVolumes(ctx context.Context, r *container.Record, tenant
 		if !existed {
 			name := v.Name
 			u.add("volume "+name, func(ctx context.Context) error { return e.cfg.Volumes.Remove(ctx, name) })
+			if err := e.tenantVolumes(tenant); err != nil {
+				return err
+			}
 			e.emitVolume(v.Name, events.ActionCreate, map[string]string{"driver": "local"})
 		}
 		m.Name, m.Driver, m.Source = v.Name, "local", e.cfg.Volumes.Path(v.Name)

@@ -56,6 +56,8 @@ type Config struct {
 	Runtimes       map[string]Runtime
 	DefaultRuntime string
 	UserNS         UserNS
+	// Tenants bounds what clients of a machine's own socket make.
+	Tenants TenantLimits
 	// Describe adds to Info what the engine does not know (registries, warnings
 	// of the host). May be nil.
 	Describe func(*system.Info)

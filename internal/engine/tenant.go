@@ -27,6 +27,49 @@ func Denied(name, format string, args ...any) error {
 	return errdefs.ErrPermissionDenied.WithMessage(fmt.Sprintf(format, args...) + fmt.Sprintf(" (this is the socket of machine %s; nothing was done)", name))
 }
 
+// TenantLimits are how many a machine's tenants may have. 0: any number.
+type TenantLimits struct{ Containers, Networks, Volumes int }
+
+// TenantLimits are those that hold here.
+func (e *Engine) TenantLimits() TenantLimits { return e.cfg.Tenants }
+
+// TooMany is an error for one more of what a tenant has too many of.
+func TooMany(name, what string, most int) error {
+	return Denied(name, "there are %d %s, and may be no more: tenants.%s in the daemon's settings", most, what, what)
+}
+
+// tenantContainers refuses a registered container of a tenant that is one too many.
+func (e *Engine) tenantContainers(name string) error {
+	most := e.cfg.Tenants.Containers
+	if name == "" || most == 0 {
+		return nil
+	}
+	n := 0
+	for _, c := range e.all() {
+		n += boolInt(c.record().Isolation == machine.Prefix+name)
+	}
+	if n > most {
+		return TooMany(name, "containers", most)
+	}
+	return nil
+}
+
+// tenantVolumes is tenantContainers for a volume that was made.
+func (e *Engine) tenantVolumes(name string) error {
+	most := e.cfg.Tenants.Volumes
+	if name == "" || most == 0 {
+		return nil
+	}
+	n := 0
+	for _, v := range e.cfg.Volumes.List() {
+		n += boolInt(v.Labels[MachineLabel] == name)
+	}
+	if n > most {
+		return TooMany(name, "volumes", most)
+	}
+	return nil
+}
+
 // TenantContainer is the ID of a container of a machine, by name, ID or unique ID
 // prefix among those of that machine alone. NotFound.
 func (e *Engine) TenantContainer(name, ref string) (string, error) {

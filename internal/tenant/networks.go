@@ -91,6 +91,17 @@ func (n *Networks) Create(ctx context.Context, req tnet.CreateRequest) (tnet.Ins
 		own.Labels = map[string]string{}
 	}
 	own.Labels[engine.MachineLabel] = n.s.name
+	n.s.making.Lock() // the last that may be made is made once
+	defer n.s.making.Unlock()
+	if most := n.s.eng.TenantLimits().Networks; most > 0 {
+		list, err := n.c.List(ctx, tnet.Filters(n.s.labelled(nil)))
+		if err != nil {
+			return tnet.Inspect{}, err
+		}
+		if len(list) >= most {
+			return tnet.Inspect{}, engine.TooMany(n.s.name, "networks", most)
+		}
+	}
 	return n.c.Create(ctx, own)
 }
 

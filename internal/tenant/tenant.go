@@ -17,6 +17,7 @@ import (
 	"io"
 	"maps"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -37,6 +38,8 @@ type Scope struct {
 	eng  engine.API
 	nets *Networks
 	name string // of the machine
+
+	making sync.Mutex // held while a volume or network is made
 }
 
 var _ engine.API = (*Scope)(nil)
@@ -178,6 +181,9 @@ func (s *Scope) List(ctx context.Context, o engine.ListOptions) ([]container.Sum
 func (s *Scope) PruneContainers(ctx context.Context, f engine.Filters) (container.PruneReport, error) {
 	return s.eng.TenantPrune(ctx, s.name, f)
 }
+
+// TenantLimits are the machine's.
+func (s *Scope) TenantLimits() engine.TenantLimits { return s.eng.TenantLimits() }
 
 // TenantContainer finds only the machine's own.
 func (s *Scope) TenantContainer(_, ref string) (string, error) { return s.own(ref) }
@@ -325,11 +331,33 @@ func (s *Scope) VolumeCreate(ctx context.Context, r volume.CreateRequest) (*volu
 		r.Labels = map[string]string{}
 	}
 	r.Labels[engine.MachineLabel] = s.name
+	old, err := s.eng.VolumeInspect(ctx, r.Name)
+	existed := r.Name != "" && err == nil && old.Labels[engine.MachineLabel] == s.name
+	if !existed {
+		s.making.Lock() // the last that may be made is made once
+		defer s.making.Unlock()
+		if err := s.volumesLeft(ctx); err != nil {
+			return nil, err
+		}
+	}
 	v, err := s.eng.VolumeCreate(ctx, r)
 	if err == nil && v.Labels[engine.MachineLabel] != s.name {
 		return nil, s.denied("the volume %s belongs to others", r.Name)
 	}
 	return hidden(v), err
+}
+
+// volumesLeft refuses one more volume than there may be.
+func (s *Scope) volumesLeft(ctx context.Context) error {
+	most := s.eng.TenantLimits().Volumes
+	if most == 0 {
+		return nil
+	}
+	list, _, err := s.eng.VolumeList(ctx, s.labelled(nil))
+	if err == nil && len(list) >= most {
+		err = engine.TooMany(s.name, "volumes", most)
+	}
+	return err
 }
 
 // hidden is a volume without where it lies on the host.

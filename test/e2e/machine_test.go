@@ -249,7 +249,25 @@ func (d *Daemon) machineSocket(t *testing.T, share string) {
 	}
 	on("commit", "one", "m/mine")
 	on("rmi", "m/mine")
+	// How much of what is shared with others it can take is bounded.
+	on("network", "create", "mine2")
+	image("there are 2 networks, and may be no more", "network", "create", "mine3")
+	on("volume", "create", "two") // "own" is there
+	on("create", "--name", "three", "-v", "/three", "busybox")
+	image("there are 3 containers, and may be no more", "create", "busybox")
+	on("rename", "three", "third")
+	image("there are 3 volumes, and may be no more", "volume", "create", "four")
+	on("rm", "third") // its volume stays
+	image("there are 3 volumes, and may be no more", "create", "-v", "/four", "busybox")
+	on("volume", "create", "two") // it is there
+	on("volume", "rm", "two")
+	if out := on("ps", "-aq"); strings.Count(out, "\n") != 1 {
+		t.Errorf("containers: %q", out)
+	}
 	on("system", "prune", "-f", "--volumes")
+	if out := on("volume", "ls", "-q"); out != "own" {
+		t.Errorf("volumes after a prune: %q", out)
+	}
 	if out := d.Must(t, "network", "ls", "--format", "{{.Name}}"); !strings.Contains(out, "others") || strings.Contains(out, "mine") {
 		t.Errorf("a tenant's prune: %s", out)
 	}
@@ -326,10 +344,13 @@ func (d *Daemon) machineKills(t *testing.T) {
 		{"machine-stopping:kill", "stop -t 0 k", "stopped"},
 		{"machine-started:error", "start k", "crashed"},
 		{"machine-started:kill", "start k", "running"},
-		{"machine-removing:kill", "rm -f k", ""},
+		{"machine-removing:kill", "rm -f -v k", ""},
 	} {
-		if x.point == "machine-stopping:kill" {
+		switch x.point {
+		case "machine-stopping:kill":
 			d.tenon(t, "machine "+create)
+		case "machine-removing:kill":
+			d.Must(t, "volume", "create", "--label", "tenon.machine=k", "of-k")
 		}
 		d.Kill(t)
 		d.Env = []string{"TENON_FAILPOINT=" + x.point}
@@ -351,4 +372,7 @@ func (d *Daemon) machineKills(t *testing.T) {
 		})
 	}
 	d.Env = nil
+	if out := d.Must(t, "volume", "ls", "-q"); strings.Contains(out, "of-k") {
+		t.Errorf("volumes after rm -v: %s", out)
+	}
 }

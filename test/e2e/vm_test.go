@@ -19,7 +19,7 @@ func newVMDaemon(t *testing.T, args ...string) *Daemon {
 		cache = "/var/cache/tenon-test"
 	}
 	file := filepath.Join(t.TempDir(), "config.toml")
-	text := fmt.Sprintf("[vm]\naccel = \"tcg\"\ncpus = 1\npool = 1\nkernel-dir = %q\n", filepath.Join(cache, "kernel"))
+	text := fmt.Sprintf("[vm]\naccel = \"tcg\"\ncpus = 1\npool = 1\nkernel-dir = %q\n[tenants]\ncontainers = 3\nnetworks = 2\nvolumes = 3\n", filepath.Join(cache, "kernel"))
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
