@@ -10,6 +10,7 @@
 //	<dir>/objects.db               containerd's metadata store: leases, blobs, snapshots
 //	<dir>/snapshots.db             the snapshots and their directories
 //	<dir>/cache.db, cache-metadata.db, history.db   BuildKit's own
+//	<dir>/erofs/…                  layers below steps as file systems for virtual machines
 //	<dir>/contexts/…               uploaded contexts (POST /build with a tar archive)
 //	<dir>/boot                     the machine's boot ID while the daemon has these open
 //

@@ -27,6 +27,7 @@ import (
 
 	"tenon.dev/tenon/internal/engine"
 	"tenon.dev/tenon/internal/layered"
+	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
 )
@@ -35,6 +36,7 @@ import (
 type Steps interface {
 	RunStep(ctx context.Context, st *engine.Step) (task.Exit, error)
 	ExecStep(ctx context.Context, id, execID string, x *engine.Step) (task.Exit, error)
+	StepIsolation(asked string) (string, error)
 }
 
 // hostname is what steps see that ask for none: as BuildKit's own workers have it.
@@ -46,6 +48,7 @@ type executor struct {
 	log        *slog.Logger
 	isSnapshot func(path string) bool
 	work       string // overlay's own directories, by the snapshot's name
+	stacks     *stacks
 	tmp        string // for mounts that can't be made in the step alone
 
 	mu      sync.Mutex
@@ -54,6 +57,10 @@ type executor struct {
 
 func (b *Builder) newExecutor() (*executor, error) {
 	x := &executor{steps: b.opt.Steps, log: b.log, isSnapshot: func(p string) bool { return b.opt.Images.LayerPath(filepath.Base(p)) == p }, work: filepath.Join(b.opt.Dir, "work"), tmp: b.tmpDir(), running: map[string]chan struct{}{}}
+	var err error
+	if x.stacks, err = newStacks(b.opt.Images, filepath.Join(b.opt.Dir, "erofs")); err != nil {
+		return nil, err
+	}
 	return x, os.MkdirAll(x.tmp, 0o700)
 }
 
@@ -91,6 +98,14 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 	}
 	st.HostConfig.ReadonlyRootfs = root.Readonly || p.Meta.ReadonlyRootFS
 	st.Started = begin
+	if st.Isolation, err = x.steps.StepIsolation(st.Isolation); err != nil {
+		return nil, err
+	}
+	translate := x.mount
+	if st.Isolation == sandbox.VM {
+		x.onMachine(st)
+		translate = x.machineMount
+	}
 	var held holder
 	defer func() {
 		if rerr := held.release(); rerr != nil {
@@ -101,7 +116,7 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 		return nil, err
 	}
 	for i, m := range mounts {
-		sm, err := x.mount(ctx, m, filepath.Join(x.tmp, fmt.Sprintf("%s-%d", id, i)), &held)
+		sm, err := translate(ctx, m, filepath.Join(x.tmp, fmt.Sprintf("%s-%d", id, i)), &held)
 		if err != nil {
 			return nil, fmt.Errorf("mount on %s: %w", m.Dest, err)
 		}

@@ -68,7 +68,7 @@ func (toSlog) Levels() []logrus.Level {
 
 // Fire passes an entry on.
 func (h toSlog) Fire(e *logrus.Entry) error {
-	if e.Message == "healthcheck failed" || strings.Contains(e.Message, "no trace recorder") {
+	if e.Message == "healthcheck failed" || strings.HasPrefix(e.Message, "ttrpc: received message on inactive") || strings.Contains(e.Message, "no trace recorder") {
 		return nil // nothing to do about it, nothing lost
 	}
 	args := []any{"part", "buildkit"}

@@ -38,8 +38,13 @@ type Step struct {
 	Upper, Work string
 	Lower       []string
 	Mounts      []spec.Mount
-	// Isolation is as containers ask for it; empty: the daemon's default.
+	// Isolation is what StepIsolation has answered.
 	Isolation string
+	// Image makes the file with what is in Lower as a file system for virtual machines;
+	// release is called when it is not needed any more. Apply unpacks what a step on
+	// one has changed into Upper. Only for isolation "vm".
+	Image func(ctx context.Context) (path string, release func(), err error)
+	Apply func(ctx context.Context, tar io.Reader) error
 
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
@@ -89,10 +94,6 @@ func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err err
 		return exit, err
 	}
 	defer e.steps.drop(st.ID)
-	client, err := e.shim.get(ctx)
-	if err != nil {
-		return exit, err
-	}
 	var u undo
 	defer func() {
 		// All is taken down whether it has worked or not.
@@ -100,10 +101,23 @@ func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err err
 			e.log.Warn("something of a build's step is left", "step", st.ID, "err", uerr)
 		}
 	}()
+	if st.Isolation == sandbox.VM {
+		return e.runStepVM(ctx, st, &u)
+	}
+	client, err := e.shim.get(ctx)
+	if err != nil {
+		return exit, err
+	}
 	req, err := e.prepareStep(ctx, st, &u)
 	if err != nil {
 		return exit, err
 	}
+	return e.runStepOn(ctx, client, st, req, nil, &u)
+}
+
+// runStepOn creates a step's task, starts it and waits for its end. ended is closed
+// when the kernel that it runs on is gone.
+func (e *Engine) runStepOn(ctx context.Context, client *task.Client, st *Step, req task.CreateRequest, ended <-chan struct{}, u *undo) (exit task.Exit, err error) {
 	if err := failpoint("step-prepared"); err != nil {
 		return exit, err
 	}
@@ -125,7 +139,7 @@ func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err err
 	if st.Started != nil {
 		st.Started()
 	}
-	return e.waitStep(ctx, client, st.ID, "", att, st.Resize, st.Signal)
+	return e.waitStep(ctx, client, st.ID, "", att, ended, st)
 }
 
 // errStepOver has the undo of a step's preparations run at its end.
@@ -136,7 +150,8 @@ func stepError(id string, err error) error {
 }
 
 // waitStep waits for a process of a step and passes on what the build sends it.
-func (e *Engine) waitStep(ctx context.Context, client *task.Client, id, execID string, att *task.Attachment, resize <-chan [2]uint32, signals <-chan syscall.Signal) (task.Exit, error) {
+func (e *Engine) waitStep(ctx context.Context, client *task.Client, id, execID string, att *task.Attachment, ended <-chan struct{}, st *Step) (task.Exit, error) {
+	resize, signals := st.Resize, st.Signal
 	type result struct {
 		exit task.Exit
 		err  error
@@ -157,6 +172,8 @@ func (e *Engine) waitStep(ctx context.Context, client *task.Client, id, execID s
 			return r.exit, r.err
 		case <-ctx.Done():
 			return task.Exit{}, context.Cause(ctx)
+		case <-ended:
+			return task.Exit{}, errdefs.ErrUnavailable.WithMessage("the step's virtual machine ended")
 		case <-e.ctx.Done():
 			return task.Exit{}, errdefs.ErrUnavailable.WithMessage("the daemon is ending")
 		case size, ok := <-resize:
@@ -261,6 +278,9 @@ func (e *Engine) ExecStep(ctx context.Context, id, execID string, x *Step) (exit
 	if st == nil {
 		return exit, errdefs.ErrNotFound.WithMessage("no such step: " + id)
 	}
+	if st.Isolation == sandbox.VM {
+		return exit, errdefs.ErrNotImplemented.WithMessage("a step on a virtual machine runs one process only")
+	}
 	client, err := e.shim.get(ctx)
 	if err != nil {
 		return exit, err
@@ -302,6 +322,5 @@ func (e *Engine) ExecStep(ctx context.Context, id, execID string, x *Step) (exit
 			e.log.Warn("a step's exec is left in the shim", "step", id, "exec", execID, "err", derr)
 		}
 	}()
-	return e.waitStep(ctx, client, id, execID, att, x.Resize, x.Signal)
+	return e.waitStep(ctx, client, id, execID, att, nil, x)
 }
-

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -15,6 +16,10 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/image/erofs"
+	"tenon.dev/tenon/internal/image/layer"
 )
 
 // The build cache shares the store's layers and blobs. A layer's directory that the
@@ -170,6 +175,46 @@ func (s *Store) Targets() map[string]ocispec.Descriptor {
 // credentials.
 func (s *Store) RegistryHosts(host string) ([]docker.RegistryHost, error) {
 	return s.hosts(host, nil, nil)
+}
+
+// StackEROFS writes the files of a stack of layers (topmost first) as a read-only file
+// system for virtual machines, in a new file. ENOSPC if the disk is too small for it.
+func (s *Store) StackEROFS(ctx context.Context, stack []string, path string) (err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.cfg.Root, &st); err != nil {
+		return &os.PathError{Op: "statfs", Path: s.cfg.Root, Err: err}
+	}
+	room := int64(st.Bavail)*st.Bsize - s.cfg.Limits.FreeBytes
+	if room <= 0 {
+		return fmt.Errorf("%d bytes of the disk must stay free: %w", s.cfg.Limits.FreeBytes, unix.ENOSPC)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if cerr := f.Close(); err == nil {
+			err = cerr
+		}
+		if err != nil {
+			_ = os.Remove(path)
+		}
+	}()
+	return erofs.Write(ctx, f, stack, erofs.Options{MaxSize: room})
+}
+
+// UnpackOnto unpacks an uncompressed layer into an empty directory that lies on
+// others (topmost first), by the limits of all layers.
+func (s *Store) UnpackOnto(ctx context.Context, r io.Reader, dir string, below []string) error {
+	lim := s.cfg.Limits
+	res, err := layer.Unpack(ctx, r, dir, layer.Limits{Bytes: lim.LayerBytes, Entries: lim.LayerEntries, FreeBytes: lim.FreeBytes})
+	if err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return err
+	}
+	return layer.Settle(dir, res, below)
 }
 
 // BuiltImage is the result of a build.
