@@ -240,7 +240,7 @@ func (e *Engine) running(ref string) (*ctr, error) {
 	}
 	r := c.record()
 	if r.Facts.Restarting {
-		return nil, conflict("container %s is restarting, wait until the container is running", c.id)
+		return nil, conflict("Container %s is restarting, wait until the container is running", c.id)
 	}
 	if !r.Running() {
 		return nil, conflict("container %s is not running", c.id)

@@ -134,7 +134,7 @@ func execable(c *ctr) error {
 	r := c.record()
 	switch {
 	case r.Facts.Restarting:
-		return conflict("container %s is restarting, wait until the container is running", c.id)
+		return conflict("Container %s is restarting, wait until the container is running", c.id)
 	case !r.Running():
 		return conflict("container %s is not running", c.id)
 	case r.Facts.Paused:

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -38,7 +39,7 @@ func (e *Engine) ConnectNetwork(ctx context.Context, net, ref string, cfg *mobyn
 	case n.Name == mobynet.NetworkHost:
 		return conflict("cannot connect container to host network - container must be created in host network mode")
 	case r.Networks[n.Name] != nil || r.Networks[n.ID] != nil:
-		return conflict("endpoint with name %s already exists in network %s", r.Name, n.Name)
+		return errdefs.ErrPermissionDenied.WithMessage(fmt.Sprintf("endpoint with name %s already exists in network %s", r.Name, n.Name))
 	}
 	if cfg == nil {
 		cfg = &mobynet.EndpointSettings{}

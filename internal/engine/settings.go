@@ -187,7 +187,7 @@ func (e *Engine) peer(r *container.Record, id, what string) (*container.Record, 
 		return nil, conflict("cannot join %s of a non running container: %s", what, id)
 	}
 	if p.Facts.Restarting {
-		return nil, conflict("container %s is restarting, wait until the container is running", id)
+		return nil, conflict("Container %s is restarting, wait until the container is running", id)
 	}
 	return p, sameKernel(r, p, what)
 }

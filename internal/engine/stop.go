@@ -308,7 +308,7 @@ func (e *Engine) freeze(ctx context.Context, ref string, pause bool) error {
 	case !r.Running() && !pause:
 		return conflict("Container %s is not paused", c.id)
 	case r.Facts.Restarting:
-		return conflict("container %s is restarting, wait until the container is running", c.id)
+		return conflict("Container %s is restarting, wait until the container is running", c.id)
 	case !r.Running():
 		return conflict("container %s is not running", c.id)
 	case pause && r.Facts.Paused:

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -150,6 +151,9 @@ func (s *Store) newLayer(ctx context.Context, r io.Reader) (_ *unpacked, _ ocisp
 	}
 	defer plain.Close()
 	if format == unknownFormat {
+		if _, err := io.ReadFull(plain, make([]byte, 1)); err == io.EOF { // nothing at all is an empty archive, as for Docker
+			return s.newLayer(ctx, bytes.NewReader(make([]byte, 1024)))
+		}
 		return nil, desc, fmt.Errorf("not a tar archive: %w", errdefs.ErrInvalidArgument)
 	}
 	w, err := s.newIngest(digest.SHA256)

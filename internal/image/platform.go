@@ -53,7 +53,7 @@ func (s *Store) removePlatforms(ctx context.Context, ref string, list []ocispec.
 	err = s.update(func(b *batch) error {
 		r := b.record(id)
 		if r == nil {
-			return fmt.Errorf("No such image: %s: %w", ref, errdefs.ErrNotFound)
+			return missing(ref)
 		}
 		gone, err := s.platformManifests(r.Target, list)
 		if err != nil {

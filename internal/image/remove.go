@@ -49,7 +49,7 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 	err = s.update(func(b *batch) error {
 		r := b.record(id)
 		if r == nil || r.Forgotten || name != "" && !slices.Contains(r.Names, name) {
-			return fmt.Errorf("No such image: %s: %w", ref, errdefs.ErrNotFound)
+			return missing(ref)
 		}
 		gone := r.Names
 		if name != "" {

@@ -63,8 +63,17 @@ func (s *Store) lookup(ref string) (target digest.Digest, name string, err error
 	return s.lookupLocked(ref)
 }
 
+// missing is the error of an image that is not here, named as Docker does it.
+func missing(ref string) error {
+	name := ref
+	if n, err := reference.ParseNormalizedNamed(ref); err == nil {
+		name = reference.FamiliarString(reference.TagNameOnly(n))
+	}
+	return fmt.Errorf("No such image: %.200s: %w", name, errdefs.ErrNotFound)
+}
+
 func (s *Store) lookupLocked(ref string) (target digest.Digest, name string, err error) {
-	notFound := fmt.Errorf("No such image: %.200s: %w", ref, errdefs.ErrNotFound)
+	notFound := missing(ref)
 	if ref == "" {
 		return "", "", fmt.Errorf("invalid reference format: empty image name: %w", errdefs.ErrInvalidArgument)
 	}

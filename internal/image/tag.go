@@ -38,7 +38,7 @@ func (s *Store) Tag(ctx context.Context, ref, target string) error {
 	err = s.update(func(b *batch) error {
 		r := b.record(id)
 		if r == nil {
-			return fmt.Errorf("No such image: %s: %w", ref, errdefs.ErrNotFound)
+			return missing(ref)
 		}
 		b.put(r.Target, canonical(n), "", time.Now().UTC())
 		return nil

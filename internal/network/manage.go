@@ -351,7 +351,7 @@ func (c *Controller) remove(ref, action string) error {
 			who = append(who, fmt.Sprintf("name:%q id:%q", name, shortID(id)))
 		}
 		slices.Sort(who)
-		err = fmt.Errorf("error while removing network: network %s has active endpoints (%s): %w", n.rec.Name, strings.Join(who, ", "), errdefs.ErrFailedPrecondition)
+		err = fmt.Errorf("error while removing network: network %s has active endpoints (%s): %w", n.rec.Name, strings.Join(who, ", "), errdefs.ErrPermissionDenied)
 	}
 	if err != nil {
 		c.mu.Unlock()

@@ -297,7 +297,7 @@ func TestRootAddresses(t *testing.T) {
 	if err != nil || len(in.Containers) != 2 || in.Containers[fullID("aa")].Name != "aa" || in.Containers[fullID("aa")].IPv4Address.String() != "10.199.77.7/24" {
 		t.Errorf("inspect: %+v %v", in, err)
 	}
-	if err := n.Remove(t.Context(), "own"); !errdefs.IsFailedPrecondition(err) {
+	if err := n.Remove(t.Context(), "own"); !errdefs.IsPermissionDenied(err) {
 		t.Errorf("remove of a network in use: %v", err)
 	}
 	if err := n.Remove(t.Context(), "bridge"); !errdefs.IsPermissionDenied(err) {

@@ -218,6 +218,9 @@ func TestImportExportHistory(t *testing.T) {
 	if got := d.Must(t, "history", "--format", "{{.Comment}}", "imp:1"); got != "from a test" {
 		t.Errorf("%q", got)
 	}
+	if r := d.Sh(t, "docker import - nothing </dev/null && docker rmi nothing"); r.Code != 0 {
+		t.Errorf("an empty archive: exit %d, %s", r.Code, r.Err)
+	}
 	// In use, it is not removed; without its name it goes with a prune.
 	d.Must(t, "create", "--name", "user", "imp:1")
 	if r := d.Docker(t, "rmi", "imp:1"); r.Code == 0 || !strings.Contains(r.Err, "conflict") {
