@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	errcode "github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/frontend/dockerfile/instructions"
@@ -304,6 +305,9 @@ func familiar(name string) string {
 	return name
 }
 
+// process is how BuildKit's errors name a command.
+var process = regexp.MustCompile(`process ("(?:[^"\\]|\\.)*") did not complete`)
+
 // explain makes BuildKit's error one for users of POST /build.
 func explain(err error, classic bool) error {
 	place, known := where.Find(err)
@@ -320,9 +324,10 @@ func explain(err error, classic bool) error {
 			return err // it could not be run: that says why
 		}
 		e := &api.StepError{Code: int(exit.ExitCode), Command: "?", Place: at}
-		var se *errdefs.SolveError
-		if errors.As(err, &se) && se.Op.GetExec().GetMeta() != nil {
-			e.Command = strings.Join(se.Op.GetExec().GetMeta().GetArgs(), " ")
+		if m := process.FindStringSubmatch(err.Error()); m != nil {
+			if text, uerr := strconv.Unquote(m[1]); uerr == nil {
+				e.Command = text
+			}
 		}
 		return e
 	}
@@ -330,7 +335,10 @@ func explain(err error, classic bool) error {
 		return err
 	}
 	var ve *errdefs.VertexError
-	if errors.As(err, &ve) || strings.Contains(err.Error(), at) {
+	if text := where.Plain(err.Error()); text != err.Error() {
+		return errcode.ErrNotFound.WithMessage(text + " (" + at + ")")
+	}
+	if errors.As(err, &ve) {
 		return fmt.Errorf("%w (%s)", err, at)
 	}
 	return invalid("%v (%s)", err, at)

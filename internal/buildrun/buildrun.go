@@ -114,7 +114,7 @@ func check(ctx context.Context, c *bk.Client, j *job, stdout io.Writer) error {
 			return nil, err
 		}
 		if results.Error != nil {
-			return nil, errors.New(results.Error.Message)
+			return nil, lintError(&results)
 		}
 		return res, nil
 	}, nil)
@@ -126,6 +126,20 @@ func check(ctx context.Context, c *bk.Client, j *job, stdout io.Writer) error {
 	}
 	_, err = fmt.Fprintln(stdout, "Check complete, no warnings found.")
 	return err
+}
+
+// lintError is what keeps a Dockerfile from being checked.
+func lintError(r *lint.LintResults) error {
+	l := &r.Error.Location
+	if len(l.Ranges) == 0 || int(l.SourceIndex) >= len(r.Sources) || l.SourceIndex < 0 {
+		return errors.New(r.Error.Message)
+	}
+	src := r.Sources[l.SourceIndex]
+	first, last := int(l.Ranges[0].GetStart().GetLine()), int(l.Ranges[0].GetEnd().GetLine())
+	if p, ok := where.InLines(src.GetFilename(), src.GetData(), first, last, r.Error.Message); ok {
+		return fmt.Errorf("%s: %s", p, r.Error.Message)
+	}
+	return errors.New(r.Error.Message)
 }
 
 // ids are how the result is known.
@@ -210,10 +224,7 @@ func Report(stderr io.Writer, err error) int {
 	for _, s := range errdefs.Sources(err) {
 		_ = s.Print(stderr) // for the user's eyes, as all below
 	}
-	msg := err.Error()
-	for _, s := range []string{"failed to solve: ", "rpc error: code = Unknown desc = ", "failed to solve: "} {
-		msg = strings.TrimPrefix(msg, s)
-	}
+	msg := where.Plain(err.Error())
 	if p, ok := where.Find(err); ok {
 		_, _ = fmt.Fprintf(stderr, "%s: %s\n", p, msg)
 	} else {

@@ -66,6 +66,22 @@ func InFile(file string, data []byte, err error) (Place, bool) {
 	return at(file, string(data), first, last, char, err.Error())
 }
 
+// missing is how BuildKit says that a file is not there that is to be copied.
+var missing = regexp.MustCompile(`failed to compute cache key: failed to calculate checksum of ref \S+: ("[^"]*"): not found`)
+
+// Plain says in a user's words what BuildKit says in its own.
+func Plain(msg string) string {
+	for _, s := range []string{"failed to solve: ", "rpc error: code = Unknown desc = ", "failed to solve: ", "failed to dial gRPC: "} {
+		msg = strings.TrimPrefix(msg, s)
+	}
+	return missing.ReplaceAllString(msg, "$1 is not there to be copied: it is not in the build context or the stage, or .dockerignore leaves it out")
+}
+
+// InLines is the place in a file, of whose lines first to last an error is about.
+func InLines(file string, data []byte, first, last int, msg string) (Place, bool) {
+	return at(file, string(data), first, last, 0, msg)
+}
+
 // at finds the column, in the first of the lines that has the word that msg names.
 func at(file, data string, first, last, char int, msg string) (Place, bool) {
 	lines := strings.Split(data, "\n")
@@ -83,6 +99,9 @@ func at(file, data string, first, last, char int, msg string) (Place, bool) {
 		}
 	}
 	for _, w := range words {
+		if !strings.Contains(data, w) {
+			w = strings.TrimPrefix(w, "/") // paths are named from the context's root
+		}
 		for n := first; n <= last; n++ {
 			if i := strings.Index(strings.ToLower(lines[n-1]), strings.ToLower(w)); i >= 0 && i <= len(lines[n-1]) {
 				return Place{file, n, utf8.RuneCountInString(lines[n-1][:i]) + 1, lines[n-1]}, true
