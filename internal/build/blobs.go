@@ -136,6 +136,10 @@ func (b *blobs) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.
 	if err != nil {
 		return nil, err
 	}
+	return newBlobReader(f)
+}
+
+func newBlobReader(f *os.File) (content.ReaderAt, error) {
 	st, err := f.Stat()
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

@@ -15,7 +15,7 @@ import (
 )
 
 // allContent is what BuildKit sees: the blobs of the image store are there, and
-// become known to the metadata store (which leases them) when they are used.
+// become known to the metadata store (which leases them) when they are more than read.
 type allContent struct {
 	content.Store // containerd's metadata store
 	blobs         *blobs
@@ -60,8 +60,10 @@ func (c *allContent) Update(ctx context.Context, info content.Info, fieldpaths .
 // ReaderAt opens a blob.
 func (c *allContent) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
 	r, err := c.Store.ReaderAt(ctx, desc)
-	if errdefs.IsNotFound(err) && c.adopt(ctx, desc.Digest) {
-		return c.Store.ReaderAt(ctx, desc)
+	if errdefs.IsNotFound(err) {
+		if f, oerr := c.blobs.images.OpenBlob(desc.Digest); oerr == nil {
+			return newBlobReader(f)
+		}
 	}
 	return r, err
 }

@@ -22,11 +22,11 @@ func (n names) Get(_ context.Context, name string) (images.Image, error) {
 	return images.Image{Name: name, Target: target}, nil
 }
 
-// List lists all images.
+// List lists all images, by their digests: whoever asks wants to know what they need.
 func (n names) List(context.Context, ...string) ([]images.Image, error) {
 	var out []images.Image
-	for name, target := range n.images.Targets() {
-		out = append(out, images.Image{Name: name, Target: target})
+	for _, target := range n.images.AllTargets() {
+		out = append(out, images.Image{Name: target.Digest.String(), Target: target})
 	}
 	return out, nil
 }

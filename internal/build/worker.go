@@ -201,6 +201,7 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
+	builtin := forwarder.NewGatewayForwarder(wc.Infos(), dockerfile.Build)
 	cacheDB, err := bboltcachestorage.NewStore(filepath.Join(dir, "cache.db"))
 	if err != nil {
 		return nil, err
@@ -214,8 +215,8 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 		SessionManager:   r.sessions,
 		WorkerController: wc,
 		Frontends: map[string]frontend.Frontend{
-			"dockerfile.v0": isolating{forwarder.NewGatewayForwarder(wc.Infos(), dockerfile.Build)},
-			"gateway.v0":    isolating{gw},
+			"dockerfile.v0": isolating{builtin},
+			"gateway.v0":    isolating{ownSyntax{Frontend: gw, own: builtin, log: b.log}},
 		},
 		CacheManager: solver.NewCacheManager(ctx, "local", cacheDB, worker.NewCacheResultStorage(wc)),
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
@@ -224,7 +225,7 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 			"inline":   inlineremotecache.ResolveCacheExporterFunc(),
 		},
 		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
-			"registry": registryremotecache.ResolveCacheImporterFunc(r.sessions, r.content, hosts),
+			"registry": r.localCache(registryremotecache.ResolveCacheImporterFunc(r.sessions, r.content, hosts)),
 			"local":    localremotecache.ResolveCacheImporterFunc(r.sessions),
 		},
 		Entitlements:   []string{string(entitlements.EntitlementNetworkHost)},
@@ -239,6 +240,17 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// localCache imports the cache that an image here has in it, before a registry is asked
+// for one of that name.
+func (r *running) localCache(remote remotecache.ResolveCacheImporterFunc) remotecache.ResolveCacheImporterFunc {
+	return func(ctx context.Context, g session.Group, attrs map[string]string) (remotecache.Importer, ocispec.Descriptor, error) {
+		if target, err := r.images.Lookup(attrs["ref"]); err == nil && attrs["ref"] != "" {
+			return remotecache.NewImporter(r.content), target, nil
+		}
+		return remote(ctx, g, attrs)
+	}
 }
 
 func (r *running) close() error {

@@ -158,18 +158,19 @@ func (s *Store) Lookup(ref string) (ocispec.Descriptor, error) {
 	return r.Target, nil
 }
 
-// Targets lists what the store's names stand for, by canonical name.
-func (s *Store) Targets() map[string]ocispec.Descriptor {
+// AllTargets lists what all images are, with and without a name.
+func (s *Store) AllTargets() []ocispec.Descriptor {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	out := make(map[string]ocispec.Descriptor, len(s.names))
-	for n, d := range s.names {
-		if r := s.recs[d]; r != nil {
-			out[n] = r.Target
-		}
+	out := make([]ocispec.Descriptor, 0, len(s.recs))
+	for _, r := range s.recs {
+		out = append(out, r.Target)
 	}
 	return out
 }
+
+// OpenBlob opens a blob for reading. NotFound if it is not here.
+func (s *Store) OpenBlob(d digest.Digest) (*os.File, error) { return s.openBlob(d) }
 
 // RegistryHosts tells how a registry is reached, by the store's settings and without
 // credentials.
