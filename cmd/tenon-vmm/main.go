@@ -76,6 +76,7 @@ func serve(args []string) error {
 	fs.IntVar(&c.Pool, "pool", 0, "machines that wait for containers")
 	fs.Int64Var(&c.PoolMemory, "pool-memory", 0, "bytes that they may cost together (default: any)")
 	fs.DurationVar(&c.HangTime, "hang-time", 0, "a machine whose guest has not answered for this long is ended (default: 3m)")
+	profile := fs.String("seccomp", "", "file with the profile (JSON) that containers have by default")
 	logFile := fs.String("log", "", "file for messages (default: standard error)")
 	debugLog := fs.Bool("debug", false, "log more")
 	readyFD := fs.Int("ready-fd", -1, "descriptor that is written to and closed when the socket is there")
@@ -93,6 +94,11 @@ func serve(args []string) error {
 	var err error
 	if c.Self, err = os.Executable(); err != nil {
 		return err
+	}
+	if *profile != "" {
+		if c.Seccomp, err = os.ReadFile(*profile); err != nil {
+			return err
+		}
 	}
 	var out io.Writer = os.Stderr
 	if *logFile != "" {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -35,7 +36,7 @@ const (
 	// baseAttr remembers what the empty file system took, in bytes.
 	baseAttr = "user.tenon.base"
 	// templateVersion changes with how templates are made.
-	templateVersion = "1"
+	templateVersion = "3"
 	maxTemplates    = 64
 )
 
@@ -217,11 +218,17 @@ func (s *Store) template(ctx context.Context, l likeness) (*os.File, error) {
 	// With a seed of its own for its sums a copy can be given another identity by
 	// its super block alone. No space is kept for growing the tables: the size of
 	// a container's disk does not change.
-	args := []string{"-q", "-F", "-b", "4096", "-m", "0", "-O", "^resize_inode,metadata_csum,metadata_csum_seed",
-		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", "-d", content}
+	//
+	// One that ends with its machine has no journal and no sums: mounting it takes an
+	// emulated guest half as long.
+	args := []string{"-q", "-F", "-b", "4096", "-m", "0", "-d", content, "-E"}
+	if l.journal {
+		args = append(args, "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", "-O", "^resize_inode,metadata_csum,metadata_csum_seed")
+	} else {
+		args = append(args, "root_owner=0:0", "-O", "^resize_inode,^metadata_csum,^uninit_bg,^has_journal")
+	}
 	switch {
 	case !l.journal:
-		args = append(args, "-O", "^has_journal")
 	case l.size >= 256<<20:
 		args = append(args, "-J", "size=16")
 	}
@@ -234,8 +241,12 @@ func (s *Store) template(ctx context.Context, l likeness) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w: %s", program, err, strings.TrimSpace(string(out)))
 	}
-	f, err := os.Open(file)
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
 	if err != nil {
+		return nil, err
+	}
+	if err := punchZeros(f); err != nil {
+		f.Close()
 		return nil, err
 	}
 	// It is there for all, so it has to be whole after a power cut as well.
@@ -279,6 +290,31 @@ func copySparse(to, from *os.File, size int64) error {
 		}
 	}
 	return nil
+}
+
+// punchZeros makes holes of a file's blocks that are zero.
+func punchZeros(f *os.File) error {
+	const block = 4096
+	var buf [block]byte
+	for at := int64(0); ; at += block {
+		data, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
+		if err == unix.ENXIO {
+			return nil
+		}
+		if err != nil {
+			return &os.PathError{Op: "seek", Path: f.Name(), Err: err}
+		}
+		at = data / block * block
+		n, err := f.ReadAt(buf[:], at)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if n == block && buf == [block]byte{} {
+			if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, block); err != nil {
+				return &os.PathError{Op: "fallocate", Path: f.Name(), Err: err}
+			}
+		}
+	}
 }
 
 // Where ext4's super block is, and in it what identify changes

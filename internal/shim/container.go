@@ -77,6 +77,8 @@ type filters struct {
 	mu   sync.Mutex
 	seed maphash.Seed
 	list map[uint64]*specs.LinuxSeccomp
+	// known are those in list: most profiles come as the same object again.
+	known map[*specs.LinuxSeccomp]bool
 }
 
 // maxFilters bounds the table; beyond it, profiles are not shared.
@@ -86,14 +88,17 @@ func (f *filters) one(s *specs.LinuxSeccomp) *specs.LinuxSeccomp {
 	if s == nil {
 		return nil
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.known[s] {
+		return s
+	}
 	b, err := json.Marshal(s)
 	if err != nil {
 		return s
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	if f.list == nil {
-		f.seed, f.list = maphash.MakeSeed(), map[uint64]*specs.LinuxSeccomp{}
+		f.seed, f.list, f.known = maphash.MakeSeed(), map[uint64]*specs.LinuxSeccomp{}, map[*specs.LinuxSeccomp]bool{}
 	}
 	h := maphash.Bytes(f.seed, b)
 	if old := f.list[h]; old != nil {
@@ -103,7 +108,7 @@ func (f *filters) one(s *specs.LinuxSeccomp) *specs.LinuxSeccomp {
 		return s
 	}
 	if len(f.list) < maxFilters {
-		f.list[h] = s
+		f.list[h], f.known[s] = s, true
 	}
 	return s
 }
@@ -191,6 +196,9 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 			p.io.close()
 		}
 	}()
+	if err := p.io.give(c.spec.uid, c.spec.uidMaps); err != nil {
+		return nil, err
+	}
 	if err := p.io.openFIFOs(r.stdin, r.out, r.errs); err != nil {
 		return nil, err
 	}

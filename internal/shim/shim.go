@@ -19,6 +19,7 @@
 package shim
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -54,6 +55,9 @@ type Config struct {
 	OOMScoreAdj  int    // of processes whose spec has none: not the shim's own, which is protected
 	Log          *slog.Logger
 
+	// Quiet is how long nothing must have been made or removed before garbage is
+	// collected. 0: a second.
+	Quiet time.Duration
 	// OpenLog opens a task's log. Nil: the files that the task's options name.
 	OpenLog func(id string, o *taskv1.Log, onError func(error)) (logs.Sink, error)
 	// Register adds services to the server. Nil: none.
@@ -158,7 +162,7 @@ const (
 func (s *Shim) touch() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	wait := max(tidyAfter, tidyEvery-time.Since(s.tidied))
+	wait := max(cmp.Or(s.conf.Quiet, tidyAfter), tidyEvery-time.Since(s.tidied))
 	if s.tidy == nil {
 		s.tidy = time.AfterFunc(wait, func() {
 			s.mu.Lock()

@@ -152,6 +152,13 @@ func second() error {
 			return err
 		}
 	}
+	if isEmulated() {
+		// A filter is translated twice, by the kernel and then by the emulator, and
+		// most run once.
+		if err := os.WriteFile("/proc/sys/net/core/bpf_jit_enable", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
 	return loopbackUp()
 }
 

@@ -68,6 +68,10 @@ type Config struct {
 	Pool       int   // clones that wait for use; 0: none
 	PoolMemory int64 // bytes that they may cost together; 0: unbounded
 
+	// Seccomp is the profile (JSON) that containers have by default, as the engine
+	// writes it: machines that wait know it. Empty: another one.
+	Seccomp []byte
+
 	HangTime time.Duration // a guest that does not answer for so long is ended; 0: three minutes
 
 	Log *slog.Logger

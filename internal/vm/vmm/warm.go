@@ -3,12 +3,13 @@ package vmm
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -24,7 +25,7 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "5"
+const warmVersion = "6"
 
 const (
 	// A turn in a copy leads an emulator to translate some 90 percent of what a
@@ -73,7 +74,7 @@ func (v *machine) warmTurn(ctx context.Context, copied bool) error {
 		mountStep("ext4", qemu.DiskSerial(1), warmDir+"/rw", unix.MS_NOATIME, "noinit_itable,discard,errors=remount-ro"),
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/upper", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/work", Mode: 0o755}}},
-		&taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/hosts", Mode: 0o644, Data: []byte("127.0.0.1 localhost\n")}}},
+		warmFile("hosts", "127.0.0.1 localhost\n"), warmFile("hostname", warmID+"\n"), warmFile("resolv.conf", "nameserver 169.254.77.1\n"),
 		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{
 			"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv6.conf.default.disable_ipv6": "1",
 		}}}},
@@ -114,6 +115,10 @@ func (v *machine) warmTurn(ctx context.Context, copied bool) error {
 
 func mountStep(fstype, serial, target string, flags uint64, data string) *taskv1.Step {
 	return &taskv1.Step{Kind: &taskv1.Step_Mount{Mount: &taskv1.GuestMount{Type: fstype, Source: "serial:" + serial, Target: target, Flags: flags, Data: data}}}
+}
+
+func warmFile(name, text string) *taskv1.Step {
+	return &taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/" + name, Mode: 0o644, Data: []byte(text)}}}
 }
 
 // spareStep has a network namespace wait with the machine's interface in it:
@@ -233,11 +238,29 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	defer c.Close()
 	sp := warmSpec()
 	sp.Process.Args = append(sp.Process.Args, "wait")
-	sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/hosts", Type: "bind", Source: warmDir + "/hosts", Options: []string{"rbind"}})
-	spec, err := json.Marshal(sp)
+	for _, name := range []string{"hosts", "hostname", "resolv.conf"} {
+		sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: warmDir + "/" + name, Options: []string{"rbind", "rprivate"}})
+	}
+	spec, err := encodeSpec(sp, v.m.cfg.Seccomp)
 	if err != nil {
 		return err
 	}
+	// As the engine does: it asks what there is, and follows the events.
+	_, seq, err := c.List(ctx, "")
+	if err != nil {
+		return err
+	}
+	ectx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	over := make(chan error, 1)
+	go func() {
+		over <- c.Events(ectx, seq, func(e *taskv1.Event) error {
+			if e.Type == taskv1.Event_EXIT && e.Id == warmID && e.ExecId == "" {
+				return errWarmExit
+			}
+			return nil
+		})
+	}()
 	if _, err := c.Create(ctx, task.CreateRequest{
 		ID: warmID, Spec: spec, Log: &taskv1.Log{Driver: logs.Local, Path: "/dev/null"},
 		Rootfs: []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
@@ -264,11 +287,36 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	if err := c.Kill(ctx, warmID, "", syscall.SIGKILL, false); err != nil {
 		return err
 	}
-	if _, err := c.Wait(ctx, warmID, ""); err != nil {
+	if err := <-over; !errors.Is(err, errWarmExit) {
+		return err
+	}
+	if err := c.FlushLog(ctx, warmID); err != nil {
 		return err
 	}
 	_, err = c.Delete(ctx, warmID, "")
 	return err
+}
+
+// errWarmExit ends the following of events.
+var errWarmExit = errors.New("the container has ended")
+
+// encodeSpec is the specification with a seccomp profile where the engine writes it:
+// shims keep what they make of one by its text.
+func encodeSpec(sp *specs.Spec, profile []byte) ([]byte, error) {
+	if len(profile) == 0 {
+		return json.Marshal(sp)
+	}
+	sp.Linux.Seccomp = nil
+	b, err := json.Marshal(sp)
+	if err != nil {
+		return nil, err
+	}
+	const at = `,"linux":{`
+	before, after, ok := bytes.Cut(b, []byte(at))
+	if !ok {
+		return nil, errors.New("a specification without linux")
+	}
+	return slices.Concat(before, []byte(at+`"seccomp":`), profile, []byte{','}, after), nil
 }
 
 // warmExec runs a further process.
@@ -395,86 +443,4 @@ func warmSpec() *specs.Spec {
 			},
 		},
 	}
-}
-
-// tinyProgram is a static program for x86-64 that prints a line, or with an
-// argument waits for ever: an ELF header, one segment, its code.
-func tinyProgram() []byte {
-	const base, headers = 0x400000, 64 + 56
-	code := []byte{
-		0x48, 0x83, 0x3c, 0x24, 1, // cmp qword [rsp], 1
-		0x75, 33, // jne wait
-		0xb8, 1, 0, 0, 0, // mov eax, SYS_write
-		0xbf, 1, 0, 0, 0, // mov edi, 1
-		0x48, 0x8d, 0x35, 25, 0, 0, 0, // lea rsi, [rip+25]
-		0xba, 3, 0, 0, 0, // mov edx, 3
-		0x0f, 0x05, // syscall
-		0xb8, 60, 0, 0, 0, // mov eax, SYS_exit
-		0x31, 0xff, // xor edi, edi
-		0x0f, 0x05, // syscall
-		0xb8, 34, 0, 0, 0, // wait: mov eax, SYS_pause
-		0x0f, 0x05, // syscall
-		0xeb, 0xf7, // jmp wait
-		'o', 'k', '\n',
-	}
-	size := uint64(headers + len(code))
-	le := binary.LittleEndian
-	b := []byte{0x7f, 'E', 'L', 'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-	b = le.AppendUint16(b, 2)  // ET_EXEC
-	b = le.AppendUint16(b, 62) // EM_X86_64
-	b = le.AppendUint32(b, 1)
-	b = le.AppendUint64(b, base+headers) // entry
-	b = le.AppendUint64(b, 64)           // program headers
-	b = le.AppendUint64(b, 0)
-	b = le.AppendUint32(b, 0)
-	for _, n := range []uint16{64, 56, 1, 0, 0, 0} {
-		b = le.AppendUint16(b, n)
-	}
-	b = le.AppendUint32(b, 1) // PT_LOAD
-	b = le.AppendUint32(b, 5) // readable, executable
-	for _, n := range []uint64{0, base, base, size, size, 4096} {
-		b = le.AppendUint64(b, n)
-	}
-	return append(b, code...)
-}
-
-// tinyImage is a file system of one block (Linux's Documentation/filesystems/
-// erofs.rst) with the tiny program in its root, as /w.
-func tinyImage() []byte {
-	const (
-		block, super, slot = 4096, 1024, 32
-		root               = super + 128 // behind the super block
-		file               = root + 3*slot
-		inline             = 2 << 1 // a small inode, its data behind it
-	)
-	le := binary.LittleEndian
-	b := make([]byte, block)
-	le.PutUint32(b[super:], 0xe0f5e1e2)
-	b[super+12] = 12 // the block's bits
-	le.PutUint16(b[super+14:], root/slot)
-	le.PutUint64(b[super+16:], 2) // inodes
-	le.PutUint32(b[super+36:], 1) // blocks
-	inode := func(at int, mode, links uint16, data []byte) {
-		le.PutUint16(b[at:], inline)
-		le.PutUint16(b[at+4:], mode)
-		le.PutUint16(b[at+6:], links)
-		le.PutUint32(b[at+8:], uint32(len(data)))
-		le.PutUint32(b[at+20:], uint32(at/slot))
-		copy(b[at+slot:], data)
-	}
-	var dir []byte
-	names := ". .. w"
-	for i, e := range []struct {
-		nid  uint64
-		kind byte
-	}{{root / slot, 2}, {root / slot, 2}, {file / slot, 1}} {
-		dir = le.AppendUint64(dir, e.nid)
-		dir = le.AppendUint16(dir, uint16(3*12+i)) // after ".", ".."
-		dir = append(dir, e.kind, 0)
-	}
-	le.PutUint16(dir[2*12+8:], 3*12+3)
-	dir = append(dir, strings.ReplaceAll(names, " ", "")...)
-	inode(root, unix.S_IFDIR|0o755, 2, dir)
-	inode(file, unix.S_IFREG|0o755, 1, tinyProgram())
-	return b
 }
