@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -139,7 +140,7 @@ func (w *logWriter) write(m *logs.Message) error {
 		if w.o.Details {
 			var parts []string
 			for _, k := range slices.Sorted(maps.Keys(m.Attrs)) {
-				parts = append(parts, k+"="+m.Attrs[k])
+				parts = append(parts, url.QueryEscape(k)+"="+url.QueryEscape(m.Attrs[k])) // as Docker: a value may have commas
 			}
 			w.buf = append(append(w.buf, strings.Join(parts, ",")...), ' ')
 		}

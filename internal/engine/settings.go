@@ -58,28 +58,21 @@ func (e *Engine) logSettings(r *container.Record) (*taskv1.Log, error) {
 				return nil, invalid("logger: logging mode not supported: %s", v)
 			}
 		case "max-buffer-size": // of the non-blocking mode, which never blocks here either
-		case "labels":
-			for _, name := range strings.Split(v, ",") {
-				if value, ok := r.Config.Labels[name]; ok {
-					attrs[name] = value
-				}
-			}
-		case "env":
-			for _, name := range strings.Split(v, ",") {
-				for _, kv := range r.Config.Env {
-					if n, value, ok := strings.Cut(kv, "="); ok && n == name {
-						attrs[name] = value
-					}
-				}
-			}
-		case "tag":
-			attrs["tag"] = v
 		default:
-			return nil, invalid("unknown log opt '%s' for %s log driver", k, lc.Type)
+			ours, err := logAttrs(attrs, r, k, v)
+			if err != nil {
+				return nil, err
+			}
+			if !ours {
+				return nil, invalid("unknown log opt '%s' for %s log driver", k, lc.Type)
+			}
 		}
 	}
 	if len(attrs) > 0 {
 		l.Attrs = attrs
+	}
+	if _, asked := lc.Config["compress"]; asked && l.Compress && (l.MaxFiles < 2 || l.MaxSize == 0) {
+		return nil, invalid("compress cannot be true when max-file is less than 2 or max-size is not set")
 	}
 	return l, nil
 }

@@ -264,3 +264,41 @@ func TestPropagation(t *testing.T) {
 		t.Errorf("what the host unmounted: %s", out)
 	}
 }
+
+// TestRunFlags: flags that no row of the table of behaviours is about.
+func TestRunFlags(t *testing.T) {
+	d := newTarget(t)
+	labels := filepath.Join(t.TempDir(), "labels")
+	if err := os.WriteFile(labels, []byte("a=b\n# not\nc=\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	oomControl, oomWant := "echo oom_kill_disable 1", "oom_kill_disable 1" // v2 has no such switch
+	if _, err := os.Stat("/sys/fs/cgroup/memory"); err == nil {
+		oomControl = "grep oom_kill_disable /sys/fs/cgroup/memory/memory.oom_control"
+	}
+	const poll = `w() { for _ in $(seq 300); do [ "$(docker inspect -f "$1" $c)" = "$2" ] && return; sleep 0.1; done; docker inspect -f "{{json .State}}" $c; }; `
+	for k, row := range []struct{ script, want string }{
+		{`docker create --name $c --annotation k=v --stop-timeout 3 busybox >/dev/null; docker inspect -f '{{index .HostConfig.Annotations "k"}} {{.Config.StopTimeout}}' $c`, "v 3"},
+		{`docker run --rm --name $c --label-file ` + labels + ` -l d=e busybox true; docker create --name $c --label-file ` + labels + ` busybox >/dev/null; docker inspect -f '{{json .Config.Labels}}' $c`, `{"a":"b","c":""}`},
+		{`for f in "" "--device-cgroup-rule=c\ 10:229\ r"; do eval docker run --rm $f busybox sh -c '"mknod /f c 10 229; ( : </f ) 2>&1 | grep -c permitted"' || true; done`, "1\n0"},
+		{`docker run --rm -m 64m --oom-kill-disable busybox sh -c '` + oomControl + `' 2>/dev/null`, oomWant},
+		{`docker run -d --name $c --stop-timeout 1 busybox sh -c 'trap "" TERM; while :; do sleep 0.1; done' >/dev/null; docker stop $c >/dev/null; docker inspect -f '{{.State.ExitCode}}' $c`, "137"},
+		{`docker network create --ipv6 --subnet fd7e:9a:` + strconv.Itoa(os.Getpid()%9999) + `::/64 ${c}n >/dev/null; docker run --rm --network ${c}n --ip6 fd7e:9a:` + strconv.Itoa(os.Getpid()%9999) + `::77 busybox ip -6 addr show eth0 | grep -c '::77/64'; docker network rm ${c}n >/dev/null`, "1"},
+		{poll + `docker run -d --name $c --health-cmd 'sleep 50' --health-timeout 200ms --health-interval 200ms --health-retries 1 busybox sleep 1000 >/dev/null; w '{{.State.Health.Status}}' unhealthy; docker inspect -f '{{json .State.Health.Log}}' $c | grep -c 'exceeded timeout'`, "1"},
+		{poll + `docker run -d --name $c --health-cmd false --health-start-period 1h --health-start-interval 100ms --health-interval 1h --health-retries 1 busybox sleep 1000 >/dev/null; w '{{ge (len .State.Health.Log) 2}}' true; docker inspect -f '{{.State.Health.Status}} {{.State.Health.FailingStreak}}' $c`, "starting 0"},
+		{poll + `docker run -d --name $c --health-cmd true --health-start-period 1h --health-start-interval 100ms --health-interval 1h busybox sleep 1000 >/dev/null; w '{{.State.Health.Status}}' healthy; echo ok`, "ok"},
+		{`docker create --name ${c}i busybox >/dev/null; docker commit -c 'HEALTHCHECK --interval=100ms CMD false' ${c}i ${c}i >/dev/null; docker run -d --name $c --no-healthcheck ${c}i sleep 1000 >/dev/null; docker inspect -f '{{.Config.Healthcheck.Test}} {{.State.Health}}' $c; docker rm ${c}i >/dev/null`, "[NONE] <nil>"},
+
+		// What a log says of its container, and how it is bounded.
+		{`docker run --name $c --log-driver json-file --log-opt tag='{{.Name}}/{{.ID}}/{{.ImageName}}' --log-opt labels-regex='^ti' --log-opt env=A,C --log-opt env-regex=^B -l tier=web -l other=x -e A=1 -e BB=2 -e D=3 busybox echo x >/dev/null; docker logs --details $c | sed "s/$(docker inspect -f '{{.Id}}' $c | cut -c1-12)/ID/;s/$c/NAME/"`, "A=1,BB=2,tag=NAME%2FID%2Fbusybox,tier=web x"},
+		{`docker create --log-driver json-file --log-opt tag='{{.Nosuch}}' busybox 2>&1 | grep -c "'tag'"; docker create --log-opt bogus=1 busybox 2>&1 | grep -c "unknown log opt 'bogus'"; docker create --log-opt max-file=0 busybox 2>&1 | grep -c max-file; docker create --log-opt env-regex='(' busybox 2>&1 | grep -c env-regex; docker create --log-driver json-file --log-opt compress=true --log-opt max-file=1 busybox 2>&1 | grep -c 'compress cannot be true'`, "1\n1\n1\n1\n1"},
+		{`docker run --name $c --log-driver json-file --log-opt max-size=20k --log-opt max-file=3 --log-opt compress=true busybox seq 5000 >/dev/null; docker logs $c | tail -1; [ $(docker logs $c | wc -l) -lt 5000 ] && echo bounded; f=$(docker inspect -f '{{.LogPath}}' $c); ls $(dirname $f) | wc -l; ls $(dirname $f) | grep -c gz$`, "5000\nbounded\n3\n2"},
+		{`docker run --name $c --log-driver none busybox echo seen; docker logs $c 2>&1 | grep -c 'does not support reading'`, "seen\n1"},
+	} {
+		c := "flags" + strconv.Itoa(k)
+		r := d.Sh(t, "c="+c+"; "+row.script+"\ndocker rm -f $c >/dev/null 2>&1 || true")
+		if got := strings.TrimSpace(r.Out); got != row.want {
+			t.Errorf("%s\nsays %q (%s), want %q", row.script, got, strings.TrimSpace(r.Err), row.want)
+		}
+	}
+}

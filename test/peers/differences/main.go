@@ -162,6 +162,8 @@ var alike = []struct {
 	{regexp.MustCompile(`\b(\d+|Less than a|About an?|About a) (seconds?|minutes?|hours?|days?|weeks?|months?)( ago)?\b`), "AGO"},
 	{regexp.MustCompile(`\b\d+(\.\d+){3}(/\d+)?\b`), "IP"},
 	{regexp.MustCompile(`\b([0-9a-f]{2}:){5}[0-9a-f]{2}\b`), "MAC"},
+	{regexp.MustCompile(`\b\d+(\.\d+)?(e[+-]?\d+)?[kMG]?B\b`), "SIZE"}, // images are counted as Docker up to 28 does
+	{regexp.MustCompile(`\b[A-Z][a-z]{2} [ \d]\d \d\d:\d\d\b`), "CLOCK"},
 	{regexp.MustCompile(`[ \t]+`), " "},
 	{regexp.MustCompile(`/state/(docker|tenon)|/run/(docker|tenon)\b`), "/ROOT"},
 }
@@ -200,17 +202,39 @@ func compare(a, b string) error {
 			return err
 		}
 	}
-	same := 0
+	same, worded := 0, 0
 	for k := range min(len(as), len(bs)) {
 		x, y := as[k], bs[k]
+		if e := words(&x, &y); e {
+			worded++
+		}
 		if d := cmp.Or(lines("", x.Out, y.Out)+lines("stderr ", x.Err, y.Err), "") + lines("exit ", x.Exit, y.Exit); d != "" {
 			fmt.Printf("@@ %s\n%s", x.Case, d)
 		} else {
 			same++
 		}
 	}
-	fmt.Printf("%d of %d alike\n", same, len(as))
+	fmt.Printf("%d of %d alike, in %d of them errors are said in other words\n", same, len(as), worded)
 	return nil
+}
+
+// said are lines that tell an error.
+var said = regexp.MustCompile(`(?m)^(docker: )?(Error|invalid|OCI runtime|unable to|failed to|tag does not|image with reference|push |unexpected EOF|Run 'docker|Unable to find).*\n?`)
+
+// words takes the errors out of what both answered, if both have as many: that they
+// are errors, with which status, is compared, and not their words.
+func words(x, y *answer) (other bool) {
+	var texts [2][]string
+	for k, a := range []*answer{x, y} {
+		texts[k] = said.FindAllString(normal(a.Err)+"\n"+normal(a.Out), -1)
+	}
+	if len(texts[0]) == 0 || len(texts[0]) != len(texts[1]) && (x.Exit == "0" || x.Exit != y.Exit) {
+		return false
+	}
+	for _, a := range []*answer{x, y} {
+		a.Err, a.Out = said.ReplaceAllString(a.Err, ""), said.ReplaceAllString(a.Out, "")
+	}
+	return !slices.Equal(texts[0], texts[1])
 }
 
 // lines is what a says and b doesn't, and the other way round.
