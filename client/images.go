@@ -116,3 +116,12 @@ func (c *Client) ImageSPDX(ctx context.Context, image string) (json.RawMessage, 
 	err := c.Get(ctx, imageapi.Path+"/packages", url.Values{"image": {image}, "form": {"spdx"}}, &out)
 	return out, err
 }
+
+// Audit looks for what is wrong with images and with names (containers, or else
+// images); with neither, with all images that have names and all containers that run
+// (all: those that don't, too).
+func (c *Client) Audit(ctx context.Context, images, names []string, all bool) (imageapi.AuditReport, error) {
+	var out imageapi.AuditReport
+	err := c.Get(ctx, imageapi.AuditPath, url.Values{"image": images, "name": names, "all": {strconv.FormatBool(all)}}, &out)
+	return out, err
+}

@@ -9,6 +9,9 @@ import "time"
 // Path is what the paths of these requests begin with.
 const Path = "/tenon/v1/images"
 
+// AuditPath is the path of audits, of images and containers.
+const AuditPath = "/tenon/v1/audit"
+
 // Definition is how an image was built, as far as it takes to build it again. It
 // never holds a secret: of build arguments that look like one the name alone is
 // kept, and the value comes from the environment of whoever builds again.
@@ -238,6 +241,8 @@ type Finding struct {
 // AuditReport is the answer to an audit.
 type AuditReport struct {
 	Findings []Finding `json:"findings"`
+	// Rules are the identifiers of all rules that were applied, with what they mean.
+	Rules map[string]string `json:"rules,omitempty"`
 	// Images and Containers are what was looked at.
 	Images     []string `json:"images,omitempty"`
 	Containers []string `json:"containers,omitempty"`

@@ -24,7 +24,7 @@ var patterns = sync.OnceValue(func() []*pattern {
 	list := []*pattern{
 		{what: "private key", anchors: []string{" PRIVATE KEY-----"}, expr: `-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----(?:\\r|\\n|\s)+(?:[A-Za-z-]+: [^\n]{0,100}\n\s*)*[A-Za-z0-9+/]{40,}`},
 		{what: "AWS access key", anchors: []string{"AKIA", "ASIA"}, expr: `\b(?:AKIA|ASIA)[A-Z2-7]{16}\b`, not: example},
-		{what: "AWS secret key", anchors: []string{"aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"}, expr: `(?i)aws_secret_access_key["']?\s{0,4}[=:]\s{0,4}["']?[A-Za-z0-9/+]{40}\b`, not: example},
+		{what: "AWS secret key", anchors: []string{"aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"}, expr: `(?i)aws_secret_access_key["']?\s{0,4}[=:]\s{0,4}["']?[A-Za-z0-9/+]{40}`, not: example},
 		{what: "GitHub token", anchors: []string{"ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"}, expr: `\b(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{50,255})\b`, not: example},
 		{what: "GitLab token", anchors: []string{"glpat-"}, expr: `\bglpat-[A-Za-z0-9_-]{20,100}`, not: example},
 		{what: "Slack token", anchors: []string{"xoxb-", "xoxp-", "xoxa-", "xoxs-", "xoxr-"}, expr: `\bxox[abprs]-[0-9]{6,}-[A-Za-z0-9-]{16,}`, not: example},

@@ -356,6 +356,7 @@ func platformJSON(s string) (string, error) {
 
 func (a *app) imageCmd() *cobra.Command {
 	return a.group("image", "Manage images", "",
+		verb{name: "audit", make: (*app).imageAuditCmd},
 		verb{name: "bootstrap", make: (*app).bootstrapCmd},
 		verb{name: "build", make: (*app).buildCmd},
 		verb{name: "diff", make: (*app).imageDiffCmd},

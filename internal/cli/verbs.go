@@ -52,6 +52,7 @@ func topVerbs() []verb {
 		{"volume", groupManage, (*app).volumeCmd},
 		{"system", groupManage, (*app).systemCmd},
 
+		{"audit", groupTenon, (*app).auditCmd},
 		{"machine", groupTenon, (*app).machineCmd},
 		{"registry", groupTenon, (*app).registryCmd},
 		{"vm", groupTenon, (*app).vmCmd},

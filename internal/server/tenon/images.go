@@ -57,6 +57,14 @@ func (a *API) imageRoutes() {
 		}
 		return life.ImagePackages(ctx, q.Get("image"), truth(q, "files"))
 	})
+	a.handle("GET "+imageapi.AuditPath, func(w http.ResponseWriter, r *http.Request) error {
+		q := r.URL.Query()
+		v, err := life.Audit(r.Context(), engine.AuditOptions{Images: q["image"], Names: q["name"], All: truth(q, "all")})
+		if err != nil {
+			return err
+		}
+		return wire.WriteJSON(w, http.StatusOK, v)
+	})
 	a.handle("PUT "+imageapi.Path+"/definition", func(w http.ResponseWriter, r *http.Request) error {
 		var d imageapi.Definition
 		if err := wire.ReadJSON(w, r, &d); err != nil {
@@ -92,6 +100,7 @@ type Life interface {
 	ImageDiff(ctx context.Context, from, to string, noFiles bool) (*imageapi.Diff, error)
 	ImagePackages(ctx context.Context, ref string, files bool) (*imageapi.SBOM, error)
 	ImageSPDX(ctx context.Context, ref string) (json.RawMessage, error)
+	Audit(ctx context.Context, o engine.AuditOptions) (*imageapi.AuditReport, error)
 }
 
 func truth(q url.Values, name string) bool {
