@@ -87,7 +87,6 @@ func (a *app) buildCmd() *cobra.Command {
 		f.Bool(name, name == "rm", "")
 		_ = f.MarkHidden(name)
 	}
-	f.Lookup("provenance").NoOptDefVal, f.Lookup("sbom").NoOptDefVal = "true", "true"
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if on, _ := f.GetBool("squash"); on {
 			return errors.New("--squash is not known to this builder: join RUN steps, or copy the result into a stage of its own")
