@@ -196,9 +196,6 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 			p.io.close()
 		}
 	}()
-	if err := p.io.give(c.spec.uid, c.spec.uidMaps); err != nil {
-		return nil, err
-	}
 	if err := p.io.openFIFOs(r.stdin, r.out, r.errs); err != nil {
 		return nil, err
 	}
