@@ -28,6 +28,7 @@ import (
 	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/build/where"
 	"tenon.dev/tenon/internal/cli/buildopts"
+	"tenon.dev/tenon/internal/image/lineage"
 )
 
 // Run builds what o says. Progress goes to stderr; the image's ID (with Quiet) and
@@ -187,6 +188,11 @@ func (j *job) definition() imageapi.Definition {
 		Context: j.context, Dockerfile: j.dockerfile, Target: o.Target, Platform: strings.Join(o.Platform, ","),
 		Args: o.Args, Labels: o.Labels, Contexts: o.Contexts, Secrets: o.Secrets, SSH: o.SSH,
 		Network: o.Network, Isolation: o.Isolation,
+	}
+	if text, err := os.ReadFile(j.dockerfile); err == nil && len(text) <= maxDockerfile { // the engine finds the base otherwise
+		if base := lineage.From(string(text), o.Target, o.Args); base != "" {
+			d.Bases = []imageapi.Base{{Name: base}}
+		}
 	}
 	d.Host, _ = os.Hostname() // unknown otherwise
 	d.User = os.Getenv("USER")

@@ -389,18 +389,13 @@ func (e *Engine) ImageDefine(ctx context.Context, ref string, d imageapi.Definit
 		}
 	}
 	d.Created = time.Now().UTC()
-	if len(d.Bases) == 0 {
+	if len(d.Bases) == 0 || d.Bases[0].Digest == "" {
 		k, err := e.kin(ctx)
 		if err != nil {
 			return err
 		}
 		if i := k.graph.Lookup(img.ID); i != nil {
-			if p, ok := k.graph.Parent(i); ok {
-				d.Bases = append(d.Bases, imageapi.Base(p.Base))
-				for _, b := range p.Also {
-					d.Bases = append(d.Bases, imageapi.Base(b))
-				}
-			}
+			d.Bases = basesOf(k.graph, i, d.Bases)
 		}
 	}
 	for i := range d.Bases {
@@ -413,6 +408,29 @@ func (e *Engine) ImageDefine(ctx context.Context, ref string, d imageapi.Definit
 		return err
 	}
 	return e.cfg.Images.SetDefinition(ctx, img, b)
+}
+
+// basesOf completes what a build says of its base by what is here.
+func basesOf(g *lineage.Graph, i *lineage.Image, said []imageapi.Base) []imageapi.Base {
+	if len(said) > 0 {
+		if at := g.Named(image.Familiar(said[0].Name)); at != nil && at != i && lineage.Prefix(at.Layers, i.Layers) {
+			said[0].Digest = at.ID
+			return said
+		}
+	}
+	p, ok := g.Parent(i)
+	if !ok {
+		return said
+	}
+	if len(said) == 0 {
+		said = []imageapi.Base{imageapi.Base(p.Base)}
+	} else if said[0].Digest == "" {
+		said[0].Digest = p.Base.Digest
+	}
+	for _, b := range p.Also {
+		said = append(said, imageapi.Base(b))
+	}
+	return said
 }
 
 // rememberBase keeps by which name an image's parent was used.

@@ -168,3 +168,28 @@ func FuzzMaterials(f *testing.F) {
 		}
 	})
 }
+
+func TestFrom(t *testing.T) {
+	for _, c := range []struct{ text, target, args, want string }{
+		{"FROM debian:12\nRUN x", "", "", "debian:12"},
+		{"# syntax=x\n\nARG V=12\nFROM --platform=linux/amd64 debian:${V} AS a\nFROM a\nCOPY --from=x / /", "", "", "debian:12"},
+		{"ARG V=12\nFROM debian:$V\n", "", "V=13", "debian:13"},
+		{"FROM a as One\nFROM b AS two\n", "one", "", "a"},
+		{"FROM a as one\nFROM \\\n b\n", "", "", "b"},
+		{"FROM scratch", "", "", ""},
+		{"FROM ${X:-c:1}", "", "", "c:1"},
+		{"FROM $X", "", "", ""},
+		{"FROM a", "none", "", ""},
+		{"", "", "", ""},
+	} {
+		if got := From(c.text, c.target, strings.Fields(c.args)); got != c.want {
+			t.Errorf("%q: got %q, want %q", c.text, got, c.want)
+		}
+	}
+}
+
+func FuzzFrom(f *testing.F) {
+	f.Add("ARG A=${B\nFROM $A AS b\nFROM b")
+	f.Add("FROM\nARG\n\\\n")
+	f.Fuzz(func(t *testing.T, text string) { From(text, "b", []string{"A=$A"}) })
+}
