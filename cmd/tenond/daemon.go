@@ -342,6 +342,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		}
 		return errors.Join(err, d.close())
 	}
+	quiet.touch()
 	notify("READY=1")
 	log.Info("serving", "hosts", cfg.Hosts, "root", cfg.Root, "version", version.Version)
 	err = srv.Serve(ctx, listeners)
