@@ -6,8 +6,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"unsafe"
 
 	"github.com/containerd/errdefs"
@@ -201,6 +203,35 @@ func bpf(cmd uintptr, attr []byte) (int, error) {
 const loadTries = 100
 
 func loadProgram(p []bpfInsn) (int, error) {
+	loaded.Lock()
+	defer loaded.Unlock()
+	if loaded.fd > 0 && slices.Equal(loaded.program, p) {
+		return unix.FcntlInt(uintptr(loaded.fd), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	fd, err := verifyProgram(p)
+	if err != nil {
+		return -1, err
+	}
+	keep, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fd, nil // it is loaded again the next time
+	}
+	if loaded.fd > 0 {
+		unix.Close(loaded.fd)
+	}
+	loaded.fd, loaded.program = keep, slices.Clone(p)
+	return fd, nil
+}
+
+// loaded is the program that came last: nearly all containers have the same rules, and
+// having the kernel verify one takes longer than attaching it.
+var loaded struct {
+	sync.Mutex
+	program []bpfInsn
+	fd      int // 0: none
+}
+
+func verifyProgram(p []bpfInsn) (int, error) {
 	buf := make([]byte, 0, len(p)*8)
 	for _, in := range p {
 		buf = append(buf, in.code, in.regs)
@@ -247,7 +278,11 @@ func (g *Group) devicesV2(rules []specs.LinuxDeviceCgroup) error {
 	if err != nil {
 		return err
 	}
-	prog, err := loadProgram(deviceProgram(rules))
+	load := loadProgram
+	if len(old) > 0 { // one can't be attached twice
+		load = verifyProgram
+	}
+	prog, err := load(deviceProgram(rules))
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,8 @@ import (
 	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"tenon.dev/tenon/internal/launch/seccomp"
 )
 
 // profiles are the seccomp profiles that came last, by their JSON. A profile is
@@ -61,6 +63,7 @@ func parseAround(raw []byte, from, to int) *specs.Spec {
 			profiles.list = map[string]*specs.LinuxSeccomp{}
 		}
 		profiles.list[string(raw[from:to])] = p
+		seccomp.Lasting(p)
 		profiles.mu.Unlock()
 	}
 	s.Linux.Seccomp = p

@@ -123,18 +123,45 @@ type rule struct {
 var cache struct {
 	sync.Mutex
 	filters map[[sha256.Size]byte]*Filter
+	// lasting are profiles that nobody changes, with what they have become.
+	lasting map[*specs.LinuxSeccomp]*Filter
 }
 
 const maxCached = 16
 
+// Lasting says that nobody will change s: Compile knows it by its address.
+func Lasting(s *specs.LinuxSeccomp) {
+	cache.Lock()
+	defer cache.Unlock()
+	if len(cache.lasting) >= maxCached || cache.lasting == nil {
+		cache.lasting = map[*specs.LinuxSeccomp]*Filter{}
+	}
+	cache.lasting[s] = nil
+}
+
 // Compile compiles a seccomp section.
-func Compile(s *specs.LinuxSeccomp) (*Filter, error) {
+func Compile(s *specs.LinuxSeccomp) (f *Filter, err error) {
+	cache.Lock()
+	f, lasting := cache.lasting[s]
+	cache.Unlock()
+	if f != nil {
+		return f, nil
+	}
+	if lasting {
+		defer func() {
+			if err == nil {
+				cache.Lock()
+				cache.lasting[s] = f
+				cache.Unlock()
+			}
+		}()
+	}
 	key, err := fingerprint(s)
 	if err != nil {
 		return nil, err
 	}
 	cache.Lock()
-	f := cache.filters[key]
+	f = cache.filters[key]
 	cache.Unlock()
 	if f != nil {
 		return f, nil

@@ -174,10 +174,16 @@ func blockDevice(ctx context.Context, serial string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, deviceTime)
 	defer cancel()
 	for wait := time.Millisecond; ; wait = min(2*wait, appearTurn) {
-		list, _ := filepath.Glob("/sys/block/*/serial") // no bad pattern
-		for _, p := range list {
-			if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == serial {
-				return "/dev/" + filepath.Base(filepath.Dir(p)), nil
+		list, err := names("/sys/block")
+		if err != nil {
+			return "", err
+		}
+		for _, name := range list {
+			if !strings.HasPrefix(name, "vd") {
+				continue
+			}
+			if b, err := os.ReadFile("/sys/block/" + name + "/serial"); err == nil && strings.TrimSpace(string(b)) == serial {
+				return "/dev/" + name, nil
 			}
 		}
 		select {
@@ -186,6 +192,16 @@ func blockDevice(ctx context.Context, serial string) (string, error) {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// names lists a directory as it comes.
+func names(dir string) ([]string, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
 }
 
 func mountStep(ctx context.Context, m *taskv1.GuestMount) error {
