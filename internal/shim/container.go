@@ -196,6 +196,10 @@ func (s *Shim) newContainer(r createRequest) (_ *container, err error) {
 			p.io.close()
 		}
 	}()
+	owner := keep(r.spec)
+	if err := p.io.give(owner.uid, owner.uidMaps); err != nil {
+		return nil, err
+	}
 	if err := p.io.openFIFOs(r.stdin, r.out, r.errs); err != nil {
 		return nil, err
 	}

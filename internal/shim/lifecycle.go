@@ -122,7 +122,11 @@ func (c *container) exec(r *taskv3.ExecProcessRequest, o *taskv1.ExecOptions, sp
 	if p.io, err = newStdio(p.terminal, o.Stdin, nil); err != nil {
 		return nil, err
 	}
-	if err := p.io.openFIFOs(r.Stdin, r.Stdout, r.Stderr); err != nil {
+	err = p.io.give(spec.User.UID, c.spec.uidMaps)
+	if err == nil {
+		err = p.io.openFIFOs(r.Stdin, r.Stdout, r.Stderr)
+	}
+	if err != nil {
 		p.io.close()
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/logs"
@@ -80,6 +81,30 @@ func newStdio(terminal, stdin bool, log logs.Sink) (s *stdio, err error) {
 		s.outs = append(s.outs, r)
 	}
 	return s, nil
+}
+
+// give makes the process's user the owner of its ends of the pipes, as that of a
+// terminal is: a program without root's rights may open /dev/stdout, too.
+func (s *stdio) give(uid uint32, maps []specs.LinuxIDMapping) error {
+	for _, m := range maps {
+		if uid >= m.ContainerID && uid-m.ContainerID < m.Size {
+			uid = m.HostID + uid - m.ContainerID
+			break
+		}
+	}
+	if uid == 0 {
+		return nil
+	}
+	for _, f := range []*os.File{s.in, s.out, s.err} {
+		if f == nil {
+			continue
+		}
+		err := unix.Fchown(int(f.Fd()), int(uid), -1)
+		if err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EINVAL) { // a shim without the right to
+			return os.NewSyscallError("fchown", err)
+		}
+	}
+	return nil
 }
 
 // pipe makes a pipe one end of which, ours, never blocks a thread.

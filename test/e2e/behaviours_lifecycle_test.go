@@ -61,6 +61,7 @@ var environment = []behaviour{
 	{"hostname and domain", `run -h alpha --domainname example.test busybox sh -c 'hostname; cat /proc/sys/kernel/domainname'`, "alpha\nexample.test", 0},
 	{"default hostname is the short ID", `docker run $m --name $c busybox hostname >$d/h; [ "$(cat $d/h)" = "$(insp $c '{{.Id}}' | cut -c1-12)" ] && echo same`, `same`, 0},
 	{"user by number", `run -u 1234:4321 busybox sh -c 'id; grep Groups /proc/self/status'`, `uid=1234 gid=4321.*Groups:\s+4321`, 0},
+	{"a user's own streams", `run -u 1234 busybox sh -c 'echo out >/dev/stdout; echo err >/dev/stderr' 2>$d/err; grep -x err $d/err; idle; docker exec -u 99 $c sh -c 'echo exec >/dev/stdout'; echo in | docker exec -i -u 99 $c sh -c 'cat </dev/stdin'`, "out\nerr\nexec\nin", 0},
 	{"user by name", `run -u nobody busybox id -un`, `nobody`, 0},
 	{"unknown user", `run -u nosuchuser busybox true 2>&1 | grep -c 'nosuchuser'`, `1`, 0},
 	{"user overflow is refused", `for u in 4294967296 2147483648 -1; do run -u $u busybox id >/dev/null 2>&1 || echo refused; done`, "refused\nrefused\nrefused", 0},

@@ -16,7 +16,7 @@ test "$one" = "$two" && echo same; insp $c '{{.HostConfig.UsernsMode}}'`, "same\
 	{"userns: invalid modes", `for x in keep-id auto:size=1 auto:size=x auto: container: nonsense container:$c; do tenon run --rm $m --userns $x busybox true 2>/dev/null || echo $?; done | xargs`, `125 125 125 125 125 125 125`, 0},
 
 	{"userns: files of the image have their owners", `urun busybox stat -c '%u:%g' /bin/busybox /tmp /root | sort -u`, `0:0`, 0},
-	{"userns: /dev, /proc and /sys are the container's", `urun busybox sh -c 'stat -c %u:%g /dev /dev/null /dev/shm /etc/hosts /etc/resolv.conf | sort -u; ls /sys/class/net | sort | xargs; grep -c " /sys sysfs ro" /proc/mounts; echo x >/dev/null && echo null'`, "0:0\neth0 lo\n1\nnull", 0},
+	{"userns: /dev, /proc and /sys are the container's", `urun busybox sh -c 'stat -c %u:%g /dev /dev/null /dev/shm /etc/hosts /etc/resolv.conf | sort -u; ls /sys/class/net | sort | xargs; grep -c " /sys sysfs ro" /proc/mounts; echo x >/dev/null && echo null >/dev/stdout'`, "0:0\neth0 lo\n1\nnull", 0},
 	{"userns: what is committed has plain owners", `
 tenon run $m --userns auto --name $c busybox sh -c 'touch /a; chown 1000:1001 /a; mkdir -m 700 /b; rm -r /var'
 docker diff $c | sort | xargs; docker commit $c $i >/dev/null
