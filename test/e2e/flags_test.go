@@ -2,7 +2,9 @@ package e2e
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -299,6 +301,44 @@ func TestRunFlags(t *testing.T) {
 		r := d.Sh(t, "c="+c+"; "+row.script+"\ndocker rm -f $c >/dev/null 2>&1 || true")
 		if got := strings.TrimSpace(r.Out); got != row.want {
 			t.Errorf("%s\nsays %q (%s), want %q", row.script, got, strings.TrimSpace(r.Err), row.want)
+		}
+	}
+}
+
+// TestEveryRunFlag: each flag of docker run is used by a test of this package.
+func TestEveryRunFlag(t *testing.T) {
+	elsewhere := map[string]string{
+		"cpu-count": "Windows", "cpu-percent": "Windows", "io-maxbandwidth": "Windows", "io-maxiops": "Windows",
+		"disable-content-trust": "the client's", "use-api-socket": "the client's", "help": "the client's", "quiet": "the client's",
+		"kernel-memory": "no longer there", "blkio-weight-device": "internal/cli; few kernels have it",
+		"detach-keys": "internal/server", "sig-proxy": "internal/cli/quick",
+	}
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text.Write(b)
+	}
+	help, err := exec.Command("docker", "run", "--help").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags := regexp.MustCompile(`(?m)^ +(-\w)?,? +--([a-z0-9-]+)`).FindAllStringSubmatch(string(help), -1)
+	if len(flags) < 90 {
+		t.Fatalf("docker run has %d flags", len(flags))
+	}
+	for _, f := range flags {
+		short, long := f[1], f[2]
+		used := regexp.MustCompile(`--`+long+`[^a-z0-9-]`).MatchString(text.String()) ||
+			short != "" && regexp.MustCompile(`[ "]`+short+`[ "]`).MatchString(text.String())
+		if !used && elsewhere[long] == "" {
+			t.Errorf("no test uses --%s", long)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -51,13 +52,15 @@ func TestLimitsInTheKernel(t *testing.T) {
 		if _, serr := os.Stat("/dev/" + name); err != nil || serr != nil {
 			continue
 		}
-		file, want := "blkio/blkio.throttle.write_bps_device", strings.TrimSpace(string(number))+" 1048576"
+		n := strings.TrimSpace(string(number))
+		files := "blkio/blkio.throttle.read_bps_device blkio/blkio.throttle.write_bps_device blkio/blkio.throttle.read_iops_device blkio/blkio.throttle.write_iops_device"
+		want := n + " 2097152\n" + n + " 1048576\n" + n + " 300\n" + n + " 400"
 		if pure {
-			file, want = "io.max", strings.TrimSpace(string(number))+" rbps=max wbps=1048576 riops=max wiops=max"
+			files, want = "io.max", n+" rbps=2097152 wbps=1048576 riops=300 wiops=400"
 		}
-		r := d.Sh(t, "docker run --rm --device-write-bps /dev/"+name+":1mb busybox cat /sys/fs/cgroup/"+file)
+		r := d.Sh(t, fmt.Sprintf("docker run --rm --device-read-bps /dev/%[1]s:2mb --device-write-bps /dev/%[1]s:1mb --device-read-iops /dev/%[1]s:300 --device-write-iops /dev/%[1]s:400 busybox sh -c 'cd /sys/fs/cgroup; cat %[2]s'", name, files))
 		if got := strings.TrimSpace(r.Out); got != want || r.Code != 0 {
-			t.Errorf("throttle of %s: %s is %q (exit %d, %s), want %q", name, file, got, r.Code, strings.TrimSpace(r.Err), want)
+			t.Errorf("throttles of %s are %q (exit %d, %s), want %q", name, got, r.Code, strings.TrimSpace(r.Err), want)
 		}
 		break
 	}
