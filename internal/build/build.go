@@ -117,15 +117,17 @@ func (b *Builder) start(context.Context) (*running, error) {
 		}
 	}
 	// BuildKit makes mount points, secrets' files and agents' sockets there.
-	if err := os.Setenv("TMPDIR", b.tmpDir()); err != nil {
+	restore, err := setTemp(b.tmpDir())
+	if err != nil {
 		return nil, err
 	}
 	logToSlog(b.log)
 	began := time.Now()
 	r, err := b.open(b.ctx)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, restore())
 	}
+	r.closers = append(r.closers, restore)
 	b.run = r
 	b.wg.Add(1)
 	go func() {
@@ -136,6 +138,18 @@ func (b *Builder) start(context.Context) (*running, error) {
 	}()
 	b.log.Info("builder started", "took", time.Since(began))
 	return r, nil
+}
+
+// setTemp sets the directory of the process's temporary files: BuildKit knows no other
+// way to say where its own go.
+func setTemp(dir string) (restore func() error, err error) {
+	old, had := os.LookupEnv("TMPDIR")
+	return func() error {
+		if had {
+			return os.Setenv("TMPDIR", old)
+		}
+		return os.Unsetenv("TMPDIR")
+	}, os.Setenv("TMPDIR", dir)
 }
 
 // used tells whether BuildKit is started, or has state on the disk.
