@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -101,6 +102,61 @@ func (e *Engine) imageMount(m *container.Mount) (spec.Mount, error) {
 		}
 	}
 	return s, nil
+}
+
+// guestImage is the type of a mount that a machine gets a disk for.
+const guestImage = "image"
+
+// guestImageMount is imageMount for a container on a machine: Source is the file of
+// its disk.
+func (e *Engine) guestImageMount(m *container.Mount) (spec.Mount, error) {
+	s := spec.Mount{Destination: m.Destination, ReadOnly: true}
+	paths, _, err := e.imageMountPaths(e.ctx, m)
+	if err != nil {
+		return s, err
+	}
+	if len(paths) == 0 { // no layers: nothing in it
+		s.Type, s.Source = "tmpfs", "tmpfs"
+		return s, nil
+	}
+	img, err := e.cfg.Images.Resolve(e.ctx, m.Image.ID, &m.Image.Platform)
+	var layers []string
+	if err == nil {
+		layers, err = e.cfg.Images.Layers(e.ctx, img)
+	}
+	if err == nil {
+		s.Source, err = e.cfg.Images.EROFS(e.ctx, img)
+	}
+	if err != nil {
+		return s, fmt.Errorf("mount of image %s on %s: %w", m.Name, m.Destination, err)
+	}
+	s.Type = guestImage
+	for _, l := range layers { // no link is on the way any more
+		if sub, ok := strings.CutPrefix(paths[0], l+"/"); ok {
+			s.Beneath = sub
+		}
+	}
+	return s, nil
+}
+
+// machineImages are the files of the images among the mounts, in their order.
+func machineImages(mounts []spec.Mount) (files []string) {
+	for _, m := range mounts {
+		if m.Type == guestImage {
+			files = append(files, m.Source)
+		}
+	}
+	return files
+}
+
+// mountGuestImages makes binds of them, of where the machine has them.
+func mountGuestImages(mounts []spec.Mount, at []string) {
+	for i := range mounts {
+		if m := &mounts[i]; m.Type == guestImage {
+			m.Type, m.Source, m.Recursive, m.Options = "bind", at[0], true, []string{"rbind"}
+			at = at[1:]
+		}
+	}
 }
 
 func isPlatform(err error) bool { return errors.Is(err, image.ErrPlatform) }

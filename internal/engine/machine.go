@@ -246,6 +246,7 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 			p.mounts[i].Source, shares = shares[0], shares[1:]
 		}
 	}
+	mountGuestImages(p.mounts, mp.Images)
 	g.root = g.machine.Root(c.id, disks.Image != "")
 	client, watch, err := e.guestClient(ctx, c, rn, g)
 	if err != nil {
@@ -414,6 +415,7 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 		return h, err
 	}
 	p.held = release
+	h.Images = machineImages(p.mounts)
 	h.Shares, err = machineShares(p.mounts)
 	return h, err
 }

@@ -59,7 +59,7 @@ func (e *Engine) checkMachine(r *container.Record) error {
 	}
 	for _, m := range r.Mounts {
 		switch {
-		case m.Type == mount.TypeTmpfs:
+		case m.Type == mount.TypeTmpfs, m.Type == mount.TypeImage:
 		case m.Type == mount.TypeVolume:
 			if t := e.volumeType(&m); t != "bind" && t != "tmpfs" {
 				return no("a volume of a file system that the host would mount, of type " + t + " (" + m.Destination + ")")

@@ -353,7 +353,7 @@ func (e *Engine) specMounts(r *container.Record) ([]spec.Mount, error) {
 	var out []spec.Mount
 	for i := range r.Mounts {
 		m := &r.Mounts[i]
-		s, err := e.specMount(m)
+		s, err := e.specMount(m, onHost(r))
 		if err != nil {
 			return nil, err
 		}
@@ -369,7 +369,7 @@ func (e *Engine) specMounts(r *container.Record) ([]spec.Mount, error) {
 	return out, nil
 }
 
-func (e *Engine) specMount(m *container.Mount) (spec.Mount, error) {
+func (e *Engine) specMount(m *container.Mount, host bool) (spec.Mount, error) {
 	s := spec.Mount{Destination: m.Destination, ReadOnly: !m.RW, Propagation: m.Propagation}
 	switch m.Type {
 	case mount.TypeBind:
@@ -392,6 +392,9 @@ func (e *Engine) specMount(m *container.Mount) (spec.Mount, error) {
 			}
 		}
 	case mount.TypeImage:
+		if !host {
+			return e.guestImageMount(m)
+		}
 		return e.imageMount(m)
 	case mount.TypeTmpfs:
 		s.Type, s.Source, s.Options, s.Propagation = "tmpfs", "tmpfs", spec.TmpfsOptions(m.TmpfsOpts), ""

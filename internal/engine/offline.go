@@ -175,7 +175,11 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 	if err != nil {
 		return nil, err
 	}
-	h := sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: true, Shares: shares}
+	h := sandbox.MachineHandover{ID: c.id, Disks: disks, NoNet: true, Shares: shares, Images: machineImages(mounts)}
+	files := e.writtenFiles(r, mounts)
+	if h.Files, err = machineFiles(files); err != nil {
+		return nil, err
+	}
 	if m.Lasting() {
 		if h.SizeLimit, err = spec.DiskLimit(r.HostConfig); err != nil {
 			return nil, err
@@ -186,7 +190,16 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 		return nil, err
 	}
 	g.root = m.Root(c.id, disks.Image != "")
-	for _, x := range mounts {
+	for i := range mounts {
+		if mounts[i].Type == "bind" {
+			mounts[i].Source, p.Shares = p.Shares[0], p.Shares[1:]
+		}
+	}
+	mountGuestImages(mounts, p.Images)
+	for i := range files {
+		files[i].Source = p.Files[i]
+	}
+	for _, x := range append(mounts, files...) {
 		if x.Type != "bind" {
 			continue
 		}
@@ -194,8 +207,10 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 		if x.ReadOnly {
 			o = append(o[:len(o):len(o)], "ro")
 		}
-		g.root.Volumes = append(g.root.Volumes, &taskv1.Mount{Type: x.Type, Source: p.Shares[0], Target: x.Destination, Options: o})
-		p.Shares = p.Shares[1:]
+		if x.Beneath != "" {
+			o = append(o[:len(o):len(o)], spec.BeneathOption+x.Beneath)
+		}
+		g.root.Volumes = append(g.root.Volumes, &taskv1.Mount{Type: x.Type, Source: x.Source, Target: x.Destination, Options: o})
 	}
 	var client *task.Client
 	if m.Lasting() {

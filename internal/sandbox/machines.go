@@ -219,6 +219,7 @@ type MachineHandover struct {
 	NICs     []NIC
 	Files    []File
 	Shares   []Share
+	Images   []string // EROFS files of images that it mounts beside its own
 }
 
 // MachinePrepared is how the machine sees it.
@@ -226,4 +227,5 @@ type MachinePrepared struct {
 	Prepared
 	Files  []string // paths, in the order given
 	Shares []string
+	Images []string
 }

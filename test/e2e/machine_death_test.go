@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -18,7 +19,7 @@ import (
 // machine's is that of all its containers, and of nothing else.
 func TestMachineDeaths(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "config.toml")
-	if err := os.WriteFile(config, []byte(strings.Replace(vmSettings(), "pool = 1", "pool = 0", 1)), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(strings.Replace(vmSettings(), "pool = 1", "pool = 0\nhang-time = \"30s\"", 1)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	d := NewDaemon(t, "--config", config)
@@ -67,6 +68,8 @@ func TestMachineDeaths(t *testing.T) {
 		}
 	}
 
+	hung := d.fillsAndHangs(t)
+
 	// The machine's end is that of its containers, which say why; what its policy,
 	// and theirs, wants is started again.
 	d.Must(t, "run", "-d", "--name", "boom", "--isolation", "machine=m", "--privileged", "busybox", "sh", "-c", "sleep 1; echo c >/proc/sysrq-trigger; sleep 1000")
@@ -91,6 +94,7 @@ func TestMachineDeaths(t *testing.T) {
 	d.Must(t, "start", "two")
 	unharmed(t)
 
+	hung()
 	d.tenon(t, "machine rm -f m")
 	for _, name := range []string{"one", "two"} {
 		if r := d.Docker(t, "inspect", name); r.Code == 0 {
@@ -108,6 +112,31 @@ func TestMachineDeaths(t *testing.T) {
 		return ""
 	})
 	d.checkEmpty(t)
+}
+
+// fillsAndHangs has a second machine whose disk is full, and whose guest then hangs:
+// that is noticed after a while, and whoever waits for it calls what is returned.
+func (d *Daemon) fillsAndHangs(t *testing.T) (noticed func()) {
+	d.tenon(t, "machine create h --cpus 1 --memory 512m --disk 64m --restart no")
+	d.Must(t, "run", "-d", "--name", "hung", "--isolation", "machine=h", "busybox", "sleep", "100000")
+	r := d.Docker(t, "run", "--rm", "--isolation", "machine=h", "busybox", "sh", "-c", "dd if=/dev/zero of=/f bs=1M count=100 || { rm /f; echo room >/g; cat /g; }")
+	if r.Code != 0 || r.Out != "room\n" || !strings.Contains(r.Err, "No space left") {
+		t.Errorf("with a full disk: exit %d: %q %q", r.Code, r.Out, r.Err)
+	}
+	if err := syscall.Kill(d.machine(t, "h").Pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		eventually(t, "a container on a machine that hangs", func() string {
+			want := "exited 137 machine h ended: the guest hangs: it has not answered for 30s"
+			if got := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", "hung"); got != want {
+				return fmt.Sprintf("it is %q, want %q", got, want)
+			}
+			return ""
+		})
+		d.machineIs(t, "h", "crashed")
+		d.tenon(t, "machine rm -f h")
+	}
 }
 
 // diesAtGuestSteps is diesAtMachineSteps for containers on a machine that lasts.

@@ -136,7 +136,7 @@ func TestVMRefusals(t *testing.T) {
 	d.Busybox(t)
 	for _, flags := range []string{
 		"--device /dev/sda", "--cgroup-parent x", "--gpus all", "-v /dev/kmsg:/x", "-v /tmp:/x:shared",
-		"--mount type=image,source=busybox,target=/x", "--mount type=volume,source=nfs,target=/x,volume-opt=type=nfs",
+		"--mount type=volume,source=nfs,target=/x,volume-opt=type=nfs",
 	} {
 		r := d.Docker(t, append(append([]string{"run", "--name", "refused"}, strings.Fields(flags)...), "busybox", "true")...)
 		if r.Code != 125 || !strings.Contains(r.Err, "nothing was started") {

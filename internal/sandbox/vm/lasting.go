@@ -33,17 +33,33 @@ type lasting struct {
 
 // holdings are what a container has of a machine, beside its interfaces.
 type holdings struct {
-	image  string // serial number; empty: none
+	image  string   // of its root: the disk's serial number; empty: none
+	mounts []string // of other images
 	shares []string
 	clean  bool // nobody can have changed its interfaces
 	reach  bool // it can change those of everybody on the machine
 }
 
+// mountsOwner follows a container's name where it owns a disk for a mount, and not for
+// its root.
+const mountsOwner = "/mounts"
+
+// got notes a disk.
+func (h *holdings) got(serial string, mounts bool) {
+	switch {
+	case !mounts:
+		h.image = serial
+	case !slices.Contains(h.mounts, serial):
+		h.mounts = append(h.mounts, serial)
+	}
+}
+
 func newLasting(d *vmv1.Machine) *lasting {
 	l := &lasting{holds: map[string]*holdings{}, mounted: map[string]bool{}}
 	for _, x := range d.Disks {
-		for _, id := range x.Owners {
-			l.of(id, func(h *holdings) { h.image = x.Serial })
+		for _, owner := range x.Owners {
+			id, mounts := strings.CutSuffix(owner, mountsOwner)
+			l.of(id, func(h *holdings) { h.got(x.Serial, mounts) })
 		}
 	}
 	for tag, id := range d.Shares {
@@ -126,7 +142,7 @@ func (l *lasting) users(serial string) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, h := range l.holds {
-		if h.image == serial {
+		if h.image == serial || slices.Contains(h.mounts, serial) {
 			n++
 		}
 	}
@@ -240,24 +256,29 @@ func (m *machine) lastingRoot(ctx context.Context, h sandbox.MachineHandover) ([
 	}
 	upper := &taskv1.Upper{Path: dataPlace(h.ID), Limit: h.SizeLimit}
 	if h.Disks.Image != "" {
-		if upper.Like, err = m.mountImage(ctx, c, h); err != nil {
+		if upper.Like, err = m.mountImage(ctx, c, h.ID, h.Disks.Image, false); err != nil {
 			return nil, fmt.Errorf("the image's disk: %w", err)
 		}
 	}
 	return []*taskv1.Step{{Kind: &taskv1.Step_Upper{Upper: upper}}}, nil
 }
 
-// mountImage returns where an image is mounted.
-func (m *machine) mountImage(ctx context.Context, c *conn, h sandbox.MachineHandover) (string, error) {
+// mountImage returns where a container's image is mounted, for its root or for a
+// mount.
+func (m *machine) mountImage(ctx context.Context, c *conn, id, file string, mounts bool) (string, error) {
 	l := m.lasting
 	l.images.Lock()
 	defer l.images.Unlock()
-	r, err := c.client.AttachDisk(ctx, &vmv1.AttachDiskRequest{Id: m.about.Id, Owner: h.ID, Disk: &vmv1.Disk{Path: h.Disks.Image, ReadOnly: true}})
+	owner := id
+	if mounts {
+		owner += mountsOwner
+	}
+	r, err := c.client.AttachDisk(ctx, &vmv1.AttachDiskRequest{Id: m.about.Id, Owner: owner, Disk: &vmv1.Disk{Path: file, ReadOnly: true}})
 	if err != nil {
 		return "", err
 	}
 	at := imagePlace(r.Serial)
-	l.of(h.ID, func(x *holdings) { x.image = r.Serial })
+	l.of(id, func(x *holdings) { x.got(r.Serial, mounts) })
 	l.mu.Lock()
 	mounted := l.mounted[r.Serial]
 	l.mu.Unlock()
@@ -287,14 +308,24 @@ const (
 
 // dropImage takes a container's image back, and from the machine if nobody uses
 // it for a while.
-func (m *machine) dropImage(ctx context.Context, c *conn, id, serial string) error {
+func (m *machine) dropImage(ctx context.Context, c *conn, id, serial string, mounts bool) error {
 	m.lasting.images.Lock()
 	defer m.lasting.images.Unlock()
-	_, err := c.client.DetachDisk(ctx, &vmv1.DetachDiskRequest{Id: m.about.Id, Serial: serial, Owner: id, Keep: true})
+	owner := id
+	if mounts {
+		owner += mountsOwner
+	}
+	_, err := c.client.DetachDisk(ctx, &vmv1.DetachDiskRequest{Id: m.about.Id, Serial: serial, Owner: owner, Keep: true})
 	if err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
-	m.lasting.of(id, func(h *holdings) { h.image = "" })
+	m.lasting.of(id, func(h *holdings) {
+		if mounts {
+			h.mounts = slices.DeleteFunc(h.mounts, func(s string) bool { return s == serial })
+		} else {
+			h.image = ""
+		}
+	})
 	if err == nil && m.lasting.users(serial) == 0 {
 		m.dropLater(serial)
 	}
@@ -393,7 +424,7 @@ func (m *machine) release(ctx context.Context, id string) error {
 	var h holdings
 	l.mu.Lock()
 	if x := l.holds[id]; x != nil {
-		h = holdings{image: x.image, shares: slices.Clone(x.shares), clean: x.clean}
+		h = holdings{image: x.image, mounts: slices.Clone(x.mounts), shares: slices.Clone(x.shares), clean: x.clean}
 	}
 	l.mu.Unlock()
 	var nics []*vmv1.NIC
@@ -425,7 +456,10 @@ func (m *machine) release(ctx context.Context, id string) error {
 		errs = append(errs, err)
 	}
 	if h.image != "" {
-		errs = append(errs, m.dropImage(ctx, c, id, h.image))
+		errs = append(errs, m.dropImage(ctx, c, id, h.image, false))
+	}
+	for _, serial := range h.mounts {
+		errs = append(errs, m.dropImage(ctx, c, id, serial, true))
 	}
 	_, err = c.client.KeepLog(ctx, &vmv1.KeepLogRequest{Id: m.about.Id, Container: id})
 	errs = append(errs, err)

@@ -54,7 +54,7 @@ func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sand
 		out.Rootfs = append(out.Rootfs, task.Mount{Type: x.Type, Source: x.Source, Options: x.Options})
 	}
 	for _, more := range []func(context.Context, sandbox.MachineHandover, *sandbox.MachinePrepared) ([]*taskv1.Step, error){
-		m.netSteps, m.fileSteps, m.shareSteps,
+		m.netSteps, m.fileSteps, m.shareSteps, m.imageSteps,
 	} {
 		list, err := more(ctx, h, &out)
 		if err != nil {
@@ -113,6 +113,39 @@ func (m *machine) shareSteps(ctx context.Context, h sandbox.MachineHandover, out
 		}
 		out.Shares = append(out.Shares, target)
 		steps = append(steps, step)
+	}
+	return steps, nil
+}
+
+// imageSteps mounts the images that the container mounts beside its own.
+func (m *machine) imageSteps(ctx context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) (steps []*taskv1.Step, _ error) {
+	if len(h.Images) == 0 {
+		return nil, nil
+	}
+	c, err := m.v.connect(ctx, false)
+	if err != nil || c == nil {
+		return nil, m.gone(err)
+	}
+	for i, file := range h.Images {
+		if j := slices.Index(h.Images, file); j < i { // it is there
+			out.Images = append(out.Images, out.Images[j])
+			continue
+		}
+		if m.lasting != nil {
+			at, err := m.mountImage(ctx, c, h.ID, file, true)
+			if err != nil {
+				return nil, fmt.Errorf("an image's disk: %w", err)
+			}
+			out.Images = append(out.Images, at)
+			continue
+		}
+		r, err := c.client.AttachDisk(ctx, &vmv1.AttachDiskRequest{Id: m.about.Id, Disk: &vmv1.Disk{Path: file, ReadOnly: true}})
+		if err != nil {
+			return nil, fmt.Errorf("an image's disk: %w", err)
+		}
+		at := fmt.Sprintf("%s/images/%d", place(h.ID), i)
+		out.Images = append(out.Images, at)
+		steps = append(steps, mountStep("erofs", "serial:"+r.Serial, at, unix.MS_RDONLY, ""))
 	}
 	return steps, nil
 }
