@@ -34,6 +34,7 @@ var observation = []behaviour{
 }
 
 var images = []behaviour{
+	{"an image that was built here runs at once", `printf 'FROM busybox\nRUN echo made >/m\nCMD ["cat","/m"]\n' | tenon build -q -t $i - >/dev/null; run $i`, `made`, 0},
 	{"save and load keep the ID", `docker tag busybox $i; docker save -o $d/a.tar $i; a=$(docker inspect -f '{{.Id}}' $i); docker rmi $i >/dev/null; docker load -q -i $d/a.tar | grep -c "$i"; [ "$(docker inspect -f '{{.Id}}' $i)" = "$a" ] && echo same`, "1\nsame", 0},
 	{"import and run", `docker run $m --name $c busybox true; docker export $c | docker import -c 'CMD ["echo","imported"]' - $i >/dev/null; run $i`, `imported`, 0},
 	{"tag, list, rmi", `docker tag busybox $i:x; docker images --format '{{.Repository}}:{{.Tag}}' $i; docker rmi $i:x | grep -c Untagged; docker images -q $i | wc -l`, "img\\w+:x\n1\n0", 0},
