@@ -253,6 +253,37 @@ func TestCacheOutlivesTheDaemon(t *testing.T) {
 	w.mustBuild(api.Request{}, files)
 }
 
+// A build that has failed holds nothing of the cache.
+func TestFailedBuildHoldsNothing(t *testing.T) {
+	w := newWorld(t)
+	for range 3 {
+		if _, err := w.build(api.Request{}, map[string]string{"Dockerfile": "FROM scratch\nCOPY missing /f\n", "f": "x"}); err == nil || !strings.Contains(err.Error(), "missing") {
+			t.Fatalf("error is %v", err)
+		}
+	}
+	ctx := testContext(t)
+	for {
+		records, err := w.b.DiskUsage(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		used := 0
+		for _, r := range records {
+			if r.InUse {
+				used++
+			}
+		}
+		if used == 0 {
+			break
+		}
+		select {
+		case <-time.After(20 * time.Millisecond): // it is released in the background
+		case <-ctx.Done():
+			t.Fatalf("%d records are in use still", used)
+		}
+	}
+}
+
 // The same build gives the same digest, twice.
 func TestReproducible(t *testing.T) {
 	w := newWorld(t)

@@ -346,6 +346,7 @@ func (r *running) solve(ctx context.Context, req *controlapi.SolveRequest, steps
 	statusCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	g.Go(func() error {
 		resp, solveErr = r.ctl.Solve(ctx, req)
+		releaseFailed(ctx, solveErr)
 		if solveErr != nil {
 			// The status ends with the build; of one that has not begun nobody knows.
 			time.AfterFunc(statusGrace, stop)
