@@ -42,6 +42,7 @@ var benches = []subBench{
 	{"version", "start of the client", benchVersion},
 	{"load", "load of a 170 MB image", benchLoad},
 	{"pull", "pull of 10 layers and of 100 MB from a registry on loopback", benchPull},
+	{"build", "a Dockerfile of five RUN steps, anew and from the cache", benchBuild},
 	{"logs", "1,000,000 log lines", benchLogs},
 	{"net", "container to container Gbit/s, requests/s to a published port, CPU time of round trips", benchNet},
 	{"vm", "containers with a kernel of their own, and gVisor's: run, exec, memory, 20 at a time, files, network", benchVM},

@@ -59,7 +59,10 @@ const differences = `
 - ` + "`HostConfig.Isolation`" + ` takes Tenon's isolation modes (` + "`process`, `vm`, `machine=NAME`" + `).
 - The Python SDK is shown the default log driver as ` + "`json-file`" + `: its ` + "`run()`" + ` returns
   a container's output for drivers it knows by name only.
-- ` + "`Builder-Version`" + ` is 1, so that clients don't look for BuildKit.
+- Both builders are BuildKit ([build.md](build.md)): the older one's output is made of
+  BuildKit's progress, in the order of the Dockerfile, without IDs of intermediate images
+  (there are none); ` + "`rm`, `forcerm` and `compress`" + ` have nothing to do. A machine's own
+  socket builds nothing.
 
 ## What differs between versions
 
