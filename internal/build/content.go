@@ -2,6 +2,7 @@ package build
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -82,20 +83,36 @@ func (c *allContent) Writer(ctx context.Context, opts ...content.WriterOpt) (con
 	return c.Store.Writer(ctx, opts...)
 }
 
-// applier leaves alone what is an unpacked layer of an image already.
+// applier unpacks layers as the image store does, with its checks and limits, and
+// leaves alone what is an unpacked layer of an image already.
 type applier struct {
-	diff.Applier
-	images *image.Store
+	content content.Provider
+	images  *image.Store
 }
 
-// Apply unpacks a layer.
-func (a *applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
-	if len(mounts) == 1 && mounts[0].Type == layerType {
-		id, err := a.images.LayerDiffID(filepath.Base(mounts[0].Source))
-		if err != nil {
-			return ocispec.Descriptor{}, err
-		}
-		return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: id, Size: desc.Size}, nil
+// Apply unpacks a layer into a new snapshot.
+func (a *applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+	out := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Size: desc.Size}
+	if len(mounts) != 1 {
+		return out, fmt.Errorf("layer %s: %d mounts where one was expected: %w", desc.Digest, len(mounts), errdefs.ErrNotImplemented)
 	}
-	return a.Applier.Apply(ctx, desc, mounts, opts...)
+	m := mounts[0]
+	if m.Type == layerType {
+		var err error
+		out.Digest, err = a.images.LayerDiffID(filepath.Base(m.Source))
+		return out, err
+	}
+	lower, dir, _ := overlayDirs(m)
+	if m.Type != "overlay" {
+		lower, dir = nil, m.Source
+	}
+	r, err := a.content.ReaderAt(ctx, desc)
+	if err != nil {
+		return out, err
+	}
+	defer r.Close()
+	if out.Digest, out.Size, err = a.images.UnpackOnto(ctx, content.NewReader(r), dir, lower); err != nil {
+		return out, fmt.Errorf("layer %s: %w", desc.Digest, err)
+	}
+	return out, nil
 }

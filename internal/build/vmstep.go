@@ -106,7 +106,8 @@ func (s *stacks) release(name string) {
 func (x *executor) onMachine(st *engine.Step) {
 	st.Image = func(ctx context.Context) (string, func(), error) { return x.stacks.get(ctx, st.Lower) }
 	st.Apply = func(ctx context.Context, tar io.Reader) error {
-		return x.stacks.images.UnpackOnto(ctx, tar, st.Upper, st.Lower)
+		_, _, err := x.stacks.images.UnpackOnto(ctx, tar, st.Upper, st.Lower)
+		return err
 	}
 }
 

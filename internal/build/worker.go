@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdmetadata "github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
@@ -173,7 +172,7 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 		Executor:        r.executor,
 		Snapshotter:     sn,
 		ContentStore:    r.content,
-		Applier:         &applier{Applier: apply.NewFileSystemApplier(r.content), images: b.opt.Images},
+		Applier:         &applier{content: r.content, images: b.opt.Images},
 		Differ:          walking.NewWalkingDiff(r.content),
 		ImageStore:      names{b.opt.Images},
 		RegistryHosts:   b.opt.Images.RegistryHosts,

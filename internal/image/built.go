@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -204,18 +205,31 @@ func (s *Store) StackEROFS(ctx context.Context, stack []string, path string) (er
 	return erofs.Write(ctx, f, stack, erofs.Options{MaxSize: room})
 }
 
-// UnpackOnto unpacks an uncompressed layer into an empty directory that lies on
-// others (topmost first), by the limits of all layers.
-func (s *Store) UnpackOnto(ctx context.Context, r io.Reader, dir string, below []string) error {
-	lim := s.cfg.Limits
-	res, err := layer.Unpack(ctx, r, dir, layer.Limits{Bytes: lim.LayerBytes, Entries: lim.LayerEntries, FreeBytes: lim.FreeBytes})
+// UnpackOnto unpacks a layer, compressed or not, into an empty directory that lies on
+// others (topmost first), by the limits of all layers. It returns the digest and the
+// size of the plain tar.
+func (s *Store) UnpackOnto(ctx context.Context, r io.Reader, dir string, below []string) (digest.Digest, int64, error) {
+	zr, format, err := decompress(r)
 	if err != nil {
-		return err
+		return "", 0, err
 	}
-	if _, err := io.Copy(io.Discard, r); err != nil {
-		return err
+	defer zr.Close()
+	if format == unknownFormat {
+		return "", 0, fmt.Errorf("not a layer: %w", errdefs.ErrInvalidArgument)
 	}
-	return layer.Settle(dir, res, below)
+	lim := s.cfg.Limits
+	most := lim.LayerBytes + lim.LayerEntries*1024 // with headers and padding
+	bound := &boundReader{r: zr, left: most, what: lim.LayerBytes}
+	h := sha256.New()
+	plain := io.TeeReader(bound, h)
+	res, err := layer.Unpack(ctx, plain, dir, layer.Limits{Bytes: lim.LayerBytes, Entries: lim.LayerEntries, FreeBytes: lim.FreeBytes})
+	if err == nil {
+		_, err = io.Copy(io.Discard, plain)
+	}
+	if err == nil {
+		err = layer.Settle(dir, res, below)
+	}
+	return digest.NewDigest(digest.SHA256, h), most - bound.left, err
 }
 
 // BuiltImage is the result of a build.
