@@ -27,7 +27,8 @@ func benchBuild(b *Bench) error {
 		{"tenon build", "tenon", []string{"tenon", "-H", tenonSock, "build", "--progress", "plain"}},
 		{"docker buildx on tenond", "tenon", []string{"docker", "-H", tenonSock, "buildx", "build", "--progress", "plain"}},
 		{"docker", "docker", []string{"docker", "-H", dockerSock, "buildx", "build", "--progress", "plain"}},
-		{"buildah", "podman", []string{"buildah", "build", "--layers"}},
+		// Its own limits are above what a machine without CAP_SYS_RESOURCE can give.
+		{"buildah", "podman", []string{"buildah", "build", "--layers", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"}},
 	}
 	for _, state := range []string{"tmpfs", "disk"} {
 		var cold, warm []*Case
