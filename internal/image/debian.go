@@ -158,7 +158,8 @@ func (s *Store) bootstrapDebian(ctx context.Context, o DebianOptions, tool, dir,
 	pr, pw := io.Pipe()
 	stop, cancel := context.WithCancel(ctx)
 	cmd := exec.CommandContext(stop, tool, append(args, o.Suite, "-", "-")...)
-	cmd.Env = append(aptEnv(), "TMPDIR="+tmp, "SOURCE_DATE_EPOCH="+strconv.FormatInt(epoch.Unix(), 10))
+	// What is not packed yet need not outlive a power cut.
+	cmd.Env = append(aptEnv(), "DPKG_FORCE=unsafe-io", "TMPDIR="+tmp, "SOURCE_DATE_EPOCH="+strconv.FormatInt(epoch.Unix(), 10))
 	cmd.Dir = "/"
 	cmd.Stdin, cmd.Stdout = strings.NewReader(sources), pw
 	said := &lastLines{say: func(line string) { progress.say(Progress{Status: line}) }}
@@ -305,7 +306,7 @@ func aptReleases(ctx context.Context, dir, sources string) ([]Release, error) {
 	}
 	args := []string{"update", "--error-on=any"}
 	for _, opt := range []string{"Dir::Etc::SourceList=" + list, "Dir::Etc::SourceParts=/dev/null", "Dir::State::Lists=" + lists, "Dir::Cache=" + filepath.Join(dir, "cache"),
-		"APT::Sandbox::User=root", "APT::Update::Post-Invoke=", "APT::Update::Post-Invoke-Success=", "Acquire::Languages=none"} {
+		"APT::Sandbox::User=root", "APT::Update::Post-Invoke=", "APT::Update::Post-Invoke-Success=", "Acquire::Languages=none", "Acquire::Retries=3"} {
 		args = append(args, "-o", opt)
 	}
 	for _, target := range []string{"Packages", "Translations", "DEP-11", "DEP-11-icons", "DEP-11-icons-small", "DEP-11-icons-hidpi", "Contents-deb", "CNF", "deb-src::Sources"} {

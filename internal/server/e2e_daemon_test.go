@@ -59,7 +59,7 @@ func TestTenonAPI(t *testing.T) {
 	if s, b := d.call(t, "GET", "/tenon/v1/doctor", "", &rep); s != 200 || len(rep.Checks) == 0 {
 		t.Errorf("doctor: %d %s", s, b)
 	}
-	if s, b := d.call(t, "POST", "/tenon/v1/images/bootstrap?name=debian", "", nil); s != 501 {
+	if s, b := d.call(t, "POST", "/tenon/v1/images/bootstrap?name=gentoo", "", nil); s != 501 {
 		t.Errorf("bootstrap: %d %s", s, b)
 	}
 	if s, b := d.call(t, "POST", "/tenon/v1/images/bootstrap", "", nil); s != 200 || !strings.Contains(b, "busybox:latest") {
