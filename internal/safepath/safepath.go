@@ -56,6 +56,9 @@ func Open(root *os.File, name string, flags int, mode os.FileMode) (*os.File, er
 // inside (an absolute link, ".." at the top) it is an error.
 func OpenBeneath(root *os.File, name string, flags int, mode os.FileMode) (*os.File, error) {
 	fd, err := openat2(root, name, flags, uint32(mode.Perm()), unix.RESOLVE_BENEATH|unix.RESOLVE_NO_MAGICLINKS)
+	if errors.Is(err, unix.EXDEV) {
+		return nil, fmt.Errorf("it leads out of the directory: %w", err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -307,3 +307,30 @@ func TestMakeTarget(t *testing.T) {
 		t.Errorf("outside: %v %v", names, err)
 	}
 }
+
+// TestOpenBeneath: links below the root are followed, and what leads out of it is an error.
+func TestOpenBeneath(t *testing.T) {
+	dir := t.TempDir()
+	for _, err := range []error{
+		os.MkdirAll(filepath.Join(dir, "a/b"), 0o755), os.Symlink("a/b", filepath.Join(dir, "in")), os.Symlink("../../in", filepath.Join(dir, "a/b/up")),
+		os.Symlink("/a", filepath.Join(dir, "absolute")), os.Symlink("../x", filepath.Join(dir, "out")),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	root, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	for name, want := range map[string]error{"a/b": nil, "in": nil, "a/b/up": nil, "absolute": unix.EXDEV, "out": unix.EXDEV, "../x": unix.EXDEV, "none": unix.ENOENT} {
+		f, err := OpenBeneath(root, name, unix.O_PATH, 0)
+		if err == nil {
+			f.Close()
+		}
+		if !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+	}
+}
