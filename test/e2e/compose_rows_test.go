@@ -235,6 +235,14 @@ services:
   e: {image: busybox, profiles: [e], isolation: hyperv}
   f: {image: busybox, profiles: [f], command: "true", cap_add: [NOTHING]}`, `
 dc --profile a up -d 2>&1 | grep -c "No such image: no-such-image\|image.*not found"; dc --profile b up -d 2>&1 | grep -c 'executable file not found'; dc --profile d up -d 2>&1 | grep -c 'user specified IP address is supported only\|no configured subnet'; dc --profile e up -d 2>&1 | grep -ci 'isolation'; dc --profile f up -d 2>&1 | grep -ci 'capability\|cap_add\|NOTHING'; dc ps -q | wc -l`, "1\n1\n1\n1\n1\n0"},
+	{"build", `
+services:
+  a: {build: {context: app, args: {X: "${X:-1}"}, target: two, labels: {l: m}}, command: cat /f /g}
+  b: {build: app, image: "${c}-named:1", command: cat /f}
+  bad: {build: {context: app, target: nothing}, profiles: [bad]}`, `
+mkdir app; printf 'FROM busybox AS one\nARG X=0\nRUN echo arg $X >/f\nFROM one AS two\nCOPY g /g\nFROM one\n' >app/Dockerfile; echo context >app/g
+dc build >out 2>&1 || cat out; dc run --rm a; dc run --rm b; docker image inspect -f '{{.Config.Labels.l}}' $c-a; X=2 dc run --rm --build a 2>/dev/null | grep -v '^Step\|^ -\|^Success\|^Sending\|^Removed'
+dc up -d --build >out 2>&1; id=$(id a); dc up -d --build >out 2>&1; [ $id = $(id a) ] && echo the same; X=3 dc up -d --build >out 2>&1; [ $id = $(id a) ] || echo another; dc logs --no-log-prefix a; dc --profile bad build bad >out 2>&1 || echo failed; grep -c nothing out | sed 's/[1-9]/said/'; dc down; docker rmi "$c-named:1" $c-a >/dev/null`, "arg 1\ncontext\narg 0\nm\narg 2\ncontext\nthe same\nanother\narg 3\ncontext\nfailed\nsaid"},
 	{"environment and defaults of Compose", `
 services:
   a: {image: busybox, init: true, command: sleep 1000}`, `
