@@ -21,6 +21,7 @@ import (
 	"tenon.dev/tenon/internal/doctor"
 	"tenon.dev/tenon/internal/engine"
 	tenonevents "tenon.dev/tenon/internal/events"
+	"tenon.dev/tenon/internal/footprint"
 	"tenon.dev/tenon/internal/image"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/rootfs"
@@ -164,6 +165,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		CacheSize: config.Bytes(cfg.BuildCache), Log: log,
 	})
 	d.closers = append(d.closers, d.builder.Close)
+	d.images.SetCache(&buildCache{root: cfg.Root, images: d.images, builder: d.builder})
 	return d, nil
 }
 
@@ -193,7 +195,7 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 			Mirrors: d.cfg.Registries.Mirrors, CertsDir: d.cfg.Registries.CertsDir, UserAgent: "tenon/" + version.Version,
 		},
 		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize)},
-		Budget: config.Bytes(d.cfg.ImageBudget),
+		Budget: d.cfg.Budget(),
 		InUse: func(id string) []string {
 			if d.engine == nil {
 				return []string{"starting"} // nothing is collected before it is known who uses it
@@ -331,6 +333,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		Engine: d.engine, Images: d.images, Networks: d.networks, Builder: d.builder, Version: version.Version,
 		Answered:  quiet.touch,
 		Doctor:    func(ctx context.Context) (any, error) { return d.doctor(ctx, false), nil },
+		Footprint: func(ctx context.Context) (any, error) { return footprint.Measure(ctx, cfg.Root, d.images) },
 		PrepareVM: func(ctx context.Context) (any, error) { return d.machines.Prepare(ctx) },
 		Quit:      func() { down.Store(true); quit() }, Log: log,
 		MachineSockets: filepath.Join(cfg.RunRoot, "machines"), Group: cfg.Group,

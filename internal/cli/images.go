@@ -366,6 +366,7 @@ func (a *app) imageCmd() *cobra.Command {
 		verb{name: "load", make: (*app).loadCmd},
 		verb{name: "ls", make: (*app).imagesCmd},
 		verb{name: "outdated", make: (*app).outdatedCmd},
+		verb{name: "pin", make: (*app).pinCmd},
 		verb{name: "prune", make: (*app).imagePruneCmd},
 		verb{name: "pull", make: (*app).pullCmd},
 		verb{name: "push", make: (*app).pushCmd},
@@ -379,5 +380,6 @@ func (a *app) imageCmd() *cobra.Command {
 		verb{name: "sbom", make: (*app).sbomCmd},
 		verb{name: "tag", make: (*app).tagCmd},
 		verb{name: "tree", make: (*app).treeCmd},
+		verb{name: "unpin", make: (*app).unpinCmd},
 	)
 }

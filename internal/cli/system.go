@@ -283,12 +283,33 @@ func (a *app) dfCmd() *cobra.Command {
 		for _, r := range u.rows() {
 			rows = append(rows, r)
 		}
+		if f, err := c.Footprint(ctx); err == nil { // Docker's daemon has none
+			for _, r := range footprintRows(f) {
+				rows = append(rows, r)
+			}
+		}
 		return l.print(a.out, format, rows)
 	})
 	return cmd
 }
 
-// usageRow is a line of system df.
+// footprintRows are what the state takes beside what Docker's API tells of, and the sum.
+func footprintRows(f client.Footprint) []usageRow {
+	var out []usageRow
+	for _, r := range []usageRow{
+		{typ: "Logs", size: f.Logs}, {typ: "Machines", size: f.Machines}, {typ: "VM templates, kernels", size: f.VM},
+		{typ: "Other", size: f.Total - f.Images - f.Containers - f.Volumes - f.BuildCache - f.Logs - f.Machines - f.VM},
+		{typ: "Total on the disk", size: f.Total},
+	} {
+		if r.size > 0 {
+			r.total = -1
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// usageRow is a line of system df; a total of -1 is not told.
 type usageRow struct {
 	isRow
 	typ               string
@@ -297,10 +318,19 @@ type usageRow struct {
 }
 
 func (r usageRow) Type() string       { return r.typ }
-func (r usageRow) TotalCount() string { return fmt.Sprint(r.total) }
-func (r usageRow) Active() string     { return fmt.Sprint(r.active) }
-func (r usageRow) Size() string       { return units.HumanSize(float64(r.size)) }
+func (r usageRow) TotalCount() string { return r.count(r.total) }
+func (r usageRow) Active() string     { return r.count(r.active) }
+func (r usageRow) count(n int64) string {
+	if r.total < 0 {
+		return ""
+	}
+	return fmt.Sprint(n)
+}
+func (r usageRow) Size() string { return units.HumanSize(float64(r.size)) }
 func (r usageRow) Reclaimable() string {
+	if r.total < 0 {
+		return ""
+	}
 	s := units.HumanSize(float64(r.reclaimable))
 	if r.size > 0 {
 		s += fmt.Sprintf(" (%d%%)", r.reclaimable*100/r.size)

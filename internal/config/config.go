@@ -15,12 +15,14 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/BurntSushi/toml"
 	"github.com/containerd/errdefs"
 	"github.com/docker/go-units"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/userns"
@@ -51,7 +53,7 @@ type Config struct {
 	VM         VM                 `toml:"vm"`
 	Tenants    Tenants            `toml:"tenants" comment:"clients of a machine's own socket, by machine"`
 	// ImageBudget bounds the images that nothing uses; see docs/operations.md.
-	ImageBudget string `toml:"image-budget" comment:"disk space that images may take before unused ones are removed, oldest first; 0 unbounded"`
+	ImageBudget string `toml:"image-budget" comment:"disk space that images and build cache may take, a size or a part of the disk (20%), before what was not used for longest is removed; 0 unbounded"`
 	// BuildCache bounds the build cache; see docs/build.md.
 	BuildCache string `toml:"build-cache" comment:"disk space that the build cache may take; 0: a tenth of the disk, at most 20 GB"`
 
@@ -286,7 +288,7 @@ func (c *Config) Validate() error {
 	}
 	for _, s := range []struct{ key, value string }{
 		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
-		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"image-budget", c.ImageBudget}, {"build-cache", c.BuildCache}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"build-cache", c.BuildCache}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
 		{"vm.memory", c.VM.Memory}, {"vm.pool-memory", c.VM.PoolMemory},
 	} {
 		if _, err := units.RAMInBytes(s.value); err != nil {
@@ -310,6 +312,9 @@ func (c *Config) Validate() error {
 		if name == "tenon" || !filepath.IsAbs(r.Path) {
 			bad("runtimes.%s: give an absolute path, and a name other than tenon", name)
 		}
+	}
+	if _, _, err := parseBudget(c.ImageBudget); err != nil {
+		bad("image-budget %q: give a size (20g), or a part of the disk (20%%)", c.ImageBudget)
 	}
 	if (c.Registry.TLSCert == "") != (c.Registry.TLSKey == "") {
 		bad("registry.tls-cert and registry.tls-key belong together")
@@ -349,6 +354,36 @@ type ParsedPool struct {
 func Bytes(s string) int64 {
 	n, _ := units.RAMInBytes(s) // checked by Validate
 	return n
+}
+
+// parseBudget reads a size in bytes, or a percentage.
+func parseBudget(s string) (bytes int64, percent float64, err error) {
+	if p, ok := strings.CutSuffix(strings.TrimSpace(s), "%"); ok {
+		percent, err = strconv.ParseFloat(p, 64)
+		if err == nil && !(percent > 0 && percent <= 100) {
+			err = errors.New("a percentage is more than 0 and at most 100")
+		}
+		return 0, percent, err
+	}
+	bytes, err = units.RAMInBytes(s)
+	return bytes, 0, err
+}
+
+// Budget is image-budget in bytes, 0 for none; of the disk that Root is on.
+func (c *Config) Budget() int64 {
+	n, percent, _ := parseBudget(c.ImageBudget) // checked by Validate
+	if percent == 0 {
+		return n
+	}
+	for dir := c.Root; ; dir = filepath.Dir(dir) { // it may not have been made yet
+		var st unix.Statfs_t
+		if unix.Statfs(dir, &st) == nil {
+			return max(1, int64(float64(st.Blocks)*float64(st.Bsize)*percent/100))
+		}
+		if dir == filepath.Dir(dir) {
+			return 0
+		}
+	}
 }
 
 // String prints the settings as a file.

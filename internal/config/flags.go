@@ -106,7 +106,7 @@ func (c *Config) flags(fs *pflag.FlagSet) (pools *[]string) {
 	fs.StringArrayVar(&c.Network.DNS, "dns", c.Network.DNS, "upstream DNS server, may be given several times")
 	fs.StringArrayVar(&c.Registries.Insecure, "insecure-registry", c.Registries.Insecure, "registry host or network that may speak plain HTTP")
 	fs.StringVar(&c.Registry.Listen, "registry-listen", c.Registry.Listen, "ADDRESS:PORT to serve the images at as a registry (the rest: [registry] of the settings)")
-	fs.StringVar(&c.ImageBudget, "image-budget", c.ImageBudget, "disk space of images beyond which those not used for longest are removed (0: none are)")
+	fs.StringVar(&c.ImageBudget, "image-budget", c.ImageBudget, "disk space of images and build cache beyond which what was not used for longest is removed: a size, or a part of the disk (20%); 0: unbounded")
 	fs.StringArrayVar(&c.CDISpecDirs, "cdi-spec-dir", c.CDISpecDirs, "directory of CDI specifications, may be given several times")
 	fs.StringVar(&c.TLS.CA, "tlscacert", c.TLS.CA, "CA of clients' certificates, for tcp:// hosts")
 	fs.StringVar(&c.TLS.Cert, "tlscert", c.TLS.Cert, "certificate of tcp:// hosts")

@@ -22,6 +22,7 @@ import (
 //	meta/version          "1"
 //	images/<target>       record, JSON
 //	layers/<chain ID>     layerRecord, JSON
+//	used/<target>         when it was used last
 //	shelves/…             what was pushed to the registry beside images: see shelf
 const dbVersion = "1"
 
@@ -44,6 +45,8 @@ type record struct {
 	Source  string             `json:"source,omitempty"` // pull, load, import, commit, bootstrap
 	// Remotes are canonical names of repositories that it was pulled from or pushed to.
 	Remotes []string `json:"remotes,omitempty"`
+	// Pinned images are removed by Remove alone.
+	Pinned bool `json:"pinned,omitempty"`
 	// Forgotten images were removed by force while stopped containers needed them:
 	// known by their whole ID only, and gone with the last of those.
 	Forgotten bool `json:"forgotten,omitempty"`
@@ -102,7 +105,7 @@ func (s *Store) readDB() error {
 		if err != nil {
 			return err
 		}
-		if err := s.readShelves(tx); err != nil {
+		if err := errors.Join(s.readUsed(tx), s.readShelves(tx)); err != nil {
 			return err
 		}
 		return tx.Bucket(bucketLayers).ForEach(func(k, v []byte) error {

@@ -105,20 +105,6 @@ func (s *Store) erofsSize(chain digest.Digest) int64 {
 	return st.Blocks * 512
 }
 
-// chainSizes adds what chains take on the disk: their layers and file systems.
-func (s *Store) chainSizes(sizes map[digest.Digest]int64, chains []digest.Digest) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	for _, c := range chains {
-		if l := s.layers[c]; l != nil {
-			sizes["chain "+c] = l.Size
-		}
-		if n := s.erofsSize(c); n > 0 {
-			sizes["erofs "+c] = n
-		}
-	}
-}
-
 // collectEROFS calls trash for each file of a chain that is not needed.
 func (s *Store) collectEROFS(chains map[digest.Digest]bool, trash func(path string)) error {
 	ents, err := os.ReadDir(s.erofsDir())

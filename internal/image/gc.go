@@ -31,13 +31,20 @@ func (s *Store) collector() {
 		case <-s.gcKick:
 		}
 		s.emptyTrash()
-		if !s.gcWanted.Load() || !s.gate.TryLock() {
+		if !s.gcWanted.Load() {
+			continue
+		}
+		cache := s.shrinkCache(s.ctx, false)
+		if !s.gate.TryLock() {
 			continue // the end of the operation kicks again
 		}
-		s.keepBudget()
+		over := s.keepBudget(s.ctx, cache)
 		s.gcWanted.Store(false)
 		n, err := s.collect()
 		s.gate.Unlock()
+		if over {
+			s.shrinkCache(s.ctx, true)
+		}
 		if err != nil {
 			s.log.Error("garbage not collected", "err", err)
 		} else if n > 0 {
@@ -93,6 +100,7 @@ func (s *Store) collect() (n int, err error) {
 			dirs[l.Dir] = true
 		} else {
 			gone = append(gone, c)
+			s.sizes.Delete(l.Dir)
 		}
 	}
 	s.mu.RUnlock()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -353,8 +354,8 @@ func (s *Store) Inspect(ctx context.Context, ref string, platform *ocispec.Platf
 	return r, nil
 }
 
-// DiskUsage tells what images take on the disk, blobs and unpacked layers, each
-// counted once. Reclaimable is what pruning all unused images would free.
+// DiskUsage tells what images take on the disk, as du(1) counts: blobs, unpacked
+// layers and file systems for virtual machines, each once. Reclaimable is what pruning all unused images would free.
 func (s *Store) DiskUsage(ctx context.Context, verbose bool) (*image.DiskUsage, error) {
 	items, err := s.List(ctx, ListOptions{SharedSize: true})
 	if err != nil {
@@ -380,14 +381,13 @@ func (s *Store) DiskUsage(ctx context.Context, verbose bool) (*image.DiskUsage, 
 		if err != nil {
 			continue
 		}
-		for b, n := range blobs {
-			total[b] = n
-		}
-		s.chainSizes(total, chains)
+		maps.Copy(total, s.diskOf(ctx, blobs, chains))
 	}
-	for _, n := range total {
-		u.TotalSize += n
+	space, err := s.Space(ctx)
+	if err != nil {
+		return nil, err
 	}
+	u.TotalSize = space.Images()
 	u.Reclaimable = s.reclaimable(unused, total)
 	if verbose {
 		u.Items = items
@@ -410,8 +410,16 @@ func (s *Store) reclaimable(unused []*record, total map[digest.Digest]int64) (n 
 		}
 	}
 	s.mu.RUnlock()
+	pushed, _ := s.shelved()
+	keep := slices.DeleteFunc(pushed, func(t ocispec.Descriptor) bool { return gone[t.Digest] })
 	for _, r := range used {
-		blobs, chains, err := s.reach(r.Target)
+		keep = append(keep, r.Target)
+	}
+	for _, t := range keep {
+		blobs, chains, err := s.reach(t)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
 		if err != nil {
 			return 0
 		}

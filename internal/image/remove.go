@@ -189,7 +189,7 @@ func (s *Store) Prune(ctx context.Context, f Filters, inUse func(id string) []st
 		if err != nil {
 			img = &Image{ID: r.Target.Digest.String(), Target: r.Target}
 		}
-		if !sel.match(r, img) || len(s.users(r.Target.Digest, inUse)) > 0 {
+		if !sel.match(r, img) || s.pinned(r) || len(s.users(r.Target.Digest, inUse)) > 0 {
 			continue
 		}
 		var one []image.DeleteResponse

@@ -50,17 +50,22 @@ type Store struct {
 
 	stall time.Duration // stallTimeout, but for tests
 	used  sync.Map      // image ID to time.Time
+	sizes sync.Map      // what layers take on the disk, by directory: int64
 
-	mu      sync.RWMutex
-	recs    map[digest.Digest]*record      // by target
-	names   map[string]digest.Digest       // canonical name to target
-	layers  map[digest.Digest]*layerRecord // by chain ID
-	images  map[imageKey]*Image            // what Resolve has answered
-	hot     map[hotKey]*Image              // the same by reference as written; dropped at each change
-	lowers  map[digest.Digest][]string     // what Layers has answered, by chain ID
-	held    map[string]int                 // holds by image ID
-	shelves map[string]*shelf              // by canonical name of the repository
-	tidy    *time.Timer                    // see tidyLater; guarded by mu
+	usedChanged atomic.Bool // since it was written
+
+	mu       sync.RWMutex
+	recs     map[digest.Digest]*record      // by target
+	names    map[string]digest.Digest       // canonical name to target
+	layers   map[digest.Digest]*layerRecord // by chain ID
+	images   map[imageKey]*Image            // what Resolve has answered
+	hot      map[hotKey]*Image              // the same by reference as written; dropped at each change
+	lowers   map[digest.Digest][]string     // what Layers has answered, by chain ID
+	held     map[string]int                 // holds by image ID
+	shelves  map[string]*shelf              // by canonical name of the repository
+	cache    Cache                          // shares the budget; may be nil
+	tidy     *time.Timer                    // see tidyLater; guarded by mu
+	saveUsed *time.Timer                    // see touch; guarded by mu
 }
 
 type imageKey struct {
@@ -160,10 +165,13 @@ func (s *Store) Close() error {
 		s.cancel()
 		s.wg.Wait()
 		s.mu.Lock()
-		if s.tidy != nil {
-			s.tidy.Stop()
+		for _, t := range []*time.Timer{s.tidy, s.saveUsed} {
+			if t != nil {
+				t.Stop()
+			}
 		}
 		s.mu.Unlock()
+		s.writeUsed()
 		for _, c := range s.clients {
 			c.CloseIdleConnections()
 		}

@@ -48,6 +48,8 @@ type Config struct {
 	Doctor func(ctx context.Context) (any, error)
 	// PrepareVM answers POST /tenon/v1/vm/prepare likewise.
 	PrepareVM func(ctx context.Context) (any, error)
+	// Footprint answers GET /tenon/v1/df likewise.
+	Footprint func(ctx context.Context) (any, error)
 	// Quit is called once by POST /tenon/v1/shutdown, after the engine has shut
 	// down and the answer is on its way: it must make the daemon end. nil: the
 	// endpoint answers 501.
@@ -93,7 +95,7 @@ func New(cfg Config) *Server {
 		Version: cfg.Version, GitCommit: cfg.GitCommit, BuildTime: cfg.BuildTime, Log: log,
 	})
 	s := &Server{cfg: cfg, log: log}
-	own := tenon.Config{Engine: cfg.Engine, Images: cfg.Images, Doctor: cfg.Doctor, PrepareVM: cfg.PrepareVM, Quit: cfg.Quit, Log: log}
+	own := tenon.Config{Engine: cfg.Engine, Images: cfg.Images, Doctor: cfg.Doctor, PrepareVM: cfg.PrepareVM, Footprint: cfg.Footprint, Quit: cfg.Quit, Log: log}
 	if cfg.MachineSockets != "" {
 		s.doors = &doors{s: s, dir: cfg.MachineSockets, open: map[string]*http.Server{}}
 		own.Doors = s.doors

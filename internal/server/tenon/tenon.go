@@ -30,6 +30,8 @@ type Config struct {
 	Doctor func(ctx context.Context) (any, error)
 	// PrepareVM answers POST /tenon/v1/vm/prepare; nil: 501.
 	PrepareVM func(ctx context.Context) (any, error)
+	// Footprint answers GET /tenon/v1/df; nil: 501.
+	Footprint func(ctx context.Context) (any, error)
 	// Quit makes the daemon end; nil: shutdown is answered with 501.
 	Quit func()
 	// Tenant is the machine whose own socket this is: run and exec alone are served.
@@ -64,6 +66,7 @@ func New(cfg Config) *API {
 	a.handle("POST /tenon/v1/vm/prepare", answer(cfg.PrepareVM, "this daemon was set up without virtual machines"))
 	a.imageRoutes()
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
+	a.spaceRoutes()
 	a.handle("POST "+registryapi.Path, a.serveRegistry)
 	a.machineRoutes()
 	a.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
