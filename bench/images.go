@@ -28,6 +28,7 @@ const (
 	imageBig     = "docker.io/library/big:bench"    // 170 MB in 4 layers
 	pullTen      = "127.0.0.1:5000/bench/ten:1"     // 10 layers of 3 MB
 	pullHundred  = "127.0.0.1:5000/bench/hundred:1" // one layer of 100 MB
+	pullLarge    = "127.0.0.1:5000/bench/large:1"   // 10 layers, 300 MB
 )
 
 // makeImages writes the archives NAME.tar (docker-archive) to dir.
@@ -74,16 +75,19 @@ func pushImages(dir string) error {
 	if err != nil {
 		return err
 	}
-	ten, hundred := base, base
+	ten, hundred, large := base, base, base
 	for i := range 9 {
 		if ten, err = appendFiller(ten, uint64(i), 3<<20); err != nil {
+			return err
+		}
+		if large, err = appendFiller(large, uint64(200+i), 33<<20); err != nil {
 			return err
 		}
 	}
 	if hundred, err = appendFiller(base, 99, 100<<20); err != nil {
 		return err
 	}
-	for to, img := range map[string]v1.Image{pullTen: ten, pullHundred: hundred} {
+	for to, img := range map[string]v1.Image{pullTen: ten, pullHundred: hundred, pullLarge: large} {
 		ref, err := name.ParseReference(to, name.Insecure)
 		if err != nil {
 			return err

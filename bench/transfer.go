@@ -78,8 +78,11 @@ func benchPull(b *Bench) error {
 		return err
 	}
 	for _, state := range []string{"tmpfs", "disk"} {
-		for image, title := range map[string]string{pullTen: "10 layers of 3 MB", pullHundred: "one layer of 100 MB"} {
-			fmt.Printf("%s, state on %s:\n\n", title, state)
+		for _, im := range []struct{ image, title string }{
+			{pullTen, "10 layers of 3 MB"}, {pullHundred, "One layer of 100 MB"}, {pullLarge, "10 layers, 300 MB together"},
+		} {
+			image := im.image
+			fmt.Printf("%s, state on %s:\n\n", im.title, state)
 			var cases []*Case
 			for _, en := range b.transferring() {
 				e, err := b.env(en.Kind, state, en.Start)
