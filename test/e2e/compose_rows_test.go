@@ -259,4 +259,11 @@ t() { timeout 60 tenon -H $host compose -p $c --progress quiet "$@"; }
 t up -d --wait; t ps --services; t exec -T a sh -c 'exit 7' || echo $?; script -qec "tenon -H $host compose -p $c exec a tty" /dev/null </dev/null | grep -o '/dev/pts/[0-9]*'
 tenon -H $host compose -p $c --progress quiet up --no-log-prefix >out 2>&1 & p=$!; until_ok grep -q Attach out || cat out; kill -INT $p; wait $p || echo $?; t down -t 0
 DOCKER_CONFIG=$d/none PATH=$(dirname $(command -v tenon)):/nowhere tenon compose ps 2>&1 | grep -c 'install it'; unset DOCKER_CONTEXT; DOCKER_HOST=$host docker ps -aq --filter name=$c | wc -l; export DOCKER_HOST=$host`, "a\n7\n/dev/pts/\\d+\n130\n1\n0"},
+	{"build by buildx", `
+services:
+  a: {build: {context: app, args: {X: "7"}, secrets: [tok], tags: ["${c}-more:1"]}, command: cat /f, depends_on: {b: {condition: service_completed_successfully}}}
+  b: {build: {dockerfile_inline: "FROM busybox\nRUN echo inline >/i"}, command: cat /i}
+secrets: {tok: {file: ./tok}}`, `
+mkdir app; printf 'FROM busybox\nARG X=0\nRUN --mount=type=secret,id=tok cat /run/secrets/tok >/f; echo arg $X >>/f\n' >app/Dockerfile; echo word >tok; export DOCKER_CONFIG=$buildx
+dc up -d --build >out 2>&1 || cat out; dc logs --no-log-prefix b; until_ok sh -c "[ \$(docker inspect -f '{{.State.Status}}' $c-a-1) = exited ]"; dc logs --no-log-prefix a; id=$(id a); dc up -d --build >out 2>&1; [ $id = $(id a) ] && echo the same; dc down; docker rmi $c-a $c-b $c-more:1 >/dev/null`, "inline\nword\narg 7\nthe same"},
 }

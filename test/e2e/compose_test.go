@@ -52,12 +52,13 @@ func filter(s string) []string {
 // (with TENON_COMPOSE, the program); TENON_ROWS takes some rows only.
 func TestCompose(t *testing.T) {
 	var d *Daemon
-	rows, program := composeRows, os.Getenv("TENON_COMPOSE")
+	rows, program, buildx := composeRows, os.Getenv("TENON_COMPOSE"), ""
 	if other := os.Getenv("TENON_COMPOSE_HOST"); other != "" {
 		d = &Daemon{Socket: strings.TrimPrefix(other, "unix://"), bin: filepath.Dir(program)}
 	} else {
 		d = newTarget(t)
 		rows = append(rows[:len(rows):len(rows)], composeOurs...)
+		buildx = buildxConfig(t)
 	}
 	if program == "" {
 		program = composeProgram(t)
@@ -69,7 +70,7 @@ func TestCompose(t *testing.T) {
 		t.Run(row.Name, func(t *testing.T) {
 			t.Parallel()
 			script := composePrelude + "cat >compose.yaml <<'EOYAML'\n" + row.YAML + "\nEOYAML\n" + row.Script
-			d.row(t, fmt.Sprintf("dc%03d", k), rowVars{"compose": program}, behaviour{row.Name, script, row.Want, 0}).check(t)
+			d.row(t, fmt.Sprintf("dc%03d", k), rowVars{"compose": program, "buildx": buildx}, behaviour{row.Name, script, row.Want, 0}).check(t)
 		})
 	}
 }
