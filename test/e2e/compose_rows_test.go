@@ -68,7 +68,7 @@ services:
 dc up -d; echo text >f; mkdir dir; echo x >dir/g; dc cp f a:/tmp/f; dc cp dir a:/tmp/; docker exec $c-a-2 cat /tmp/f /tmp/dir/g; dc cp --index 2 a:/tmp/f back; cat back; dc cp a:/tmp/dir - | tar t | sort
 dc export -o e.tar --index 1 a; tar tf e.tar | grep -c '^tmp/f$'; dc commit --index 1 a $i:com >/dev/null; docker run --rm $i:com cat /tmp/f
 s=$(date +%s); (dc attach --no-stdin --index 1 a || echo $?) >out & until_ok sh -c "docker events --since $s --until \$(date +%s) --filter container=$c-a-1 --filter event=attach | grep attach"; dc exec -T --index 1 a touch /go; wait; cat out
-dc events --json --since $s --until $(date +%s) a | grep -o '"action":"[a-z]*' | grep -E 'attach|die' | sort -u`, "text\nx\ntext\ndir/\ndir/g\n1\ntext\nthere\n2\n\"action\":\"attach\n\"action\":\"die"},
+dc events --json --since $s --until $(($(date +%s) + 1)) a | grep -o '"action":"[a-z]*' | grep -E 'attach|die' | sort -u`, "text\nx\ntext\ndir/\ndir/g\n1\ntext\nthere\n2\n\"action\":\"attach\n\"action\":\"die"},
 	{"create, images, ls, volumes, version", `
 services:
   a: {image: busybox, command: sleep 1000, volumes: [vol:/v]}
