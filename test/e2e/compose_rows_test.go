@@ -105,7 +105,7 @@ services:
   b: {image: busybox, init: true, command: sleep 1000, profiles: [slow], healthcheck: {test: "false", interval: 30s}}
   e: {image: busybox, command: "false", profiles: [end]}
   off: {image: busybox, init: true, command: sleep 1000, healthcheck: {disable: true}}`, `
-dc up -d --wait; state; insp $(id a) '{{.Config.Healthcheck.Test}} {{.Config.Healthcheck.StartInterval}}'; insp $(id off) '{{.Config.Healthcheck.Test}}'; dc --profile slow up -d --wait --wait-timeout 1 b 2>&1 || true; "$compose" -p $c --profile end up -d --wait e 2>&1 | sed -n "s/$c/P/;s/.*\(container P.*\)/\1/p" | tail -n 1; dc --profile end up -d --wait e >/dev/null 2>&1 || echo $?`, "a running healthy\noff running\n\\[CMD-SHELL test -e /x \\|\\| \\{ touch /x; false; \\}\\] 100ms\n\\[NONE\\]\napplication not healthy after 1s\ncontainer P-e-1 exited \\(1\\)\n1"},
+dc up -d --wait; state; insp $(id a) '{{.Config.Healthcheck.Test}} {{.Config.Healthcheck.StartInterval}}'; insp $(id off) '{{.Config.Healthcheck.Test}}'; dc --profile slow up -d --wait --wait-timeout 3 b 2>&1 || true; "$compose" -p $c --profile end up -d --wait e 2>&1 | sed -n "s/$c/P/;s/.*\(container P.*\)/\1/p" | tail -n 1; dc --profile end up -d --wait e >/dev/null 2>&1 || echo $?`, "a running healthy\noff running\n\\[CMD-SHELL test -e /x \\|\\| \\{ touch /x; false; \\}\\] 100ms\n\\[NONE\\]\napplication not healthy after 3s\ncontainer P-e-1 exited \\(1\\)\n1"},
 	{"networks", `
 services:
   a: {image: busybox, init: true, command: sleep 1000, hostname: box, networks: {one: {aliases: [db, data.base], ipv4_address: "10.97.${octet}.50", mac_address: "02:42:0a:00:00:32"}, two: {ipv4_address: "10.98.${octet}.9", ipv6_address: "fd98:${octet}::9", link_local_ips: ["169.254.9.1"], gw_priority: 1, interface_name: lan0}}}
@@ -218,7 +218,7 @@ docker network create ${c}x >/dev/null; docker run -d --init --name ${c}x --netw
 	{"up in the foreground", `
 services:
   a: {image: busybox, command: "sh -c 'echo from a; trap \"echo bye; exit 0\" TERM; while :; do sleep 0.1; done'"}
-  b: {image: busybox, command: "sh -c 'sleep 1; echo from b; exit 4'"}
+  b: {image: busybox, command: "sh -c 'sleep 2; echo from b; exit 4'"}
   q: {image: busybox, command: "sh -c 'echo quiet; exec sleep 1000'", init: true, attach: false}`, `
 dc up --abort-on-container-exit --exit-code-from b --no-color >out 2>&1 || echo $?; grep -E '^(a|b|q)-1 ' out | grep -v exited | sort; dc ps -q | wc -l
 "$compose" -p $c --progress quiet up --no-log-prefix --attach a >out 2>&1 & p=$!; until_ok grep -q 'from a' out; until_ok sh -c "[ \$(docker inspect -f '{{.State.Status}}' $c-q-1) = running ]"; kill -INT $p; wait $p || echo $?; dc ps -q | wc -l
