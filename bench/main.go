@@ -41,7 +41,7 @@ var benches = []subBench{
 	{"memory", "engine memory per idle container (PSS)", benchMemory},
 	{"version", "start of the client", benchVersion},
 	{"load", "load of a 170 MB image", benchLoad},
-	{"pull", "pull of 10 layers and of 100 MB from a registry on loopback", benchPull},
+	{"pull", "pull of 10 layers, of 100 MB and of 300 MB from a registry on loopback", benchPull},
 	{"build", "a Dockerfile of five RUN steps, anew and from the cache", benchBuild},
 	{"logs", "1,000,000 log lines", benchLogs},
 	{"net", "container to container Gbit/s, requests/s to a published port, CPU time of round trips", benchNet},

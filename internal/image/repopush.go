@@ -1,0 +1,325 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// PutManifest takes a manifest or index under a tag, or under its digest. What it
+// needs must be in the repository (MissingError). An image with a tag is an image of
+// the engine at once, and unpacked when it is first used. It returns the digest and
+// that of the manifest's subject, if it has one.
+func (r *Repositories) PutManifest(ctx context.Context, repo, ref, mediaType string, data []byte) (d, subject digest.Digest, err error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return "", "", err
+	}
+	if len(data) > maxPushedManifest {
+		return "", "", fmt.Errorf("larger than %d bytes: %w", maxPushedManifest, ErrManifest)
+	}
+	d, tag := digest.FromBytes(data), ref
+	if strings.Contains(ref, ":") {
+		want := digest.Digest(ref)
+		if want.Validate() != nil {
+			return "", "", fmt.Errorf("%.100q: %w", ref, ErrDigest)
+		}
+		if d = want.Algorithm().FromBytes(data); d != want {
+			return "", "", fmt.Errorf("the manifest has the digest %s: %w", d, ErrDigest)
+		}
+		tag = ""
+	} else if !tagName.MatchString(ref) {
+		return "", "", fmt.Errorf("%.200q: %w", ref, ErrTag)
+	}
+	if mediaType == "" {
+		var doc struct {
+			MediaType string `json:"mediaType"`
+		}
+		_ = json.Unmarshal(data, &doc) // parseDocument says what is wrong
+		mediaType = doc.MediaType
+	}
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(data))}
+	doc, err := parseDocument(desc, data)
+	if err != nil {
+		return "", "", fmt.Errorf("%w: %w", ErrManifest, err)
+	}
+	if doc.Subject != nil {
+		if err := checkDescriptor(*doc.Subject); err != nil {
+			return "", "", fmt.Errorf("subject: %w: %w", err, ErrManifest)
+		}
+		subject = doc.Subject.Digest
+	}
+	end, err := r.s.begin()
+	if err != nil {
+		return "", "", err
+	}
+	defer end()
+	if err := r.needs(name, repo, doc); err != nil {
+		return "", "", err
+	}
+	if err := r.s.putDocument(desc, data); err != nil {
+		return "", "", err
+	}
+	isImage := tag != "" && d.Algorithm() == digest.SHA256 && r.s.isImage(desc)
+	p := &pushed{Desc: desc, Subject: subject, Boot: r.s.boot}
+	if err := r.s.shelve(name, tag, p, isImage); err != nil {
+		return "", "", err
+	}
+	r.s.flushSoon()
+	if isImage {
+		r.s.event("load", d.String(), familiar(name+":"+tag), nil)
+	}
+	return d, subject, nil
+}
+
+// needs checks that the repository has what a document names.
+func (r *Repositories) needs(name, repo string, doc *document) error {
+	names, err := r.candidates(repo, "")
+	if err != nil {
+		return err
+	}
+	any := func(f func(string) bool) bool { return slices.ContainsFunc(names, f) }
+	blobs := slices.Clone(doc.Layers)
+	if doc.Config != nil {
+		blobs = append(blobs, *doc.Config)
+	}
+	for _, b := range blobs {
+		if len(b.URLs) > 0 && !r.s.hasBlob(b.Digest, -1) {
+			continue // foreign layers stay where they are
+		}
+		if !r.s.hasBlob(b.Digest, b.Size) || !any(func(n string) bool { return r.has(n, b.Digest) }) {
+			return &MissingError{Digest: b.Digest}
+		}
+	}
+	for _, m := range doc.Manifests {
+		found := any(func(n string) bool {
+			roots, _ := r.roots(n, "")
+			f := r.find(roots, m.Digest, true)
+			return f != nil && f.MediaType == m.MediaType && f.Size == m.Size
+		})
+		if !found && !(any(func(n string) bool { return r.has(n, m.Digest) }) && !images.IsIndexType(m.MediaType) && !images.IsManifestType(m.MediaType)) {
+			return &MissingError{Digest: m.Digest, Manifest: true}
+		}
+	}
+	return nil
+}
+
+// isImage tells whether a manifest, or one below an index, can be run.
+func (s *Store) isImage(d ocispec.Descriptor) bool {
+	all, err := s.candidates(d, 0)
+	if err != nil {
+		return false
+	}
+	for _, c := range all {
+		if !c.available {
+			continue
+		}
+		doc, err := s.readDocument(c.desc)
+		if err != nil || doc.Config == nil {
+			continue
+		}
+		switch doc.Config.MediaType {
+		case ocispec.MediaTypeImageConfig, images.MediaTypeDockerSchema2Config:
+			if _, err := s.readImage(d, c.desc); err == nil {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// putDocument stores a manifest under the digest it has, whichever algorithm that is of.
+func (s *Store) putDocument(d ocispec.Descriptor, data []byte) error {
+	if s.hasBlob(d.Digest, d.Size) {
+		return nil
+	}
+	w, err := s.newIngest(d.Digest.Algorithm())
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	if err := s.checkFree(); err != nil {
+		w.abort(err)
+		return err
+	}
+	if _, err := w.Write(data); err != nil {
+		w.abort(err)
+		return fmt.Errorf("write manifest: %w", err)
+	}
+	_, err = w.commit(d.Digest, d.Size)
+	return err
+}
+
+// Mount gives the repository a blob that another one has; false if that has not.
+func (r *Repositories) Mount(repo, from string, d digest.Digest) (bool, error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return false, err
+	}
+	if d.Validate() != nil {
+		return false, fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	if from == "" {
+		return false, nil
+	}
+	names, err := r.candidates(from, "")
+	if err != nil {
+		return false, nil // there is no such repository
+	}
+	end, err := r.s.begin()
+	if err != nil {
+		return false, err
+	}
+	defer end()
+	if !slices.ContainsFunc(names, func(n string) bool { return r.has(n, d) }) {
+		return false, nil
+	}
+	r.s.expect(name, d)
+	return true, nil
+}
+
+// DeleteManifest takes a tag, or a manifest by its digest with all tags of the
+// repository, away. An image without a name left is removed, unless a container
+// uses it. errdefs.ErrConflict for a manifest that an index of the repository needs.
+func (r *Repositories) DeleteManifest(repo, ref string) error {
+	name, err := r.own(repo)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(ref, ":") {
+		if !tagName.MatchString(ref) {
+			return fmt.Errorf("%.200q: %w", ref, ErrTag)
+		}
+		return r.s.unshelve(name, ref, "")
+	}
+	d := digest.Digest(ref)
+	if d.Validate() != nil {
+		return fmt.Errorf("%.100q: %w", ref, ErrDigest)
+	}
+	err = r.s.unshelve(name, "", d)
+	if errdefs.IsNotFound(err) {
+		if roots, _ := r.roots(name, ""); r.find(roots, d, true) != nil {
+			return fmt.Errorf("manifest %s is part of an index: %w", d, errdefs.ErrConflict)
+		}
+	}
+	return err
+}
+
+// DeleteBlob takes a blob away from the repository. errdefs.ErrConflict if a
+// manifest needs it.
+func (r *Repositories) DeleteBlob(repo string, d digest.Digest) error {
+	name, err := r.own(repo)
+	if err != nil {
+		return err
+	}
+	if d.Validate() != nil {
+		return fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	if roots, _ := r.roots(name, ""); r.find(roots, d, false) != nil {
+		return fmt.Errorf("a manifest needs blob %s: remove that first: %w", d, errdefs.ErrConflict)
+	}
+	if !r.s.unexpect(name, d) {
+		return fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound)
+	}
+	r.s.gcSoon()
+	return nil
+}
+
+// Upload is a blob that is being pushed. One goroutine at a time may use it. It is
+// to be ended by Commit or Abort; a daemon that dies leaves nothing of it.
+type Upload struct {
+	r    *Repositories
+	name string
+	w    *ingest
+}
+
+// NewUpload begins an upload to the repository.
+func (r *Repositories) NewUpload(repo string) (*Upload, error) {
+	name, err := r.own(repo)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.s.ctx.Err(); err != nil {
+		return nil, fmt.Errorf("image store is closed: %w", errdefs.ErrUnavailable)
+	}
+	if err := r.s.checkFree(); err != nil {
+		return nil, err
+	}
+	w, err := r.s.newIngest(digest.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	return &Upload{r: r, name: name, w: w}, nil
+}
+
+// Write appends. errdefs.ErrResourceExhausted beyond Limits.BlobBytes.
+func (u *Upload) Write(p []byte) (int, error) { return u.w.Write(p) }
+
+// Size is how much has been written, in bytes.
+func (u *Upload) Size() int64 { return u.w.n }
+
+// Abort gives the upload up.
+func (u *Upload) Abort() {
+	u.w.abort(nil)
+	u.w.close()
+}
+
+// Commit makes what was written a blob of the repository, if its digest is d
+// (ErrDigest). The upload is over either way.
+func (u *Upload) Commit(d digest.Digest) error {
+	defer u.w.close()
+	if err := d.Validate(); err != nil {
+		u.w.abort(err)
+		return fmt.Errorf("%.100q: %w", d, ErrDigest)
+	}
+	if d.Algorithm() != u.w.alg { // not known when the upload began
+		v := d.Verifier()
+		if _, err := io.Copy(v, io.NewSectionReader(u.w.f, 0, u.w.n)); err != nil {
+			u.w.abort(err)
+			return err
+		}
+		if !v.Verified() {
+			err := fmt.Errorf("blob %s: %w", d, ErrDigest)
+			u.w.abort(err)
+			return err
+		}
+		return u.place(d)
+	}
+	if got := u.w.digest(); got != d {
+		err := fmt.Errorf("blob %s: the bytes have the digest %s: %w", d, got, ErrDigest)
+		u.w.abort(err)
+		return err
+	}
+	return u.place(d)
+}
+
+func (u *Upload) place(d digest.Digest) error {
+	s := u.r.s
+	end, err := s.begin()
+	if err != nil {
+		u.w.abort(err)
+		return err
+	}
+	defer end()
+	if err := errors.Join(os.MkdirAll(s.blobDir(d.Algorithm()), 0o700), os.Rename(u.w.f.Name(), s.blobPath(d))); err != nil {
+		u.w.abort(err)
+		return fmt.Errorf("commit blob: %w", err)
+	}
+	u.w.finish(nil)
+	s.expect(u.name, d)
+	return nil
+}
+
+// expectFor is how long a blob that no manifest needs yet is kept.
+const expectFor = time.Hour
