@@ -76,7 +76,7 @@ func serve(args []string) error {
 	fs.IntVar(&c.Pool, "pool", 0, "machines that wait for containers")
 	fs.Int64Var(&c.PoolMemory, "pool-memory", 0, "bytes that they may cost together (default: any)")
 	fs.DurationVar(&c.HangTime, "hang-time", 0, "a machine whose guest has not answered for this long is ended (default: 3m)")
-	profile := fs.String("seccomp", "", "file with the profile (JSON) that containers have by default")
+	defaults := fs.String("defaults", "", "file with what containers have by default: an OCI specification's linux (JSON), of which seccomp and resources.devices count")
 	logFile := fs.String("log", "", "file for messages (default: standard error)")
 	debugLog := fs.Bool("debug", false, "log more")
 	readyFD := fs.Int("ready-fd", -1, "descriptor that is written to and closed when the socket is there")
@@ -95,8 +95,8 @@ func serve(args []string) error {
 	if c.Self, err = os.Executable(); err != nil {
 		return err
 	}
-	if *profile != "" {
-		if c.Seccomp, err = os.ReadFile(*profile); err != nil {
+	if *defaults != "" {
+		if c.Defaults, err = os.ReadFile(*defaults); err != nil {
 			return err
 		}
 	}

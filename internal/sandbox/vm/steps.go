@@ -69,8 +69,9 @@ func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sand
 const diskOptions = "noinit_itable,discard,errors=remount-ro"
 
 // volatileOptions are added for one that is new and ends with its machine: no table of
-// the file system's own blocks is made to find out that it is damaged.
-const volatileOptions = ",noblock_validity"
+// the file system's own blocks is made to find out that it is damaged, and what is
+// free is looked up where it is needed, not for all of the disk some seconds later.
+const volatileOptions = ",noblock_validity,no_prefetch_block_bitmaps"
 
 func (m *machine) netSteps(_ context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) ([]*taskv1.Step, error) {
 	if h.NoNet {

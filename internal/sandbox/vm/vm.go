@@ -26,6 +26,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 	"github.com/moby/moby/api/types/container"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"tenon.dev/tenon/internal/aside"
 	"tenon.dev/tenon/internal/sandbox"
@@ -374,11 +375,11 @@ func (v *VMs) start(ctx context.Context) error {
 			cmd.Args = append(cmd.Args, flag, value)
 		}
 	}
-	profile := filepath.Join(v.cfg.RunRoot, "vmm-seccomp.json")
-	if err := writeProfile(profile); err == nil {
-		cmd.Args = append(cmd.Args, "--seccomp", profile)
+	defaults := filepath.Join(v.cfg.RunRoot, "vmm-defaults.json")
+	if err := writeDefaults(defaults); err == nil {
+		cmd.Args = append(cmd.Args, "--defaults", defaults)
 	} else {
-		v.cfg.Log.Warn("waiting virtual machines do not know the default seccomp profile: containers start more slowly", "err", err)
+		v.cfg.Log.Warn("waiting virtual machines do not know what containers have by default: they start more slowly", "err", err)
 	}
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Dir = "/"
@@ -412,13 +413,14 @@ func (v *VMs) start(ctx context.Context) error {
 	return nil
 }
 
-// writeProfile writes the seccomp profile of containers that ask for nothing.
-func writeProfile(path string) error {
+// writeDefaults writes what containers have that ask for nothing, and what takes a
+// guest long to get ready: the seccomp profile, the rules for devices.
+func writeDefaults(path string) error {
 	s, err := spec.Build(spec.Input{Config: &container.Config{Cmd: []string{"true"}}, HostConfig: &container.HostConfig{}, CgroupV2: true})
 	if err != nil {
 		return err
 	}
-	b, err := json.Marshal(s.Linux.Seccomp)
+	b, err := json.Marshal(specs.Linux{Seccomp: s.Linux.Seccomp, Resources: &specs.LinuxResources{Devices: s.Linux.Resources.Devices}})
 	if err != nil {
 		return err
 	}

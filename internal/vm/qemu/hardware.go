@@ -189,8 +189,9 @@ func (h Hardware) Append(tscKHz, hz int) string {
 		// translate it again.
 		a = append(a, "mitigations=off", "noreplace-smp", "tenon.emulated=1",
 			// What only looks for faults of the kernel itself, or hides what is left in
-			// memory from them; and the security modules that nothing here sets up.
-			"init_on_alloc=0", "randomize_kstack_offset=off", "hardened_usercopy=off", "nowatchdog", "lsm=landlock,yama")
+			// memory from them; what is counted at each switch (pressure stalls); and the
+			// security modules that nothing here sets up.
+			"psi=0", "init_on_alloc=0", "randomize_kstack_offset=off", "hardened_usercopy=off", "nowatchdog", "lsm=landlock,yama")
 		if tscKHz > 0 {
 			// Without its watchdog the counter is the guest's clock: each reading of
 			// another one is an exit.

@@ -67,7 +67,7 @@ func (m *Manager) findPlatform(ctx context.Context) (*platform, error) {
 	}
 	p.key = template.Key{
 		Build: p.binary.Build, Hardware: p.hardware, Kernel: image, Initramfs: p.initramfs.Hash,
-		Append: p.hardware.Append(0, kernelHZ), Processor: processor, Warm: fmt.Sprintf("%s %x", warmVersion, sha256.Sum256(m.cfg.Seccomp)),
+		Append: p.hardware.Append(0, kernelHZ), Processor: processor, Warm: fmt.Sprintf("%s %x", warmVersion, sha256.Sum256(m.cfg.Defaults)),
 	}
 	m.found.Store(p)
 	return p, nil

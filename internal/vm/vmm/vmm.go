@@ -68,9 +68,10 @@ type Config struct {
 	Pool       int   // clones that wait for use; 0: none
 	PoolMemory int64 // bytes that they may cost together; 0: unbounded
 
-	// Seccomp is the profile (JSON) that containers have by default, as the engine
-	// writes it: machines that wait know it. Empty: another one.
-	Seccomp []byte
+	// Defaults are the seccomp profile and the rules for devices that containers have
+	// by default, in an OCI specification's linux (JSON), as the engine writes it:
+	// machines that wait know them. Empty: others.
+	Defaults []byte
 
 	HangTime time.Duration // a guest that does not answer for so long is ended; 0: three minutes
 
@@ -99,8 +100,8 @@ type Manager struct {
 	wg       sync.WaitGroup
 	pool     *pool
 
-	setup sync.Mutex // held while found is found, and for empty
-	empty *os.File   // see emptyFS
+	setup sync.Mutex        // held while found is found, and for empty
+	empty map[bool]*os.File // see emptyFS; with a journal, and without
 	found atomic.Pointer[platform]
 
 	mu       sync.Mutex
@@ -136,7 +137,7 @@ func New(ctx context.Context, c Config) (_ *Manager, err error) {
 	m := &Manager{
 		cfg: c, log: c.Log, instance: hex.EncodeToString(id[:]), uids: firstUID + h.Sum32()%4096*4096,
 		store: template.NewStore(filepath.Join(c.StateDir, "templates")), events: newRing(),
-		machines: map[string]*machine{}, busy: map[string]bool{}, indices: map[int]bool{},
+		machines: map[string]*machine{}, empty: map[bool]*os.File{}, busy: map[string]bool{}, indices: map[int]bool{},
 	}
 	m.pool = newPool(m)
 	if err := os.MkdirAll(c.RunDir, 0o711); err != nil { // a jail is built on it
@@ -177,8 +178,8 @@ func (m *Manager) Close() error {
 	}
 	wg.Wait()
 	m.launcher.Close()
-	if m.empty != nil {
-		m.empty.Close()
+	for _, f := range m.empty {
+		f.Close()
 	}
 	return errors.Join(m.removeParent(), m.lock.Close())
 }

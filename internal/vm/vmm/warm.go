@@ -25,7 +25,7 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "6"
+const warmVersion = "7"
 
 const (
 	// A turn in a copy leads an emulator to translate some 90 percent of what a
@@ -59,8 +59,14 @@ func (v *machine) warm(ctx context.Context, turns int, copied bool) error {
 }
 
 func (v *machine) warmTurn(ctx context.Context, copied bool) error {
-	if err := v.warmDisks(ctx); err != nil {
+	// A template knows disks with a journal, too. Its copies, in which all that runs
+	// takes memory, know those of containers that are removed at their end.
+	if err := v.warmDisks(ctx, !copied); err != nil {
 		return err
+	}
+	options := "noinit_itable,discard,errors=remount-ro"
+	if copied {
+		options += ",noblock_validity,no_prefetch_block_bitmaps"
 	}
 	var steps []*taskv1.Step
 	if copied { // with a seed of its own, or all copies would have the same boot ID
@@ -71,7 +77,7 @@ func (v *machine) warmTurn(ctx context.Context, copied bool) error {
 	}
 	steps = append(steps,
 		mountStep("erofs", qemu.DiskSerial(0), warmDir+"/lower", unix.MS_RDONLY, ""),
-		mountStep("ext4", qemu.DiskSerial(1), warmDir+"/rw", unix.MS_NOATIME, "noinit_itable,discard,errors=remount-ro"),
+		mountStep("ext4", qemu.DiskSerial(1), warmDir+"/rw", unix.MS_NOATIME, options),
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/upper", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/work", Mode: 0o755}}},
 		warmFile("hosts", "127.0.0.1 localhost\n"), warmFile("hostname", warmID+"\n"), warmFile("resolv.conf", "nameserver 169.254.77.1\n"),
@@ -155,7 +161,7 @@ func (v *machine) released(ctx context.Context, serial, other string) error {
 }
 
 // warmDisks gives the machine two small disks.
-func (v *machine) warmDisks(ctx context.Context) error {
+func (v *machine) warmDisks(ctx context.Context, journal bool) error {
 	image, err := memoryFile(int64(len(tinyImage())), bytes.NewReader(tinyImage()))
 	if err != nil {
 		return err
@@ -166,7 +172,7 @@ func (v *machine) warmDisks(ctx context.Context) error {
 		return err
 	}
 	defer lower.Close() // QEMU has it
-	empty, err := v.m.emptyFS(ctx)
+	empty, err := v.m.emptyFS(ctx, journal)
 	if err != nil {
 		return err
 	}
@@ -200,22 +206,26 @@ func memoryFile(size int64, r io.Reader) (*os.File, error) {
 
 // emptySize is the size of the file system that containers that warm a machine
 // write to, in bytes.
-const emptySize = 4 << 20
+const emptySize = 8 << 20
 
-// emptyFS is an empty ext4, made once.
-func (m *Manager) emptyFS(ctx context.Context) (*os.File, error) {
+// emptyFS is an empty ext4 as internal/rootfs makes them, made once.
+func (m *Manager) emptyFS(ctx context.Context, journal bool) (*os.File, error) {
 	m.setup.Lock()
 	defer m.setup.Unlock()
-	if m.empty != nil {
-		return m.empty, nil
+	if f := m.empty[journal]; f != nil {
+		return f, nil
 	}
 	f, err := os.CreateTemp(m.cfg.RunDir, ".ext4-")
 	if err != nil {
 		return nil, fmt.Errorf("disk for warming: %w", err)
 	}
 	defer os.Remove(f.Name())
+	features := "^resize_inode,metadata_csum"
+	if !journal {
+		features = "^resize_inode,^metadata_csum,^uninit_bg,^has_journal"
+	}
 	if err = f.Truncate(emptySize); err == nil {
-		cmd := exec.CommandContext(ctx, "mke2fs", "-q", "-F", "-t", "ext4", f.Name())
+		cmd := exec.CommandContext(ctx, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-O", features, f.Name())
 		cmd.WaitDelay = time.Second
 		var out []byte
 		if out, err = cmd.CombinedOutput(); err != nil {
@@ -226,7 +236,7 @@ func (m *Manager) emptyFS(ctx context.Context) (*os.File, error) {
 		f.Close()
 		return nil, fmt.Errorf("disk for warming: %w", err)
 	}
-	m.empty = f
+	m.empty[journal] = f
 	return f, nil
 }
 
@@ -241,7 +251,7 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	for _, name := range []string{"hosts", "hostname", "resolv.conf"} {
 		sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: warmDir + "/" + name, Options: []string{"rbind", "rprivate"}})
 	}
-	spec, err := encodeSpec(sp, v.m.cfg.Seccomp)
+	spec, err := encodeSpec(sp, v.m.cfg.Defaults)
 	if err != nil {
 		return err
 	}
@@ -300,10 +310,24 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 // errWarmExit ends the following of events.
 var errWarmExit = errors.New("the container has ended")
 
-// encodeSpec is the specification with a seccomp profile where the engine writes it:
-// shims keep what they make of one by its text.
-func encodeSpec(sp *specs.Spec, profile []byte) ([]byte, error) {
-	if len(profile) == 0 {
+// encodeSpec is the specification with what containers have by default (Config.Defaults),
+// the seccomp profile where the engine writes it: shims keep what they make of one by
+// its text.
+func encodeSpec(sp *specs.Spec, defaults []byte) ([]byte, error) {
+	if len(defaults) == 0 {
+		return json.Marshal(sp)
+	}
+	var d struct {
+		Seccomp   json.RawMessage
+		Resources struct{ Devices []specs.LinuxDeviceCgroup }
+	}
+	if err := json.Unmarshal(defaults, &d); err != nil {
+		return nil, fmt.Errorf("containers' defaults: %w", err)
+	}
+	if len(d.Resources.Devices) > 0 {
+		sp.Linux.Resources.Devices = d.Resources.Devices
+	}
+	if len(d.Seccomp) == 0 {
 		return json.Marshal(sp)
 	}
 	sp.Linux.Seccomp = nil
@@ -316,7 +340,7 @@ func encodeSpec(sp *specs.Spec, profile []byte) ([]byte, error) {
 	if !ok {
 		return nil, errors.New("a specification without linux")
 	}
-	return slices.Concat(before, []byte(at+`"seccomp":`), profile, []byte{','}, after), nil
+	return slices.Concat(before, []byte(at+`"seccomp":`), d.Seccomp, []byte{','}, after), nil
 }
 
 // warmExec runs a further process.
