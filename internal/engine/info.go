@@ -161,6 +161,7 @@ func (e *Engine) Shutdown(ctx context.Context) error {
 	e.mu.Lock()
 	e.closing = true
 	e.mu.Unlock()
+	e.steps.end(ctx)
 	slots := make(chan struct{}, shutdownParallel)
 	var mu sync.Mutex
 	var errs []error

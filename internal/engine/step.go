@@ -51,6 +51,9 @@ type Step struct {
 	Started        func() // called once it runs; may be nil
 	Resize         <-chan [2]uint32
 	Signal         <-chan syscall.Signal
+
+	cancel context.CancelCauseFunc
+	over   chan struct{} // closed when nothing is left of it
 }
 
 // steps are those under way, by ID.
@@ -78,6 +81,24 @@ func (s *steps) drop(id string) {
 	delete(s.list, id)
 }
 
+// end ends all steps and waits until nothing is left of them.
+func (s *steps) end(ctx context.Context) {
+	s.mu.Lock()
+	var all []*Step
+	for _, st := range s.list {
+		st.cancel(errdefs.ErrUnavailable.WithMessage("the daemon is shutting down"))
+		all = append(all, st)
+	}
+	s.mu.Unlock()
+	for _, st := range all {
+		select {
+		case <-st.over:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 func (s *steps) get(id string) *Step {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -87,13 +108,17 @@ func (s *steps) get(id string) *Step {
 // RunStep runs a step to its end. When ctx ends it is killed, with all that it has
 // started, and the error is ctx's. Nothing of it is left but what it wrote.
 func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err error) {
-	if e.isClosing() {
-		return exit, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
-	}
+	ctx, st.cancel = context.WithCancelCause(ctx)
+	defer st.cancel(nil)
+	st.over = make(chan struct{})
 	if err := e.steps.add(st); err != nil {
 		return exit, err
 	}
+	defer close(st.over)
 	defer e.steps.drop(st.ID)
+	if e.isClosing() {
+		return exit, errdefs.ErrUnavailable.WithMessage("the daemon is shutting down")
+	}
 	var u undo
 	defer func() {
 		// All is taken down whether it has worked or not.
