@@ -234,6 +234,9 @@ func (d *daemon) networkConfig(dns string, hub *tenonevents.Hub) (network.Config
 			if e.ContainerID != "" {
 				attrs["container"] = e.ContainerID
 			}
+			if e.Action == "prune" { // of no network
+				attrs = map[string]string{"reclaimed": "0"}
+			}
 			hub.Publish(message(events.NetworkEventType, e.Action, e.NetworkID, attrs, e.Time))
 		},
 	}

@@ -351,7 +351,7 @@ func (c *Controller) remove(ref, action string) error {
 			who = append(who, fmt.Sprintf("name:%q id:%q", name, shortID(id)))
 		}
 		slices.Sort(who)
-		err = fmt.Errorf("error while removing network: network %s has active endpoints (%s): %w", n.rec.Name, strings.Join(who, ", "), errdefs.ErrPermissionDenied)
+		err = errdefs.ErrPermissionDenied.WithMessage(fmt.Sprintf("error while removing network: network %s has active endpoints (%s)", n.rec.Name, strings.Join(who, ", ")))
 	}
 	if err != nil {
 		c.mu.Unlock()
@@ -399,6 +399,7 @@ func (c *Controller) Prune(ctx context.Context, f Filters) ([]string, error) {
 		}
 		names = append(names, n.rec.Name)
 	}
+	c.emit("prune", netRecord{}, "")
 	return names, nil
 }
 
