@@ -88,7 +88,7 @@ func bootGuest(t *testing.T, args ...string) *machine {
 	}
 	all := append([]string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "512M", "-accel", "tcg", "-cpu", "max", "-M", "q35,hpet=off,vmport=off,usb=off,sata=off,smbus=off,smm=off,graphics=off",
-		"-kernel", k.Image, "-initrd", initrd.Path, "-append", "console=ttyS0 quiet loglevel=5 mitigations=off random.trust_cpu=on",
+		"-kernel", k.Image, "-initrd", initrd.Path, "-append", "console=ttyS0 quiet loglevel=5 mitigations=off random.trust_cpu=on no_timer_check",
 		"-serial", "stdio", "-device", "virtio-serial-pci", "-chardev", "socket,id=ag,fd=3", "-device", "virtserialport,chardev=ag,name=" + guest.PortName,
 	}, args...)
 	cmd := exec.Command("qemu-system-x86_64", all...)
