@@ -91,7 +91,7 @@ func TestDiskUsageIsExact(t *testing.T) {
 		"head -c 3000000 /dev/urandom >/a; ln /a /b; truncate -s 100M /sparse; mkdir -p /d/e/f; head -c 2000000 /dev/urandom >/data/x; seq 10000")
 	d.Must(t, "commit", "c1", "child")
 	d.Must(t, "tag", "child", "other")
-	d.Must(t, "run", "-d", "--name", "c2", "child", "sh", "-c", "head -c 1000000 /dev/urandom >/z; exec sleep 1000")
+	d.Must(t, "run", "-d", "--stop-signal", "KILL", "--name", "c2", "child", "sh", "-c", "head -c 1000000 /dev/urandom >/z; exec sleep 1000")
 	eventually(t, "the container has written", func() string {
 		if r := d.Docker(t, "exec", "c2", "sh", "-c", "[ $(stat -c %s /z) = 1000000 ]"); r.Code != 0 {
 			return r.Err
