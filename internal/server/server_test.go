@@ -111,7 +111,7 @@ func TestBasics(t *testing.T) {
 		{"GET", "/v1.50/nothing", 404, `{"message":"page not found"}`},
 		{"DELETE", "/info", 404, `{"message":"page not found"}`},
 		{"HEAD", "/events", 404, ""},
-		{"POST", "/build", 501, "later release"},
+		{"POST", "/build", 501, "made without a builder"},
 		{"GET", "/images/search?term=a", 501, "registry"},
 		{"GET", "/services", 503, "This node is not a swarm manager."},
 		{"GET", "/plugins", 200, "[]"},
