@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -14,13 +15,17 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"tenon.dev/tenon/internal/build/api"
+	"tenon.dev/tenon/internal/engine"
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/task"
 )
 
-// The tests build without steps: those need a shim, and are end-to-end tests.
+// The tests build without real steps: those need a shim, and are end-to-end tests.
 
 func testContext(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -261,11 +266,17 @@ func TestFailedBuildHoldsNothing(t *testing.T) {
 			t.Fatalf("error is %v", err)
 		}
 	}
-	ctx := testContext(t)
+	w.nothingInUse()
+}
+
+// nothingInUse waits until no build holds anything of the cache.
+func (w *world) nothingInUse() {
+	w.t.Helper()
+	ctx := testContext(w.t)
 	for {
 		records, err := w.b.DiskUsage(ctx)
 		if err != nil {
-			t.Fatal(err)
+			w.t.Fatal(err)
 		}
 		used := 0
 		for _, r := range records {
@@ -279,7 +290,57 @@ func TestFailedBuildHoldsNothing(t *testing.T) {
 		select {
 		case <-time.After(20 * time.Millisecond): // it is released in the background
 		case <-ctx.Done():
-			t.Fatalf("%d records are in use still", used)
+			w.t.Fatalf("%d records are in use still", used)
+		}
+	}
+}
+
+// cutOff are steps that run until their build ends.
+type cutOff struct{ up chan struct{} }
+
+func (c cutOff) RunStep(ctx context.Context, st *engine.Step) (task.Exit, error) {
+	st.Started()
+	close(c.up)
+	<-ctx.Done()
+	return task.Exit{}, context.Cause(ctx)
+}
+
+func (cutOff) ExecStep(context.Context, string, string, *engine.Step) (task.Exit, error) {
+	return task.Exit{}, errdefs.ErrNotFound
+}
+
+func (cutOff) StepIsolation(string) (string, error) { return sandbox.Process, nil }
+
+// A build that is cancelled in a step holds nothing of the cache, and what the step
+// has written is not in it.
+func TestCancelledBuildHoldsNothing(t *testing.T) {
+	w := newWorld(t)
+	steps := cutOff{make(chan struct{})}
+	w.b.opt.Steps = steps // before it is started
+	cancelled := make(chan error, 1)
+	go func() {
+		select {
+		case <-steps.up:
+			cancelled <- w.b.Cancel("one")
+		case <-t.Context().Done():
+			cancelled <- t.Context().Err()
+		}
+	}()
+	files := map[string]string{"Dockerfile": "FROM scratch\nCOPY f /f\nRUN [\"wait\"]\n", "f": "x"}
+	if _, err := w.build(api.Request{ID: "one"}, files); !errors.Is(err, errCancelled) {
+		t.Fatalf("error is %v", err)
+	}
+	if err := <-cancelled; err != nil {
+		t.Fatal(err)
+	}
+	w.nothingInUse()
+	records, err := w.b.DiskUsage(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range records {
+		if strings.Contains(r.Description, "wait") {
+			t.Errorf("the step's record is left: %+v", r)
 		}
 	}
 }
