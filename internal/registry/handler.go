@@ -53,6 +53,7 @@ type answer struct {
 func (a *answer) WriteHeader(code int) {
 	if a.status == 0 {
 		a.status = code
+		_ = http.NewResponseController(a.ResponseWriter).SetWriteDeadline(time.Now().Add(slowAfter)) // without one it is as it was
 	}
 	a.ResponseWriter.WriteHeader(code)
 }
@@ -83,6 +84,7 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 func (g *Registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c := &call{g: g, w: &answer{ResponseWriter: w}, r: r}
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) // the former request's, on this connection
 	user, err := g.admit(r)
 	if err == nil {
 		err = c.route()

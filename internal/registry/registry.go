@@ -162,7 +162,6 @@ func (g *Registry) Close() {
 type limited struct {
 	net.Listener
 	slots chan struct{}
-	once  sync.Once
 }
 
 func (l *limited) Accept() (net.Conn, error) {
@@ -175,13 +174,11 @@ func (l *limited) Accept() (net.Conn, error) {
 		return &limitedConn{Conn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
 	default:
 		_ = c.Close() // rather than let those wait who have a connection
-		return l.refused()
+		return nil, errBusy{}
 	}
 }
 
-// refused tells the server to go on as after a passing failure.
-func (l *limited) refused() (net.Conn, error) { return nil, errBusy{} }
-
+// errBusy tells the server to go on as after a passing failure.
 type errBusy struct{}
 
 func (errBusy) Error() string   { return "too many connections" }
@@ -220,6 +217,9 @@ func (p *paced) Read(b []byte) (int, error) {
 	_ = p.rc.SetReadDeadline(time.Now().Add(stallTime)) // without one it is as it was
 	n, err := p.r.Read(b)
 	p.n += int64(n)
+	if err == io.EOF {
+		_ = p.rc.SetReadDeadline(time.Time{}) // what is done with the body may take longer
+	}
 	if t := time.Since(p.start); err == nil && t > slowAfter && p.n/int64(t/time.Second) < slowRate {
 		err = errSlow
 	}

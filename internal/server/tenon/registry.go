@@ -51,9 +51,11 @@ func (a *API) serveRegistry(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
 	var wg sync.WaitGroup
-	defer wg.Wait()
+	defer func() {
+		cancel()
+		wg.Wait()
+	}()
 	done := make(chan error, 1)
 	wg.Go(func() { done <- srv.Serve(ctx) })
 	s := wire.NewStream(w, "application/x-ndjson", true)
