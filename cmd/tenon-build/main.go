@@ -23,6 +23,7 @@ func main() {
 		os.Exit(125)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends it at once
 	err = buildrun.Run(ctx, o, os.Stdin, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(buildrun.Report(os.Stderr, err))

@@ -14,7 +14,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 
 	bk "github.com/moby/buildkit/client"
@@ -181,15 +180,16 @@ func (j *job) report(ctx context.Context, engine *client.Client, resp *bk.SolveR
 	return nil
 }
 
-// definition is how the image was built, for building it again.
+// definition is how the image was built, for building it again, in whichever directory.
 func (j *job) definition() imageapi.Definition {
 	o := j.o
 	d := imageapi.Definition{
 		Context: j.context, Dockerfile: j.dockerfile, Target: o.Target, Platform: strings.Join(o.Platform, ","),
-		Args: o.Args, Labels: o.Labels, Contexts: o.Contexts, Secrets: o.Secrets, SSH: o.SSH,
-		Network: o.Network, Isolation: o.Isolation,
+		Args: o.Args, Labels: o.Labels, Contexts: each(o.Contexts, absContext), Secrets: each(o.Secrets, absSecret), SSH: each(o.SSH, absSSH),
+		Network: o.Network, Isolation: o.Isolation, Flags: flags(o),
 	}
-	if text, err := os.ReadFile(j.dockerfile); err == nil && len(text) <= maxDockerfile { // the engine finds the base otherwise
+	text, err := os.ReadFile(j.dockerfile)
+	if err == nil && len(text) <= maxDockerfile && !buildopts.Remote(j.context) { // the engine finds the base otherwise
 		if base := lineage.From(string(text), o.Target, o.Args); base != "" {
 			d.Bases = []imageapi.Base{{Name: base}}
 		}
@@ -240,12 +240,4 @@ func Report(stderr io.Writer, err error) int {
 		return 130
 	}
 	return 1
-}
-
-// abs is a path as the daemon's records have it.
-func abs(path string) string {
-	if a, err := filepath.Abs(path); err == nil {
-		return a
-	}
-	return path
 }

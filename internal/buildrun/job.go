@@ -9,7 +9,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -31,7 +30,8 @@ type job struct {
 	o   *buildopts.Options
 	opt bk.SolveOpt
 	// context and dockerfile are where they are, for the record: absolute paths or
-	// URLs; empty if they came by the standard input.
+	// URLs. Without a context the image can't be built again: something came by the
+	// standard input.
 	context, dockerfile string
 	stored              bool // the engine's store gets the image
 	temp                []string
@@ -74,9 +74,6 @@ func prepare(o *buildopts.Options, stdin io.Reader, stdout *os.File) (_ *job, er
 	return j, nil
 }
 
-// remote is a context that the daemon fetches.
-var remote = regexp.MustCompile(`^(https?://|git://|ssh://|git@|github\.com/)`)
-
 // source finds context and Dockerfile.
 func (j *job) source(stdin io.Reader) error {
 	o, attrs := j.o, j.opt.FrontendAttrs
@@ -85,7 +82,7 @@ func (j *job) source(stdin io.Reader) error {
 		return errors.New("invalid argument: can't use stdin for both build context and dockerfile")
 	case o.Context == "-":
 		return j.standardInput(stdin)
-	case remote.MatchString(o.Context):
+	case buildopts.Remote(o.Context):
 		attrs["context"] = o.Context
 		j.context = o.Context
 		if o.File == "-" {
@@ -147,8 +144,9 @@ func (j *job) mount(name, dir string) error {
 // maxDockerfile bounds a Dockerfile on the standard input.
 const maxDockerfile = 16 << 20
 
-// dockerfileFrom takes the Dockerfile from the standard input.
+// dockerfileFrom takes the Dockerfile from the standard input, or a pipe.
 func (j *job) dockerfileFrom(r io.Reader) error {
+	j.context = "" // with another Dockerfile it would be another image
 	text, err := io.ReadAll(io.LimitReader(r, maxDockerfile+1))
 	if err != nil {
 		return fmt.Errorf("read the Dockerfile: %w", err)
@@ -344,12 +342,12 @@ func (j *job) namedContexts() error {
 		if !ok || name == "" || v == "" {
 			return fmt.Errorf("--build-context %s: write it as NAME=VALUE", c)
 		}
-		if remote.MatchString(v) || strings.HasPrefix(v, "docker-image://") || strings.HasPrefix(v, "target:") {
-			j.opt.FrontendAttrs["context:"+name] = v
-			continue
-		}
 		if strings.HasPrefix(v, "oci-layout:") {
 			return fmt.Errorf("--build-context %s: OCI layouts are not taken: load it, and give docker-image://NAME", c)
+		}
+		if !isLocal(v) {
+			j.opt.FrontendAttrs["context:"+name] = v
+			continue
 		}
 		local := fmt.Sprintf("named-%d", i)
 		if err := j.mount(local, v); err != nil {

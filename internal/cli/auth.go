@@ -79,6 +79,12 @@ func (a *app) loadConfig() (*configFile, error) {
 			}
 		}
 	}
+	if c.all == nil { // null
+		c.all = map[string]json.RawMessage{}
+	}
+	if c.auths == nil {
+		c.auths = map[string]authEntry{}
+	}
 	return c, nil
 }
 

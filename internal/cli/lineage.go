@@ -18,6 +18,7 @@ import (
 
 	"tenon.dev/tenon/client"
 	"tenon.dev/tenon/client/imageapi"
+	"tenon.dev/tenon/internal/cli/buildopts"
 )
 
 // table writes columns, and texts of others so that they can't command a terminal.
@@ -250,8 +251,9 @@ func (a *app) rebuildCmd() *cobra.Command {
 func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, swap bool) {
 	if s.Do == imageapi.StepBuild {
 		gone := ""
-		if d := s.Definition; !strings.Contains(d.Context, "://") {
-			if _, err := os.Stat(d.Context); err != nil {
+		if d := s.Definition; !buildopts.Remote(d.Context) {
+			here, _ := os.Hostname() // unknown: the directory alone tells
+			if _, err := os.Stat(d.Context); err != nil || d.Host != "" && here != "" && d.Host != here {
 				gone = fmt.Sprintf("its context %s is not on this machine", d.Context)
 				if d.Host != "" {
 					gone += " (it was built on " + d.Host + ")"
@@ -259,6 +261,7 @@ func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, sw
 			}
 		}
 		if gone == "" && !swap {
+			s.Why = takes(s.Definition) // in this side's words: it is what is sent
 			return
 		}
 		if s.From == "" || s.Base == "" {
@@ -281,6 +284,20 @@ func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, sw
 		return
 	}
 	s.Why += fmt.Sprintf("; %d own layers stay, %d of the base go, %d come", r.Kept, r.Swapped, r.Added)
+}
+
+// takes says what a build takes of this machine.
+func takes(d *imageapi.Definition) string {
+	out := "built from " + d.Context
+	for _, part := range []struct {
+		what string
+		list []string
+	}{{"context", d.Contexts}, {"secret", d.Secrets}, {"ssh", d.SSH}} {
+		for _, v := range part.list {
+			out += ", " + part.what + " " + v
+		}
+	}
+	return out
 }
 
 func (a *app) rebuild(ctx context.Context, c *client.Client, steps []imageapi.Step, dry bool) error {
@@ -347,6 +364,11 @@ func (a *app) buildAgain(ctx context.Context, s imageapi.Step) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
+	}
+	for _, arg := range s.Definition.Args {
+		if _, set := os.LookupEnv(arg); !strings.Contains(arg, "=") && !set {
+			a.complain(fmt.Sprintf("warning: the build argument %s has no value: none was recorded, and none is in the environment", arg))
+		}
 	}
 	cmd := exec.CommandContext(ctx, self, buildArgs(s)...)
 	if a.host != "" {

@@ -6,7 +6,17 @@ package buildopts
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
+	"strings"
 )
+
+// Remote tells whether a context is one that the daemon fetches, rather than a
+// directory.
+func Remote(context string) bool {
+	return slices.ContainsFunc([]string{"http://", "https://", "git://", "ssh://", "git@", "github.com/"}, func(p string) bool {
+		return strings.HasPrefix(context, p)
+	})
+}
 
 // Options are the flags and arguments of `tenon build`, as they were given, and what
 // the tenon command knows of the daemon.
