@@ -91,17 +91,17 @@ func (s *Store) SetDefinition(ctx context.Context, img *Image, def json.RawMessa
 	if len(def) > maxDefinition {
 		return fmt.Errorf("definition of %s: more than %d bytes: %w", img.Ref(), maxDefinition, errdefs.ErrInvalidArgument)
 	}
-	s.mu.RLock()
-	known := make(map[string]bool, len(s.recs))
-	for d := range s.recs {
-		known[d.String()] = true
-	}
-	s.mu.RUnlock()
 	err := s.db.Update(func(tx *bolt.Tx) error {
 		b, err := tx.CreateBucketIfNotExists(bucketDefinitions)
 		if err != nil {
 			return err
 		}
+		s.mu.RLock()
+		known := make(map[string]bool, len(s.recs))
+		for d := range s.recs {
+			known[d.String()] = true
+		}
+		s.mu.RUnlock()
 		var gone [][]byte
 		err = b.ForEach(func(k, _ []byte) error {
 			if !known[string(k)] {

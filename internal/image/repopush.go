@@ -32,7 +32,7 @@ func (r *Repositories) PutManifest(ctx context.Context, repo, ref, mediaType str
 	d, tag := digest.FromBytes(data), ref
 	if strings.Contains(ref, ":") {
 		want := digest.Digest(ref)
-		if want.Validate() != nil {
+		if !storable(want) {
 			return "", "", fmt.Errorf("%.100q: %w", ref, ErrDigest)
 		}
 		if d = want.Algorithm().FromBytes(data); d != want {
@@ -191,7 +191,7 @@ func (r *Repositories) Mount(repo, from string, d digest.Digest) (bool, error) {
 
 // DeleteManifest takes a tag, or a manifest by its digest with all tags of the
 // repository, away. An image without a name left is removed, unless a container
-// uses it. errdefs.ErrConflict for a manifest that an index of the repository needs.
+// uses it, it is pinned, or another repository has it by its digest. errdefs.ErrConflict for a manifest that an index of the repository needs.
 func (r *Repositories) DeleteManifest(repo, ref string) error {
 	name, err := r.own(repo)
 	if err != nil {
@@ -269,6 +269,11 @@ func (u *Upload) Write(p []byte) (int, error) { return u.w.Write(p) }
 // Size is how much has been written, in bytes.
 func (u *Upload) Size() int64 { return u.w.n }
 
+// storable tells whether blobs of such a digest are kept, and collected.
+func storable(d digest.Digest) bool {
+	return d.Validate() == nil && (d.Algorithm() == digest.SHA256 || d.Algorithm() == digest.SHA512)
+}
+
 // Abort gives the upload up.
 func (u *Upload) Abort() {
 	u.w.abort(nil)
@@ -279,9 +284,10 @@ func (u *Upload) Abort() {
 // (ErrDigest). The upload is over either way.
 func (u *Upload) Commit(d digest.Digest) error {
 	defer u.w.close()
-	if err := d.Validate(); err != nil {
+	if !storable(d) {
+		err := fmt.Errorf("%.100q: %w", d, ErrDigest)
 		u.w.abort(err)
-		return fmt.Errorf("%.100q: %w", d, ErrDigest)
+		return err
 	}
 	if d.Algorithm() != u.w.alg { // not known when the upload began
 		v := d.Verifier()

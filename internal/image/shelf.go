@@ -176,7 +176,10 @@ func (s *Store) shelve(name, tag string, p *pushed, isImage bool) error {
 func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 	var out []image.DeleteResponse
 	var id digest.Digest
-	used := d != "" && len(s.users(d, nil)) > 0
+	s.mu.RLock()
+	rec := s.recs[d]
+	s.mu.RUnlock()
+	keep := rec != nil && (len(s.users(d, nil)) > 0 || s.pinned(rec))
 	err := s.update(func(b *batch) error {
 		s.mu.RLock()
 		sh := s.shelves[name]
@@ -208,6 +211,9 @@ func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 				}
 			}
 		}
+		for n, other := range s.shelves {
+			keep = keep || n != name && other.manifests[id] != nil // it was pushed there, too
+		}
 		s.mu.RUnlock()
 		if !found {
 			return fmt.Errorf("%s%s: %w", tag, d, errdefs.ErrNotFound)
@@ -221,7 +227,7 @@ func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 		}
 		r.Names = slices.DeleteFunc(r.Names, func(n string) bool { return slices.Contains(gone, n) })
 		// A tag's image stays, without a name, for those who pull it by digest.
-		if tag == "" && len(r.Names) == 0 && !used {
+		if tag == "" && len(r.Names) == 0 && !keep {
 			b.recs[id] = nil
 			out = append(out, image.DeleteResponse{Deleted: id.String()})
 		}

@@ -403,6 +403,7 @@ func TestUploads(t *testing.T) {
 	v.want(400, "DIGEST_INVALID", "POST", "/v2/app/blobs/uploads/?digest="+wrong.String(), bytes.NewReader(data))
 	v.want(400, "DIGEST_INVALID", "PUT", start()+"?digest="+wrong.String(), bytes.NewReader(data))
 	v.want(400, "DIGEST_INVALID", "POST", "/v2/app/blobs/uploads/?digest=sha256:../../x", bytes.NewReader(data))
+	v.want(400, "DIGEST_INVALID", "POST", "/v2/app/blobs/uploads/?digest="+digest.SHA384.FromBytes(data).String(), bytes.NewReader(data)) // would not be collected
 	v.want(400, "SIZE_INVALID", "PATCH", start(), bytes.NewReader(data), "Content-Range", "0-10")
 	v.want(400, "BLOB_UPLOAD_INVALID", "PATCH", start(), bytes.NewReader(data), "Content-Range", "9-3")
 	v.want(204, "", "DELETE", start(), nil)
