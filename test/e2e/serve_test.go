@@ -54,12 +54,13 @@ func TestEngineAsRegistry(t *testing.T) {
 	}
 
 	// The daemon dies in the middle of an upload.
-	resp, err := http.Post("http://"+addr+"/v2/team/app/blobs/uploads/", "", nil)
+	c := &http.Client{Timeout: patience(time.Minute)}
+	resp, err := c.Post("http://"+addr+"/v2/team/app/blobs/uploads/", "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	_ = resp.Body.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience(time.Minute))
 	defer cancel()
 	body, send := net.Pipe()
 	defer body.Close()
@@ -103,7 +104,7 @@ func TestRegistryServeAndLogin(t *testing.T) {
 	if err := os.WriteFile(users, []byte("me:"+bcryptSecret(t)+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience(3*time.Minute)) // it outlasts all that is done with it
 	defer cancel()
 	serve := exec.CommandContext(ctx, filepath.Join(d.bin, "tenon"), "registry", "serve", "--listen", "127.0.0.1:0", "--htpasswd", users)
 	serve.Env = d.Environ()
