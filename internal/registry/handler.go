@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -105,6 +107,9 @@ func (g *Registry) admit(r *http.Request) (user string, err error) {
 	if f := r.Header.Get("Sec-Fetch-Site"); r.Header.Get("Origin") != "" || f != "" && f != "none" && f != "same-origin" {
 		return "", fail(http.StatusForbidden, "DENIED", "requests of web pages are not answered")
 	}
+	if g.cfg.Local && !g.knownHost(r.Host) {
+		return "", fail(http.StatusForbidden, "DENIED", "%.100q is no name of this registry: ask by its address, or give it that name as its namespace", r.Host)
+	}
 	if g.cfg.Users != nil {
 		name, password, ok := r.BasicAuth()
 		if !ok || !g.cfg.Users.Check(r.Context(), name, password) {
@@ -116,6 +121,21 @@ func (g *Registry) admit(r *http.Request) (user string, err error) {
 		return user, fail(http.StatusMethodNotAllowed, "UNSUPPORTED", "this registry is read-only")
 	}
 	return user, nil
+}
+
+func (g *Registry) knownHost(host string) bool {
+	ns, _, _ := strings.Cut(g.cfg.Repositories.Namespace(), "/")
+	h, n := hostname(host), hostname(ns)
+	_, err := netip.ParseAddr(h)
+	return err == nil || strings.EqualFold(h, "localhost") || strings.EqualFold(h, n)
+}
+
+// hostname is a host without its port.
+func hostname(host string) string {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	return strings.Trim(host, "[]")
 }
 
 func (c *call) error(err error) {

@@ -52,8 +52,9 @@ func Listen(ctx context.Context, s *image.Store, o Options) (*Server, error) {
 		return nil, fmt.Errorf("registry: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	srv := &Server{l: l, cert: o.Certificate, ns: o.Namespace}
+	host, _, _ := net.SplitHostPort(o.Listen) // CheckExposure has read it
+	local := loopback(host)
 	if srv.ns == "" {
-		host, _, _ := net.SplitHostPort(o.Listen) // CheckExposure has read it
 		_, port, _ := net.SplitHostPort(l.Addr().String())
 		if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
 			host = "localhost"
@@ -65,7 +66,7 @@ func Listen(ctx context.Context, s *image.Store, o Options) (*Server, error) {
 		_ = l.Close() // the error that is returned matters more
 		return nil, err
 	}
-	srv.reg = New(Config{Repositories: reps, ReadOnly: o.ReadOnly, Users: o.Users, OnRequest: o.OnRequest, Log: o.Log})
+	srv.reg = New(Config{Repositories: reps, ReadOnly: o.ReadOnly, Users: o.Users, Local: local && o.Users == nil && o.Certificate == nil, OnRequest: o.OnRequest, Log: o.Log})
 	return srv, nil
 }
 

@@ -61,6 +61,10 @@ type Config struct {
 	ReadOnly bool
 	// Users may be nil: then everybody may do everything.
 	Users *Users
+	// Local says that only this machine's users reach it. What asks by a name that is
+	// neither an address, localhost nor the namespace's is then refused: it is a web page
+	// whose name was made to point here (DNS rebinding).
+	Local bool
 	// OnRequest, if not nil, is told of each request that has been answered. It must
 	// not block.
 	OnRequest func(Request)
@@ -104,8 +108,7 @@ func CheckExposure(addr string, users, tls, readOnly bool) error {
 	if err != nil {
 		return fmt.Errorf("listen on %q: give ADDRESS:PORT: %w: %w", addr, err, errdefs.ErrInvalidArgument)
 	}
-	ip, err := netip.ParseAddr(host)
-	if host == "localhost" || err == nil && ip.IsLoopback() {
+	if loopback(host) {
 		return nil
 	}
 	switch {
@@ -115,6 +118,11 @@ func CheckExposure(addr string, users, tls, readOnly bool) error {
 		return fmt.Errorf("listen on %s: passwords would cross the network in the clear; give --tls-cert and --tls-key: %w", addr, errdefs.ErrInvalidArgument)
 	}
 	return nil
+}
+
+func loopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
 }
 
 // Serve serves on a listener, which it closes, until ctx ends: then it returns nil,
