@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -184,10 +185,11 @@ func (a *app) writeSARIF(r imageapi.AuditReport) error {
 		if level == "" {
 			level = "error"
 		}
-		uri := f.Kind + "/" + strings.ReplaceAll(f.Subject, ":", "%3A")
+		at := f.Kind + "/" + f.Subject
 		if strings.HasPrefix(f.Where, "/") {
-			uri += f.Where
+			at += f.Where
 		}
+		uri := strings.ReplaceAll((&url.URL{Path: at}).EscapedPath(), ":", "%3A")
 		results = append(results, sarifResult{
 			RuleID: f.Rule, Level: level, Message: sarifText{f.Message + ". Fix: " + f.Fix},
 			Locations:  []sarifLocation{{sarifPhysical{sarifArtifact{uri}}, []sarifLogical{{f.Kind + " " + f.Subject + " " + f.Where, "resource"}}}},
