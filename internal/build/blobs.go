@@ -28,13 +28,14 @@ import (
 // that knows labels, leases and garbage.
 //
 //	<dir>/blobs/sha256/<hex>
-//	<dir>/ingest/<hash of the ref>
+//	<dir>/ingest/<hash of the ref>-<number>
 type blobs struct {
 	images *image.Store
 	dir    string
 
 	mu      sync.Mutex
 	ingests map[string]*ingest // by ref
+	begun   uint64             // how many there have been
 }
 
 func openBlobs(images *image.Store, dir string) (*blobs, error) {
@@ -210,7 +211,10 @@ func (b *blobs) Writer(ctx context.Context, opts ...content.WriterOpt) (content.
 	if b.ingests[o.Ref] != nil {
 		return nil, fmt.Errorf("ref %s is being written: %w", o.Ref, errdefs.ErrUnavailable)
 	}
-	f, err := os.OpenFile(filepath.Join(b.ingestDir(), digest.FromString(o.Ref).Encoded()), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o444)
+	// Each has a file of its own: an earlier one of that ref may be on its way to its place.
+	b.begun++
+	name := fmt.Sprintf("%s-%d", digest.FromString(o.Ref).Encoded(), b.begun)
+	f, err := os.OpenFile(filepath.Join(b.ingestDir(), name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o444)
 	if err != nil {
 		return nil, err
 	}

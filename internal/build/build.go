@@ -226,14 +226,14 @@ func (b *Builder) Serve(ctx context.Context, conn net.Conn) error {
 	srv := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, releasing), grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
+		grpc.WaitForHandlers(true), // by Stop: whoever closes the builder closes what they use
 	)
 	r.ctl.Register(srv)
 	l := newOneConn(conn)
 	stop := context.AfterFunc(ctx, srv.Stop)
 	defer stop()
 	err = srv.Serve(l)
-	<-l.done // Serve returns when the listener has ended; the handlers may still run
-	srv.Stop()
+	srv.Stop() // the connection has ended; the handlers may still run
 	if errors.Is(err, io.EOF) || errors.Is(err, grpc.ErrServerStopped) || errors.Is(err, net.ErrClosed) {
 		return nil
 	}
@@ -263,8 +263,9 @@ func (l *oneConn) Accept() (net.Conn, error) {
 	}
 }
 
-// Close closes the connection.
-func (l *oneConn) Close() error { return nil }
+// Close closes the connection, as a server does that is to stop: it waits for Accept,
+// and for a client that has not said anything yet.
+func (l *oneConn) Close() error { return l.conn.Close() }
 
 // Addr is the connection's.
 func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }

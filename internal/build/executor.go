@@ -92,7 +92,7 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 		x.mu.Unlock()
 		begin()
 	}()
-	st, err := x.step(id, p)
+	st, err := x.step(ctx, id, p)
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +147,7 @@ func (x *executor) Exec(ctx context.Context, id string, p bkexecutor.ProcessInfo
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	st, err := x.step(id, p)
+	st, err := x.step(ctx, id, p)
 	if err != nil {
 		return err
 	}
@@ -184,8 +184,8 @@ func exitError(exit task.Exit, valid []int) error {
 	return e
 }
 
-// step translates a process.
-func (x *executor) step(id string, p bkexecutor.ProcessInfo) (*engine.Step, error) {
+// step translates a process. ctx is that of its run.
+func (x *executor) step(ctx context.Context, id string, p bkexecutor.ProcessInfo) (*engine.Step, error) {
 	m := p.Meta
 	if len(m.CDIDevices) > 0 {
 		return nil, fmt.Errorf("builds can't have devices: %w", errdefs.ErrNotImplemented)
@@ -234,7 +234,11 @@ func (x *executor) step(id string, p bkexecutor.ProcessInfo) (*engine.Step, erro
 		go func() {
 			defer close(to)
 			for w := range p.Resize {
-				to <- [2]uint32{w.Cols, w.Rows}
+				select {
+				case to <- [2]uint32{w.Cols, w.Rows}:
+				case <-ctx.Done(): // nobody reads them any more
+					return
+				}
 			}
 		}()
 		st.Resize = to

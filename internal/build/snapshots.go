@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -138,10 +140,15 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 		if err != nil {
 			return err
 		}
-		if len(fieldpaths) == 0 && old.Labels[labelDir] != "" { // all labels are replaced
-			l := map[string]string{labelDir: old.Labels[labelDir]}
-			for k, v := range info.Labels {
-				l[k] = v
+		if len(fieldpaths) == 0 || slices.Contains(fieldpaths, "labels") { // all labels are replaced but ours
+			l := maps.Clone(info.Labels)
+			if l == nil {
+				l = map[string]string{}
+			}
+			for _, k := range []string{labelDir, labelLayer} {
+				if v := old.Labels[k]; v != "" {
+					l[k] = v
+				}
 			}
 			info.Labels = l
 		}
@@ -318,14 +325,13 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return err
 	}
 	dir := info.Labels[labelDir]
-	du, err := continuity.DiskUsage(ctx, s.images.LayerPath(dir))
-	if err != nil {
-		return err
+	var du continuity.Usage
+	if info.Labels[labelLayer] == "" { // else it is the image store's
+		if du, err = continuity.DiskUsage(ctx, s.images.LayerPath(dir)); err != nil {
+			return err
+		}
 	}
 	labels := map[string]string{labelDir: dir}
-	if info.Labels[labelLayer] != "" {
-		du = continuity.Usage{} // the image store's
-	}
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage(du), append(opts[:len(opts):len(opts)], snapshots.WithLabels(labels))...)
 		return err

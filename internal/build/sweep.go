@@ -39,6 +39,9 @@ func (b *Builder) sweep() {
 	}
 }
 
+// unescape undoes what the kernel does to names in the list of mounts.
+var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\043`, "#", `\134`, `\`)
+
 // mountPoints lists what is mounted below a directory, outer ones first.
 func mountPoints(dir string) ([]string, error) {
 	text, err := os.ReadFile("/proc/self/mounts")
@@ -51,8 +54,8 @@ func mountPoints(dir string) ([]string, error) {
 	}
 	var out []string
 	for line := range bytes.Lines(text) {
-		if f := strings.Fields(string(line)); len(f) > 1 && strings.HasPrefix(f[1], dir+"/") {
-			out = append(out, f[1])
+		if f := strings.Fields(string(line)); len(f) > 1 && strings.HasPrefix(unescape.Replace(f[1]), dir+"/") {
+			out = append(out, unescape.Replace(f[1]))
 		}
 	}
 	return out, nil

@@ -17,6 +17,11 @@ func (b *Builder) DiskUsage(ctx context.Context) ([]api.Record, error) {
 	if !b.used() {
 		return nil, nil
 	}
+	ctx, leave, err := b.enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	run, err := b.start(ctx)
 	if err != nil {
 		return nil, err
@@ -49,6 +54,11 @@ func (b *Builder) Prune(ctx context.Context, req api.PruneRequest) (api.PruneRep
 	if !b.used() {
 		return report, nil
 	}
+	ctx, leave, err := b.enter(ctx)
+	if err != nil {
+		return report, err
+	}
+	defer leave()
 	run, err := b.start(ctx)
 	if err != nil {
 		return report, err
