@@ -33,6 +33,8 @@ func TestDefinition(t *testing.T) {
 	}
 	o := &buildopts.Options{
 		Context: ".", ConfigDir: dir, ShmSize: 1 << 20, AddHosts: []string{"a:10.0.0.1"},
+		Ulimits: []string{"nofile=1:2"}, Allow: []string{"network.host"}, CgroupParent: "p", Memory: 1 << 25, MemorySwap: -1, CPUShares: 2,
+		CPUPeriod: 3, CPUQuota: 4, CPUSetCPUs: "0", CPUSetMems: "0", Provenance: "mode=max", SBOM: "true", Attest: []string{"type=sbom"},
 		Contexts: []string{"l=lib", "i=docker-image://busybox", "g=https://example.com/x.git"},
 		Secrets:  []string{"id=a,src=tok", `"src=c,d/tok",id=b`, "id=c,env=X", "type=env,id=d,src=Y"},
 	}
@@ -48,11 +50,23 @@ func TestDefinition(t *testing.T) {
 		{"context", []string{got.Context, filepath.Base(got.Dockerfile), got.Bases[0].Name}, []string{real, "Dockerfile", "base:1"}},
 		{"contexts", got.Contexts, []string{"l=" + dir + "/lib", "i=docker-image://busybox", "g=https://example.com/x.git"}},
 		{"secrets", got.Secrets, []string{"id=a,src=" + dir + "/tok", `"src=` + dir + `/c,d/tok",id=b`, "id=c,env=X", "type=env,id=d,src=Y"}},
-		{"flags", got.Flags, []string{"--add-host=a:10.0.0.1", "--shm-size=1048576"}},
+		{"flags", got.Flags, []string{"--add-host=a:10.0.0.1", "--allow=network.host", "--ulimit=nofile=1:2", "--cgroup-parent=p", "--shm-size=1048576",
+			"--memory=33554432", "--memory-swap=-1", "--cpu-shares=2", "--cpu-period=3", "--cpu-quota=4", "--cpuset-cpus=0", "--cpuset-mems=0", "--attest=type=sbom", "--provenance=mode=max", "--sbom=true"}},
 		{"ssh", each([]string{"default", "k=keys/a,/b,raw=true"}, absSSH), []string{"default", "k=" + dir + "/keys/a,/b,raw=true"}},
 	} {
 		if !slices.Equal(c.got, c.want) {
 			t.Errorf("%s: %q, want %q", c.what, c.got, c.want)
+		}
+	}
+
+	for _, f := range got.Flags {
+		if !buildopts.Recorded(f) {
+			t.Errorf("%s is recorded, and not taken from a record", f)
+		}
+	}
+	for _, f := range []string{"--output=/", "--iidfile=/x", "-o=x", "--memory", "add-host=x"} {
+		if buildopts.Recorded(f) {
+			t.Errorf("%s is taken from a record", f)
 		}
 	}
 
@@ -61,7 +75,11 @@ func TestDefinition(t *testing.T) {
 	if j, err = prepare(o, strings.NewReader("FROM other\n"), os.Stdout); err != nil {
 		t.Fatal(err)
 	}
-	defer j.close()
+	defer func() {
+		if err := j.close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	if got := j.definition(); got.Context != "" {
 		t.Errorf("a Dockerfile from the standard input is recorded as that of %s", got.Context)
 	}

@@ -249,6 +249,9 @@ func (a *app) rebuildCmd() *cobra.Command {
 // settle decides what only this side knows: whether the context is here, and, for a
 // swap whose new base is here, whether it is safe.
 func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, swap bool) {
+	if s.Do == imageapi.StepBuild && s.Definition == nil {
+		s.Do, s.Why = imageapi.StepNone, "the daemon does not tell how it was built"
+	}
 	if s.Do == imageapi.StepBuild {
 		gone := ""
 		if d := s.Definition; !buildopts.Remote(d.Context) {
@@ -370,7 +373,11 @@ func (a *app) buildAgain(ctx context.Context, s imageapi.Step) error {
 			a.complain(fmt.Sprintf("warning: the build argument %s has no value: none was recorded, and none is in the environment", arg))
 		}
 	}
-	cmd := exec.CommandContext(ctx, self, buildArgs(s)...)
+	args, err := buildArgs(s)
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, self, args...)
 	if a.host != "" {
 		cmd.Args = slices.Insert(cmd.Args, 1, "--host", a.host)
 	}
@@ -387,9 +394,15 @@ func (a *app) buildAgain(ctx context.Context, s imageapi.Step) error {
 	return nil
 }
 
-// buildArgs is the command line of a build from its definition.
-func buildArgs(s imageapi.Step) []string {
+// buildArgs is the command line of a build from its definition, which the daemon tells:
+// of further flags it takes those that no file of this machine is written by.
+func buildArgs(s imageapi.Step) ([]string, error) {
 	d := s.Definition
+	for _, f := range d.Flags {
+		if !buildopts.Recorded(f) {
+			return nil, fmt.Errorf("its definition has the flag %.100q, which none has", f)
+		}
+	}
 	args := []string{"build"}
 	add := func(flag string, values ...string) {
 		for _, v := range values {
@@ -410,7 +423,7 @@ func buildArgs(s imageapi.Step) []string {
 	add("secret", d.Secrets...)
 	add("ssh", d.SSH...)
 	args = append(args, d.Flags...)
-	return append(args, "--", d.Context)
+	return append(args, "--", d.Context), nil
 }
 
 func (a *app) imageDiffCmd() *cobra.Command {

@@ -10,6 +10,20 @@ import (
 	"strings"
 )
 
+// recorded are the flags, beside those with a field of their own, that a build's
+// definition may have: none of them reads or writes a file.
+var recorded = []string{
+	"add-host", "allow", "ulimit", "cgroup-parent", "shm-size", "memory", "memory-swap",
+	"cpu-shares", "cpu-period", "cpu-quota", "cpuset-cpus", "cpuset-mems", "attest", "provenance", "sbom",
+}
+
+// Recorded tells whether a flag, --NAME=VALUE, may be part of a definition.
+func Recorded(flag string) bool {
+	name, _, ok := strings.Cut(flag, "=")
+	name, long := strings.CutPrefix(name, "--")
+	return ok && long && slices.Contains(recorded, name)
+}
+
 // Remote tells whether a context is one that the daemon fetches, rather than a
 // directory.
 func Remote(context string) bool {
