@@ -207,6 +207,7 @@ func (e *Engine) apply(ctx context.Context, client *task.Client, procs []*taskv1
 		e.mu.Lock()
 		known := e.ctrs[p.Id] != nil || e.steps.get(p.Id) != nil
 		_, knownExec := e.execs[p.ExecId]
+		knownExec = knownExec || e.steps.get(p.Id) != nil // the step deletes its own
 		e.mu.Unlock()
 		switch {
 		case p.ExecId == "" && !known:
