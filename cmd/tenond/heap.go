@@ -5,6 +5,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -58,8 +59,14 @@ func (h *heap) tidy() {
 
 // forgetStart takes the program's own pages out of memory that its start has read and
 // nothing needs any more: the initialisation of what it is linked with touches most of
-// it once. They stay in the kernel's cache, and come back when they are used.
+// it once. They stay in the kernel's cache, and come back when they are used: this frees
+// nothing that the kernel could not take by itself when memory is short, but the daemon
+// is then counted what it uses. A program that was changed where it was loaded (to lie
+// at any address) would lose that, and is left as it is.
 func forgetStart() {
+	if !atItsPlace() {
+		return
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return
@@ -79,6 +86,14 @@ func forgetStart() {
 			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED)
 		}
 	}
+}
+
+// atItsPlace tells whether the program runs where it was linked to.
+func atItsPlace() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
+		return s.Key == "-buildmode" && s.Value == "exe"
+	})
 }
 
 func (h *heap) stop() {
