@@ -86,7 +86,11 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 func (g *Registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c := &call{g: g, w: &answer{ResponseWriter: w}, r: r}
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) // the former request's, on this connection
+	rc := http.NewResponseController(w)
+	_ = rc.SetWriteDeadline(time.Time{}) // the former request's, on this connection
+	if r.ContentLength != 0 {
+		_ = rc.SetReadDeadline(time.Now().Add(stallTime)) // of a body that nobody reads: the server awaits it before it answers
+	}
 	user, err := g.admit(r)
 	if err == nil {
 		err = c.route()

@@ -126,7 +126,7 @@ func loopback(host string) bool {
 }
 
 // Serve serves on a listener, which it closes, until ctx ends: then it returns nil,
-// with uploads given up and handlers gone.
+// with uploads given up and connections closed.
 func (g *Registry) Serve(ctx context.Context, l net.Listener, cert *tls.Certificate) error {
 	defer g.Close()
 	l = &limited{Listener: l, slots: make(chan struct{}, maxConns)}
