@@ -1,11 +1,13 @@
 package vm
 
 import (
+	"context"
 	"io"
 	"os"
 	"os/exec"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // reap ends the processes that name a directory, when its input ends. They outlive who
@@ -23,7 +25,7 @@ func endWithUs(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := reaper(dir, lives)
+	cmd := reaper(context.Background(), dir, lives)
 	err = cmd.Start()
 	lives.Close()
 	if err != nil {
@@ -31,14 +33,19 @@ func endWithUs(t *testing.T, dir string) {
 	}
 	t.Cleanup(func() {
 		ours.Close()
+		late := time.AfterFunc(reapTime, func() { _ = cmd.Process.Kill() }) // Wait says so
+		defer late.Stop()
 		if err := cmd.Wait(); err != nil {
-			t.Error(err)
+			t.Errorf("what works below %s is not ended: %v", dir, err)
 		}
 	})
 }
 
-func reaper(dir string, lives io.Reader) *exec.Cmd {
-	cmd := exec.Command("sh", "-c", reap, "sh", dir)
+// reapTime is how long it may take.
+const reapTime = time.Minute
+
+func reaper(ctx context.Context, dir string, lives io.Reader) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "sh", "-c", reap, "sh", dir)
 	cmd.Stdin = lives
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return cmd
@@ -47,12 +54,14 @@ func reaper(dir string, lives io.Reader) *exec.Cmd {
 // TestEndWithUs: who names the directory ends with what holds the pipe, others don't.
 func TestEndWithUs(t *testing.T) {
 	dir := t.TempDir()
+	ctx, cancel := context.WithTimeout(t.Context(), reapTime)
+	defer cancel()
 	lives, ours, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer lives.Close()
-	theirs := exec.Command("cat", "-", dir+"/run")
+	theirs := exec.CommandContext(ctx, "cat", "-", dir+"/run")
 	theirs.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if _, err := theirs.StdinPipe(); err != nil { // it waits for what never comes
 		t.Fatal(err)
@@ -60,7 +69,7 @@ func TestEndWithUs(t *testing.T) {
 	if err := theirs.Start(); err != nil {
 		t.Fatal(err)
 	}
-	cmd := reaper(dir, lives)
+	cmd := reaper(ctx, dir, lives)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
