@@ -160,6 +160,9 @@ func (e *Engine) applyMachines(ctx context.Context, found map[*ctr]*foundMachine
 func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error {
 	if (f.verdict == adopt || f.verdict == exited) && f.guest != nil {
 		c.setMachine(f.guest)
+		if r := c.record(); r.HostConfig.PidMode.IsHost() { // with which rights its processes run is not known any more
+			f.machine.Taint(e.reachOf(r))
+		}
 		if err := e.act(ctx, f.client, c, f.verdict, f.task); err != nil || f.verdict == exited {
 			return err
 		}
