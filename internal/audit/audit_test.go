@@ -111,8 +111,14 @@ func TestScan(t *testing.T) {
 		t.Error("not said to be deleted")
 	}
 	for what, l := range map[string]Limits{"bytes": {Bytes: 1}, "files": {Files: 1}, "time": {Time: time.Nanosecond}} {
-		if f, err := (&Scanner{Limits: l}).Scan(context.Background(), layered.Stack{high, low}); err != nil || f.Incomplete == "" {
-			t.Errorf("%s: %v %q", what, err, f.Incomplete)
+		sc := &Scanner{Limits: l}
+		if f, err := sc.Scan(context.Background(), layered.Stack{high, low}); err != nil || f.Incomplete == "" || len(f.Shadow) != 1 {
+			t.Errorf("%s: %v %q %q", what, err, f.Incomplete, f.Shadow)
+		}
+		// What an image had no bytes left for is read in another.
+		sc.Limits = Limits{}
+		if f, err := sc.Scan(context.Background(), layered.Stack{high, low}); err != nil || what == "bytes" && f.Incomplete != "" {
+			t.Errorf("%s, again: %v %q", what, err, f.Incomplete)
 		}
 	}
 }

@@ -78,6 +78,7 @@ func (sc *Scanner) Scan(ctx context.Context, s layered.Stack) (f Files, err erro
 	l.defaults()
 	ctx, cancel := context.WithTimeout(ctx, l.Time)
 	defer cancel()
+	f.Shadow = emptyPasswords(s)
 	packaged := packagedIn(owned(ctx, s))
 	left := l.Bytes
 	for i, dir := range slices.Backward(s) {
@@ -112,7 +113,6 @@ func (sc *Scanner) Scan(ctx context.Context, s layered.Stack) (f Files, err erro
 			return f, nil
 		}
 	}
-	f.Shadow = emptyPasswords(s)
 	return f, nil
 }
 
@@ -137,6 +137,9 @@ func (sc *Scanner) layer(ctx context.Context, dir string, l Limits, left int64) 
 	err := layered.WalkLayer(dir, "/", r.entry)
 	if err != nil && !errors.Is(err, errEnough) {
 		return nil, err
+	}
+	if r.left < 0 { // another image may have read less before it came here
+		return r.found, nil
 	}
 	if sc.layers == nil {
 		sc.layers = map[string]*found{}
