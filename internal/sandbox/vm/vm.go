@@ -560,8 +560,9 @@ func (v *VMs) List(ctx context.Context) ([]sandbox.Machine, error) {
 	return out, nil
 }
 
-// Teardown ends tenon-vmm and with it all machines. One that was killed is
-// started once more: it removes what is left.
+// Teardown ends tenon-vmm and with it all machines, and removes the control group
+// that held it, if nothing else is in it. One that was killed is started once more: it
+// removes what is left.
 func (v *VMs) Teardown(ctx context.Context) error {
 	if _, err := os.Lstat(v.Socket()); errors.Is(err, fs.ErrNotExist) {
 		return nil // there never was one
@@ -581,7 +582,7 @@ func (v *VMs) Teardown(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("tenon-vmm did not end: %w", context.Cause(ctx))
 	}
-	return errors.Join(os.RemoveAll(v.Socket()), os.RemoveAll(filepath.Join(v.cfg.RunRoot, "vms")))
+	return errors.Join(os.RemoveAll(v.Socket()), os.RemoveAll(filepath.Join(v.cfg.RunRoot, "vms")), aside.Remove(v.cfg.Name))
 }
 
 func (v *VMs) isClosed() bool {
