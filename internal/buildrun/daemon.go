@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 
@@ -65,9 +64,7 @@ func upgrade(ctx context.Context, c *client.Client, path string, meta map[string
 
 // record tells the daemon how an image was built. One that does not keep that is no failure.
 func record(ctx context.Context, c *client.Client, id string, d imageapi.Definition) error {
-	err := c.Call(ctx, client.Request{
-		Method: http.MethodPut, Path: imageapi.Path + "/definition", Query: url.Values{"image": {id}}, Body: d,
-	}, nil)
+	err := c.RecordBuild(ctx, id, d)
 	var answer *client.Error
 	if errors.As(err, &answer) && (answer.Status == http.StatusNotFound || answer.Status == http.StatusNotImplemented) {
 		return nil

@@ -194,13 +194,13 @@ func (a *app) allAuth(ctx context.Context) (string, error) {
 		return "", err
 	}
 	all := map[string]registry.AuthConfig{}
-	for server := range c.auths {
-		if all[server], err = c.get(ctx, server); err != nil {
-			return "", err
+	for _, server := range slices.Concat(sortedKeys(c.auths), sortedKeys(c.credHelpers)) {
+		host := server // some clients keep them by URL
+		if server != dockerHub {
+			host = strings.TrimPrefix(strings.TrimPrefix(server, "https://"), "http://")
+			host, _, _ = strings.Cut(host, "/")
 		}
-	}
-	for server := range c.credHelpers {
-		if all[server], err = c.get(ctx, server); err != nil {
+		if all[host], err = c.get(ctx, server); err != nil {
 			return "", err
 		}
 	}

@@ -1,12 +1,66 @@
 package cli
 
 import (
+	"encoding/base64"
+	"encoding/json"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/moby/moby/api/types/registry"
+
 	"tenon.dev/tenon/client/imageapi"
 )
+
+// Credentials go by their registry's host, however they are kept; a file of null is empty.
+func TestAllCredentials(t *testing.T) {
+	a, _ := testApp(t)
+	a.config = t.TempDir()
+	for text, want := range map[string]map[string]string{
+		`null`:            {},
+		`{"auths": null}`: {},
+		`{"auths": {"https://a.test/v2/": {"auth": "bWU6eA=="}, "b.test:5000": {"auth": "eW91Ong="}, "https://index.docker.io/v1/": {"auth": "aHViOng="}}}`: {"a.test": "me", "b.test:5000": "you", "https://index.docker.io/v1/": "hub"},
+	} {
+		if err := os.WriteFile(filepath.Join(a.config, "config.json"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		header, err := a.allAuth(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := base64.URLEncoding.DecodeString(header)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[string]registry.AuthConfig{}
+		if len(b) > 0 {
+			if err := json.Unmarshal(b, &got); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(got) != len(want) {
+			t.Errorf("%s: %v", text, got)
+		}
+		for host, user := range want {
+			if got[host].Username != user {
+				t.Errorf("%s of %s: %+v", host, text, got[host])
+			}
+		}
+		c, err := a.loadConfig()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.auths["new.test"] = authEntry{}
+		if err := c.save(); err != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+		if st, err := os.Stat(c.path); err != nil || st.Mode().Perm() != 0o600 {
+			t.Errorf("config.json: %v, %v", st, err)
+		}
+	}
+}
 
 // What a daemon says of a build chooses neither files that are written here nor a
 // directory that only has the name of the one it was built from.

@@ -22,7 +22,7 @@ import (
 	"tenon.dev/tenon/internal/server/wire"
 )
 
-// Builder builds images; *api.Builder is one.
+// Builder builds images; *build.Builder is one.
 type Builder interface {
 	// Session serves a client's session on conn until it ends.
 	Session(ctx context.Context, conn net.Conn, header map[string][]string) error
