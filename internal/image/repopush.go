@@ -89,7 +89,15 @@ func (r *Repositories) needs(name, repo string, doc *document) error {
 	if err != nil {
 		return err
 	}
-	any := func(f func(string) bool) bool { return slices.ContainsFunc(names, f) }
+	// A document may name tens of thousands: what there is is listed once.
+	docs, stored := map[digest.Digest]ocispec.Descriptor{}, map[digest.Digest]bool{}
+	for _, n := range names {
+		r.contents(n, docs, stored)
+	}
+	has := func(d digest.Digest) bool {
+		_, is := docs[d]
+		return (is || stored[d] || slices.ContainsFunc(names, func(n string) bool { return r.s.expected(n, d) })) && r.s.hasBlob(d, -1)
+	}
 	blobs := slices.Clone(doc.Layers)
 	if doc.Config != nil {
 		blobs = append(blobs, *doc.Config)
@@ -98,21 +106,54 @@ func (r *Repositories) needs(name, repo string, doc *document) error {
 		if len(b.URLs) > 0 && !r.s.hasBlob(b.Digest, -1) {
 			continue // foreign layers stay where they are
 		}
-		if !r.s.hasBlob(b.Digest, b.Size) || !any(func(n string) bool { return r.has(n, b.Digest) }) {
+		if !r.s.hasBlob(b.Digest, b.Size) || !has(b.Digest) {
 			return &MissingError{Digest: b.Digest}
 		}
 	}
 	for _, m := range doc.Manifests {
-		found := any(func(n string) bool {
-			roots, _ := r.roots(n, "")
-			f := r.find(roots, m.Digest, true)
-			return f != nil && f.MediaType == m.MediaType && f.Size == m.Size
-		})
-		if !found && !(any(func(n string) bool { return r.has(n, m.Digest) }) && !images.IsIndexType(m.MediaType) && !images.IsManifestType(m.MediaType)) {
+		f, found := docs[m.Digest]
+		found = found && f.MediaType == m.MediaType && f.Size == m.Size
+		if !found && !(has(m.Digest) && !images.IsIndexType(m.MediaType) && !images.IsManifestType(m.MediaType)) {
 			return &MissingError{Digest: m.Digest, Manifest: true}
 		}
 	}
 	return nil
+}
+
+// contents adds what a repository, by its canonical name, has: documents, and blobs
+// that they name.
+func (r *Repositories) contents(name string, docs map[digest.Digest]ocispec.Descriptor, blobs map[digest.Digest]bool) {
+	seen := map[digest.Digest]bool{}
+	add := func(t ocispec.Descriptor) {
+		if _, known := docs[t.Digest]; !known {
+			docs[t.Digest] = t
+		}
+	}
+	var walk func(t ocispec.Descriptor, depth int)
+	walk = func(t ocispec.Descriptor, depth int) {
+		if seen[t.Digest] || depth > maxIndexDepth+1 {
+			return
+		}
+		seen[t.Digest] = true
+		add(t)
+		n := r.node(t)
+		if n == nil {
+			return
+		}
+		for _, m := range n.manifests {
+			walk(m, depth+1)
+		}
+		for _, b := range n.blobs {
+			blobs[b.Digest] = true
+		}
+	}
+	roots, _ := r.roots(name, "")
+	for _, t := range roots { // first as they were pushed, then as others name them
+		add(t)
+	}
+	for _, t := range roots {
+		walk(t, 0)
+	}
 }
 
 // isImage tells whether a manifest, or one below an index, can be run.
