@@ -357,6 +357,9 @@ func (e *Engine) execExited(client *task.Client, containerID, id string, code in
 	e.mu.Lock()
 	x := e.execs[id]
 	e.mu.Unlock()
+	if x == nil && e.steps.get(containerID) != nil {
+		return // ExecStep asks for its code, and deletes it
+	}
 	if x == nil { // of an earlier daemon: nobody asks for its code any more
 		e.spawn(func() {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), cleanTime)

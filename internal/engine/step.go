@@ -147,7 +147,16 @@ func (e *Engine) runStepOn(ctx context.Context, client *task.Client, st *Step, r
 		return exit, err
 	}
 	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, st.ID) })
-	if _, err = client.Create(ctx, req); err != nil {
+	// The host's shim goes on with what it was asked for, and what it has not made yet
+	// can't be deleted: a build that is cancelled waits for that. A machine of the step's
+	// own ends with all that it has.
+	sctx, cancel := context.WithCancel(ctx)
+	if ended == nil {
+		cancel()
+		sctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), startTime)
+	}
+	defer cancel()
+	if _, err = client.Create(sctx, req); err != nil {
 		return exit, fmt.Errorf("step: %s: %w", commandText(st.ID, err), err)
 	}
 	att, err := client.Attach(ctx, st.ID, "", task.Stdio{Stdin: st.Stdin, Stdout: st.Stdout, Stderr: st.Stderr, Terminal: st.Config.Tty})
@@ -155,7 +164,7 @@ func (e *Engine) runStepOn(ctx context.Context, client *task.Client, st *Step, r
 		return exit, err
 	}
 	defer att.Close()
-	if _, err := client.Start(ctx, st.ID, ""); err != nil {
+	if _, err := client.Start(sctx, st.ID, ""); err != nil {
 		return exit, stepError(st.ID, err)
 	}
 	if err := failpoint("step-started"); err != nil {
