@@ -110,6 +110,9 @@ func TestStepIsCutOff(t *testing.T) {
 	for i := range 24 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*time.Millisecond) // any moment will do
 		st := b.step(fmt.Sprintf("stepcut%d", i), "sleep", "1000")
+		if i%2 == 1 {
+			st.HostConfig.NetworkMode = "bridge"
+		}
 		if exit, err := b.RunStep(ctx, st); err == nil {
 			t.Errorf("%+v", exit)
 		}
