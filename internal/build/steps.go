@@ -46,8 +46,12 @@ type step struct {
 	pending []byte
 }
 
-// maxDockerfileBytes bounds a Dockerfile in a context.
-const maxDockerfileBytes = 16 << 20
+const (
+	// maxDockerfileBytes bounds a Dockerfile in a context.
+	maxDockerfileBytes = 16 << 20
+	// maxStages bounds its stages, which are looked for among each other.
+	maxStages = 4096
+)
 
 // readSteps reads the Dockerfile of an unpacked context: the first to notice what is
 // wrong with it.
@@ -105,6 +109,9 @@ func parseSteps(name string, text []byte, target string, tags []string) (*steps,
 	}
 	if len(stages) == 0 {
 		return nil, invalid("file with no instructions or no FROM (%s)", name)
+	}
+	if len(stages) > maxStages {
+		return nil, invalid("%s has %d stages, more than %d", name, len(stages), maxStages)
 	}
 	last := len(stages) - 1
 	if target != "" {

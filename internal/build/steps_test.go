@@ -1,6 +1,7 @@
 package build
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -100,4 +101,21 @@ func FuzzSteps(f *testing.F) {
 		s.update(&client.SolveStatus{Vertexes: []*client.Vertex{{Digest: digest.FromString(name), Name: name, Started: &now}}}, &out)
 		s.finish(&out, "sha256:1")
 	})
+}
+
+func TestStagesAreBounded(t *testing.T) {
+	chain := func(n int) []byte {
+		var b strings.Builder
+		b.WriteString("FROM scratch AS s0\n")
+		for i := range n - 1 {
+			fmt.Fprintf(&b, "FROM s%d AS s%d\n", i, i+1)
+		}
+		return []byte(b.String())
+	}
+	if s, err := parseSteps("Dockerfile", chain(maxStages), "", nil); err != nil || len(s.list) != maxStages {
+		t.Errorf("as many as there may be: %v", err)
+	}
+	if _, err := parseSteps("Dockerfile", chain(maxStages+1), "", nil); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("one more: %v", err)
+	}
 }
