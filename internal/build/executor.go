@@ -52,11 +52,18 @@ type executor struct {
 	tmp        string // for mounts that can't be made in the step alone
 
 	mu      sync.Mutex
-	running map[string]chan struct{} // by ID; closed once the step runs or is over
+	running map[string]underWay // by BuildKit's ID
+}
+
+// underWay is a step that is under way. Its ID is not BuildKit's, which frontends may
+// choose: it could be a container's.
+type underWay struct {
+	step string
+	up   chan struct{} // closed once it runs or is over
 }
 
 func (b *Builder) newExecutor() (*executor, error) {
-	x := &executor{steps: b.opt.Steps, log: b.log, isSnapshot: func(p string) bool { return b.opt.Images.LayerPath(filepath.Base(p)) == p }, work: filepath.Join(b.opt.Dir, "work"), tmp: b.tmpDir(), running: map[string]chan struct{}{}}
+	x := &executor{steps: b.opt.Steps, log: b.log, isSnapshot: func(p string) bool { return b.opt.Images.LayerPath(filepath.Base(p)) == p }, work: filepath.Join(b.opt.Dir, "work"), tmp: b.tmpDir(), running: map[string]underWay{}}
 	var err error
 	if x.stacks, err = newStacks(b.opt.Images, filepath.Join(b.opt.Dir, "erofs")); err != nil {
 		return nil, err
@@ -72,13 +79,14 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 	if err := bkexecutor.ValidContainerID(id); err != nil {
 		return nil, err
 	}
-	up := make(chan struct{})
+	up, asked := make(chan struct{}), id
+	id = identity.NewID()
 	x.mu.Lock()
-	if x.running[id] != nil {
+	if x.running[asked].up != nil {
 		x.mu.Unlock()
-		return nil, fmt.Errorf("step %s runs already: %w", id, errdefs.ErrAlreadyExists)
+		return nil, fmt.Errorf("step %s runs already: %w", asked, errdefs.ErrAlreadyExists)
 	}
-	x.running[id] = up
+	x.running[asked] = underWay{id, up}
 	x.mu.Unlock()
 	begin := sync.OnceFunc(func() {
 		close(up)
@@ -88,7 +96,7 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 	})
 	defer func() {
 		x.mu.Lock()
-		delete(x.running, id)
+		delete(x.running, asked)
 		x.mu.Unlock()
 		begin()
 	}()
@@ -137,21 +145,21 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 // Exec runs one more process in a step that runs.
 func (x *executor) Exec(ctx context.Context, id string, p bkexecutor.ProcessInfo) error {
 	x.mu.Lock()
-	up := x.running[id]
+	r := x.running[id]
 	x.mu.Unlock()
-	if up == nil {
+	if r.up == nil {
 		return fmt.Errorf("no step %s runs: %w", id, errdefs.ErrNotFound)
 	}
 	select {
-	case <-up:
+	case <-r.up:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	st, err := x.step(ctx, id, p)
+	st, err := x.step(ctx, r.step, p)
 	if err != nil {
 		return err
 	}
-	exit, err := x.steps.ExecStep(ctx, id, identity.NewID(), st)
+	exit, err := x.steps.ExecStep(ctx, r.step, identity.NewID(), st)
 	if err != nil {
 		return stepFailure(ctx, err)
 	}
