@@ -102,13 +102,15 @@ func TestStep(t *testing.T) {
 func TestStepIsCutOff(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
-	shim, err := task.Dial(t.Context(), filepath.Join(b.run, "shim.sock"))
+	limited, end := context.WithTimeout(t.Context(), time.Minute)
+	defer end()
+	shim, err := task.Dial(limited, filepath.Join(b.run, "shim.sock"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer shim.Close()
 	for i := range 24 {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*time.Millisecond) // any moment will do
+		ctx, cancel := context.WithTimeout(limited, time.Duration(i)*time.Millisecond) // any moment will do
 		st := b.step(fmt.Sprintf("stepcut%d", i), "sleep", "1000")
 		if i%2 == 1 {
 			st.HostConfig.NetworkMode = "bridge"
@@ -119,7 +121,7 @@ func TestStepIsCutOff(t *testing.T) {
 		cancel()
 		b.stepLeft(st.ID)
 	}
-	list, _, err := shim.List(t.Context(), "")
+	list, _, err := shim.List(limited, "")
 	if err != nil {
 		t.Fatal(err)
 	}
