@@ -135,6 +135,9 @@ func (sc *Scanner) layer(ctx context.Context, dir string, l Limits, left int64) 
 	}
 	r := &reader{ctx: ctx, limits: l, left: left, found: &found{}, buf: make([]byte, l.File)}
 	err := layered.WalkLayer(dir, "/", r.entry)
+	if errors.Is(err, layered.ErrTooMany) {
+		err = r.stop("a directory with too many files")
+	}
 	if err != nil && !errors.Is(err, errEnough) {
 		return nil, err
 	}

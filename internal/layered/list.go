@@ -195,10 +195,15 @@ const maxDepth = 256
 
 // WalkLayer calls f for everything in one layer below from ("/" is all of it),
 // directories first, sorted by name. No link is followed, and no file system but the
-// layer's is entered. It ends with f's first error.
+// layer's is entered. It ends with f's first error, or with ErrTooMany at a directory
+// of more than 262,144 names.
 func WalkLayer(layer, from string, f func(Entry) error) error {
 	return walk(layer, strings.Trim(path.Clean("/"+from), "/"), 0, f)
 }
+
+// maxNames bounds what is read of one directory: images are hostile, and 255 bytes
+// times this is memory of the daemon's.
+const maxNames = 1 << 18
 
 func walk(layer, dir string, depth int, f func(Entry) error) error {
 	if depth > maxDepth {
@@ -209,8 +214,11 @@ func walk(layer, dir string, depth int, f func(Entry) error) error {
 		return &os.PathError{Op: "open", Path: "/" + dir, Err: err}
 	}
 	d := os.NewFile(uintptr(fd), dir)
-	list, err := d.Readdirnames(-1)
-	if err != nil {
+	list, err := d.Readdirnames(maxNames + 1)
+	if err == nil && len(list) > maxNames {
+		err = ErrTooMany
+	}
+	if err != nil && err != io.EOF {
 		d.Close()
 		return &os.PathError{Op: "read", Path: "/" + dir, Err: err}
 	}
