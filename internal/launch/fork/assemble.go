@@ -80,7 +80,11 @@ func (a *assembly) above(fd, low int) (int, error) {
 
 // prologue is the number of instructions before the plan's that does not depend
 // on it, and the one behind the plan's.
-const prologue = 8
+const prologue = 9
+
+// startSlack is the timer slack, in nanoseconds, that this program was started with. A
+// child has it, whatever the thread that forks has by now. 0: unknown.
+var startSlack, _ = unix.PrctlRetInt(unix.PR_GET_TIMERSLACK, 0, 0, 0, 0) // 0 with an error
 
 func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 	blk, err := newBlock()
@@ -172,6 +176,9 @@ func assemble(plan *launch.Plan, stdio Stdio) (_ *assembly, err error) {
 	}
 	pro(unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0)
 	pro(opDefaultSig)
+	if startSlack > 0 {
+		pro(unix.SYS_PRCTL, unix.PR_SET_TIMERSLACK, uintptr(startSlack))
+	}
 	if lim := inheritedNofile(plan); lim != nil {
 		b := binary.NativeEndian.AppendUint64(nil, lim.Cur)
 		pro(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, a.bytes(binary.NativeEndian.AppendUint64(b, lim.Max)), 0)
