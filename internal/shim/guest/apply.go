@@ -169,6 +169,9 @@ const appearTurn = 20 * time.Millisecond
 // deviceTime is how long a disk may take to appear.
 const deviceTime = time.Minute
 
+// openTime is how long a disk that has appeared may take until it can be opened.
+const openTime = 10 * time.Second
+
 // blockDevice finds the disk of a serial number.
 func blockDevice(ctx context.Context, serial string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, deviceTime)
@@ -206,7 +209,8 @@ func names(dir string) ([]string, error) {
 
 func mountStep(ctx context.Context, m *taskv1.GuestMount) error {
 	source := m.Source
-	if serial, ok := strings.CutPrefix(source, "serial:"); ok {
+	serial, disk := strings.CutPrefix(source, "serial:")
+	if disk {
 		var err error
 		if source, err = blockDevice(ctx, serial); err != nil {
 			return err
@@ -218,7 +222,13 @@ func mountStep(ctx context.Context, m *taskv1.GuestMount) error {
 	if m.Once && mountPoint(m.Target) {
 		return nil
 	}
-	if err := unix.Mount(source, m.Target, m.Type, uintptr(m.Flags), m.Data); err != nil {
+	err := unix.Mount(source, m.Target, m.Type, uintptr(m.Flags), m.Data)
+	// The kernel shows a disk that was just plugged a moment before it can be opened.
+	for end := time.Now().Add(openTime); disk && (err == unix.ENXIO || err == unix.ENOENT) && time.Now().Before(end) && ctx.Err() == nil; {
+		time.Sleep(time.Millisecond)
+		err = unix.Mount(source, m.Target, m.Type, uintptr(m.Flags), m.Data)
+	}
+	if err != nil {
 		return fmt.Errorf("mount %s (%s) on %s: %w", m.Source, m.Type, m.Target, err)
 	}
 	return nil
