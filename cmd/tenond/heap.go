@@ -1,17 +1,10 @@
 package main
 
 import (
-	"fmt"
-	"os"
 	"runtime"
 	"runtime/debug"
-	"slices"
-	"strings"
 	"sync"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -32,7 +25,6 @@ type heap struct {
 	mu    sync.Mutex
 	timer *time.Timer
 	last  time.Time // when memory was given back
-	begun sync.Once
 }
 
 func keepHeap() *heap { return &heap{ballast: make([]byte, ballastSize)} }
@@ -54,46 +46,6 @@ func (h *heap) tidy() {
 	h.last = time.Now()
 	h.mu.Unlock()
 	debug.FreeOSMemory()
-	h.begun.Do(forgetStart)
-}
-
-// forgetStart takes the program's own pages out of memory that its start has read and
-// nothing needs any more: the initialisation of what it is linked with touches most of
-// it once. They stay in the kernel's cache, and come back when they are used: this frees
-// nothing that the kernel could not take by itself when memory is short, but the daemon
-// is then counted what it uses. A program that was changed where it was loaded (to lie
-// at any address) would lose that, and is left as it is.
-func forgetStart() {
-	if !atItsPlace() {
-		return
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return
-	}
-	maps, err := os.ReadFile("/proc/self/maps")
-	if err != nil {
-		return
-	}
-	for line := range strings.Lines(string(maps)) {
-		f := strings.Fields(line)
-		if len(f) < 6 || f[5] != self || strings.Contains(f[1], "w") {
-			continue
-		}
-		var from, to uintptr
-		if _, err := fmt.Sscanf(f[0], "%x-%x", &from, &to); err == nil {
-			// What it says does not matter: the pages stay, then.
-			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED)
-		}
-	}
-}
-
-// atItsPlace tells whether the program runs where it was linked to.
-func atItsPlace() bool {
-	info, ok := debug.ReadBuildInfo()
-	return ok && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool {
-		return s.Key == "-buildmode" && s.Value == "exe"
-	})
 }
 
 func (h *heap) stop() {
