@@ -1,4 +1,4 @@
-// tenon-build builds images for `tenon build`, which runs it.
+// Command tenon-build builds images for `tenon build`, which runs it.
 package main
 
 import (
