@@ -6,6 +6,7 @@ import (
 
 	"tenon.dev/tenon/internal/network"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	"tenon.dev/tenon/internal/userns"
 )
 
 // The levels of isolation, as records and clients name them.
@@ -201,6 +202,10 @@ type Share struct {
 	Path     string
 	ReadOnly bool
 	File     bool // Path is a file
+	// IDs are the guest's ids that the share's 0…Size-1 are, as by an idmapped
+	// mount; what others of the guest make or take is refused. Nil: all ids are
+	// what they are.
+	IDs *userns.Range
 }
 
 // MachineHandover is what a container gets on a machine.

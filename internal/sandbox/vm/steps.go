@@ -189,6 +189,9 @@ func (m *machine) share(ctx context.Context, id string, s sandbox.Share) (*taskv
 	m.shares++
 	hs := &vmv1.HostShare{Tag: fmt.Sprintf("s%d", m.shares), Path: s.Path, ReadOnly: s.ReadOnly, Cache: shareCache}
 	m.mu.Unlock()
+	if s.IDs != nil {
+		hs.Ids = &vmv1.IDRange{Start: s.IDs.Start, Size: s.IDs.Size}
+	}
 	if m.lasting != nil {
 		hs.Tag, hs.Owner = short(id)+"-"+hs.Tag, id
 		m.lasting.of(id, func(h *holdings) { h.shares = append(h.shares, hs.Tag) })

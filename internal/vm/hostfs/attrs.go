@@ -7,11 +7,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func fillAttr(a *fuse.Attr, st *unix.Stat_t) {
+func (s *server) fillAttr(a *fuse.Attr, st *unix.Stat_t) {
 	*a = fuse.Attr{
 		Ino: st.Ino, Size: uint64(st.Size), Blocks: uint64(st.Blocks), Mode: st.Mode, Nlink: uint32(st.Nlink),
 		Atime: uint64(st.Atim.Sec), Atimensec: uint32(st.Atim.Nsec), Mtime: uint64(st.Mtim.Sec), Mtimensec: uint32(st.Mtim.Nsec),
-		Ctime: uint64(st.Ctim.Sec), Ctimensec: uint32(st.Ctim.Nsec), Owner: fuse.Owner{Uid: st.Uid, Gid: st.Gid},
+		Ctime: uint64(st.Ctim.Sec), Ctimensec: uint32(st.Ctim.Nsec), Owner: fuse.Owner{Uid: s.opts.IDs.guest(st.Uid), Gid: s.opts.IDs.guest(st.Gid)},
 		Rdev: uint32(st.Rdev), Blksize: uint32(st.Blksize),
 	}
 }
@@ -24,7 +24,7 @@ func (s *server) attr(n *node, out *fuse.AttrOut) error {
 	s.mu.Lock()
 	n.told = versionOf(&st)
 	s.mu.Unlock()
-	fillAttr(&out.Attr, &st)
+	s.fillAttr(&out.Attr, &st)
 	out.SetTimeout(s.opts.Cache)
 	return nil
 }
@@ -52,6 +52,12 @@ func (s *server) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOu
 }
 
 func (s *server) set(n *node, in *fuse.SetAttrIn) error {
+	uid, uok := in.GetUID()
+	gid, gok := in.GetGID()
+	u, g, err := s.newOwner(n, uid, gid, uok, gok)
+	if err != nil {
+		return err
+	}
 	if mode, ok := in.GetMode(); ok {
 		if n.mode == unix.S_IFLNK {
 			return unix.EOPNOTSUPP
@@ -60,16 +66,7 @@ func (s *server) set(n *node, in *fuse.SetAttrIn) error {
 			return err
 		}
 	}
-	uid, uok := in.GetUID()
-	gid, gok := in.GetGID()
 	if uok || gok {
-		u, g := -1, -1
-		if uok {
-			u = int(uid)
-		}
-		if gok {
-			g = int(gid)
-		}
 		if err := unix.Fchownat(n.fd, "", u, g, unix.AT_EMPTY_PATH); err != nil {
 			return err
 		}
@@ -80,6 +77,30 @@ func (s *server) set(n *node, in *fuse.SetAttrIn) error {
 		}
 	}
 	return s.times(n, in)
+}
+
+// newOwner is what the owners are to be in the tree, -1: what they are. A file
+// whose owners aren't the guest's stays as it is, unless it gets others.
+func (s *server) newOwner(n *node, uid, gid uint32, uok, gok bool) (u, g int, err error) {
+	u, g = -1, -1
+	if uok {
+		id, ok := s.opts.IDs.tree(uid)
+		if !ok {
+			return -1, -1, unix.EOVERFLOW
+		}
+		u = int(id)
+	}
+	if gok {
+		id, ok := s.opts.IDs.tree(gid)
+		if !ok {
+			return -1, -1, unix.EOVERFLOW
+		}
+		g = int(id)
+	}
+	if uok && gok {
+		return u, g, nil
+	}
+	return u, g, s.mapped(n, unix.EOVERFLOW)
 }
 
 // truncate uses the open file where there is one: it may be longer writable
@@ -145,8 +166,8 @@ func (s *server) StatFs(_ <-chan struct{}, in *fuse.InHeader, out *fuse.StatfsOu
 // attribute refuses names that mean something to the host's security modules
 // or file systems.
 func attribute(name string) error {
-	if strings.HasPrefix(name, "user.") || name == "security.capability" ||
-		name == "system.posix_acl_access" || name == "system.posix_acl_default" || strings.HasPrefix(name, "trusted.") {
+	if strings.HasPrefix(name, "user.") || name == capability ||
+		name == aclAccess || name == aclDefault || strings.HasPrefix(name, "trusted.") {
 		return nil
 	}
 	return unix.EOPNOTSUPP
@@ -174,6 +195,9 @@ func (s *server) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, name string, dest
 		return 0, errno(err)
 	}
 	size, err := unix.Getxattr(s.link(n), name, dest)
+	if err == nil {
+		err = s.opts.IDs.toGuest(name, dest[:min(size, len(dest))])
+	}
 	return uint32(max(size, 0)), errno(err)
 }
 
@@ -197,6 +221,13 @@ func (s *server) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, name string, d
 	if err != nil {
 		return errno(err)
 	}
+	if err := s.mapped(n, unix.EPERM); err != nil {
+		return errno(err)
+	}
+	data, err = s.opts.IDs.toTree(name, data)
+	if err != nil {
+		return errno(err)
+	}
 	return errno(unix.Setxattr(s.link(n), name, data, int(in.Flags)))
 }
 
@@ -209,6 +240,9 @@ func (s *server) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, name string) f
 		err = attribute(name)
 	}
 	if err != nil {
+		return errno(err)
+	}
+	if err := s.mapped(n, unix.EPERM); err != nil {
 		return errno(err)
 	}
 	return errno(unix.Removexattr(s.link(n), name))

@@ -24,6 +24,11 @@ func (s *server) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fus
 	if err != nil {
 		return errno(err)
 	}
+	if flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_TRUNC != 0 {
+		if err := s.mapped(n, unix.EACCES); err != nil {
+			return errno(err)
+		}
+	}
 	if err := s.refresh(n); err != nil {
 		return errno(err)
 	}
@@ -47,7 +52,7 @@ func (s *server) opened(fd int, n *node, out *fuse.OpenOut) (err error) {
 }
 
 func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
-	p, err := s.parent(in.NodeId, name)
+	p, err := s.maker(&in.InHeader, name)
 	if err != nil {
 		return errno(err)
 	}
@@ -58,6 +63,9 @@ func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *
 			return errno(err)
 		}
 		n, err := s.node(out.NodeId)
+		if err == nil {
+			err = s.mapped(n, unix.EACCES)
+		}
 		if err == nil {
 			fd, err = s.reopen(n, flags&^unix.O_CREAT)
 		}

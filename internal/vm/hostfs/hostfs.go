@@ -12,6 +12,7 @@
 //	names.go   looking up, making, renaming, removing, reading directories
 //	files.go   opening, reading, writing
 //	attrs.go   attributes, extended attributes
+//	ids.go     ids of users and groups, which a guest may have others of
 //	locks.go   locks, which hold between guests and the host's processes
 //	confine.go the system calls that a server may make
 //
@@ -58,6 +59,8 @@ type Options struct {
 	// at once what others change; else it does when it opens a file, or takes a
 	// lock on it.
 	Cache time.Duration
+	// IDs map the guest's ids.
+	IDs IDs
 }
 
 // handle is an open file or directory.

@@ -28,7 +28,19 @@ func (s *server) parent(id uint64, name string) (*node, error) {
 	if err := component(name); err != nil {
 		return nil, err
 	}
-	return s.node(id)
+	n, err := s.node(id)
+	if err != nil {
+		return nil, err
+	}
+	return n, s.mapped(n, unix.EACCES)
+}
+
+// maker is parent for what makes a file, which is to be the caller's.
+func (s *server) maker(h *fuse.InHeader, name string) (*node, error) {
+	if err := s.opts.IDs.caller(h); err != nil {
+		return nil, err
+	}
+	return s.parent(h.NodeId, name)
 }
 
 func (s *server) lookup(parent *node, name string, out *fuse.EntryOut) error {
@@ -81,7 +93,7 @@ func (s *server) made(p *node, name string, h *fuse.InHeader, out *fuse.EntryOut
 }
 
 func (s *server) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
-	p, err := s.parent(in.NodeId, name)
+	p, err := s.maker(&in.InHeader, name)
 	if err != nil {
 		return errno(err)
 	}
@@ -101,7 +113,7 @@ func (s *server) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fu
 }
 
 func (s *server) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
-	p, err := s.parent(in.NodeId, name)
+	p, err := s.maker(&in.InHeader, name)
 	if err != nil {
 		return errno(err)
 	}
@@ -112,7 +124,7 @@ func (s *server) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fu
 }
 
 func (s *server) Symlink(_ <-chan struct{}, h *fuse.InHeader, target, name string, out *fuse.EntryOut) fuse.Status {
-	p, err := s.parent(h.NodeId, name)
+	p, err := s.maker(h, name)
 	if err != nil {
 		return errno(err)
 	}
@@ -133,6 +145,9 @@ func (s *server) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse
 	}
 	if n.mode == unix.S_IFDIR {
 		return fuse.EPERM
+	}
+	if err := s.mapped(n, unix.EOVERFLOW); err != nil {
+		return errno(err)
 	}
 	// By its link in /proc, a link's own inode included.
 	if err := unix.Linkat(unix.AT_FDCWD, s.link(n), p.fd, name, unix.AT_SYMLINK_FOLLOW); err != nil {
@@ -159,12 +174,18 @@ func (s *server) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.S
 	if err != nil {
 		return errno(err)
 	}
+	if err := s.mappedEntry(p, name); err != nil {
+		return errno(err)
+	}
 	return errno(unix.Unlinkat(p.fd, name, 0))
 }
 
 func (s *server) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
 	p, err := s.parent(h.NodeId, name)
 	if err != nil {
+		return errno(err)
+	}
+	if err := s.mappedEntry(p, name); err != nil {
 		return errno(err)
 	}
 	return errno(unix.Unlinkat(p.fd, name, unix.AT_REMOVEDIR))
@@ -177,6 +198,12 @@ func (s *server) Rename(_ <-chan struct{}, in *fuse.RenameIn, from, to string) f
 	}
 	q, err := s.parent(in.Newdir, to)
 	if err != nil {
+		return errno(err)
+	}
+	if err := s.mappedEntry(p, from); err != nil {
+		return errno(err)
+	}
+	if err := s.mappedEntry(q, to); err != nil && err != unix.ENOENT {
 		return errno(err)
 	}
 	if err := unix.Renameat2(p.fd, from, q.fd, to, uint(in.Flags)); err != nil {

@@ -210,7 +210,7 @@ func (s *server) enter(parent *node, name string, fd int, out *fuse.EntryOut) er
 	out.Generation = 1
 	out.SetEntryTimeout(s.opts.Cache)
 	out.SetAttrTimeout(s.opts.Cache)
-	fillAttr(&out.Attr, &st)
+	s.fillAttr(&out.Attr, &st)
 	return nil
 }
 

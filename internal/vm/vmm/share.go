@@ -21,6 +21,7 @@ import (
 	"tenon.dev/tenon/internal/channel"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 	vmv1 "tenon.dev/tenon/internal/vm/api/v1"
+	"tenon.dev/tenon/internal/vm/hostfs"
 	"tenon.dev/tenon/internal/vm/qemu"
 )
 
@@ -31,6 +32,7 @@ type share struct {
 	owner    string
 	readOnly bool
 	cache    time.Duration
+	ids      hostfs.IDs
 	users    sync.WaitGroup       // of root
 	servers  map[*server]struct{} // under machine.mu
 }
@@ -50,6 +52,10 @@ func (v *machine) setShare(s *vmv1.HostShare) error {
 	if s == nil || !shareTag.MatchString(s.Tag) || !filepath.IsAbs(s.Path) || s.Cache < 0 {
 		return fmt.Errorf("share %q of %q: a tag and an absolute path are needed: %w", s.GetTag(), s.GetPath(), errdefs.ErrInvalidArgument)
 	}
+	ids := hostfs.IDs{Start: s.Ids.GetStart(), Size: s.Ids.GetSize()}
+	if !ids.Valid() || s.Ids != nil && ids.Size == 0 {
+		return fmt.Errorf("share %q: ids from %d on, %d of them: %w", s.Tag, ids.Start, ids.Size, errdefs.ErrInvalidArgument)
+	}
 	f, err := os.OpenFile(s.Path, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("share: %w", err)
@@ -59,7 +65,7 @@ func (v *machine) setShare(s *vmv1.HostShare) error {
 		f.Close()
 		return fmt.Errorf("share: %w", err)
 	}
-	x := &share{root: f, owner: s.Owner, readOnly: s.ReadOnly, cache: time.Duration(s.Cache), servers: map[*server]struct{}{}}
+	x := &share{root: f, owner: s.Owner, readOnly: s.ReadOnly, cache: time.Duration(s.Cache), ids: ids, servers: map[*server]struct{}{}}
 	switch {
 	case st.Mode().IsRegular():
 		x.name = filepath.Base(s.Path)
@@ -199,7 +205,7 @@ func (v *machine) startServer(s *share) (*server, *bytes.Buffer, error) {
 	for _, dir := range v.group.Paths() {
 		groups = append(groups, filepath.Join(dir, "cgroup.procs"))
 	}
-	arg, err := jailArg(shareJail{Dir: v.m.cfg.RunDir, Groups: groups, Name: s.name, ReadOnly: s.readOnly, Cache: s.cache})
+	arg, err := jailArg(shareJail{Dir: v.m.cfg.RunDir, Groups: groups, Name: s.name, ReadOnly: s.readOnly, Cache: s.cache, IDs: s.ids})
 	if err != nil {
 		conn.Close()
 		return nil, nil, err

@@ -36,6 +36,7 @@ type shareJail struct {
 	Name     string   // of a single file
 	ReadOnly bool
 	Cache    time.Duration
+	IDs      hostfs.IDs
 }
 
 func jailArg(j shareJail) (string, error) {
@@ -77,7 +78,7 @@ func Shared(args []string) error {
 	if err := errors.Join(err, ready.Close()); err != nil {
 		return fmt.Errorf("share: %w", err)
 	}
-	return hostfs.Serve(conn, hostfs.Options{Root: root, ReadOnly: j.ReadOnly, Cache: j.Cache})
+	return hostfs.Serve(conn, hostfs.Options{Root: root, ReadOnly: j.ReadOnly, Cache: j.Cache, IDs: j.IDs})
 }
 
 // enter leaves everything but the directory, and returns a descriptor of it.

@@ -76,7 +76,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{37, 0}
+	return file_vm_proto_rawDescGZIP(), []int{38, 0}
 }
 
 type InfoRequest struct {
@@ -1177,6 +1177,7 @@ type HostShare struct {
 	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Cache         int64                  `protobuf:"varint,4,opt,name=cache,proto3" json:"cache,omitempty"` // nanoseconds that the guest may keep names and attributes
 	Owner         string                 `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
+	Ids           *IDRange               `protobuf:"bytes,6,opt,name=ids,proto3" json:"ids,omitempty"` // of the guest, to which the directory's 0…size-1 are mapped; none: all are as they are
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1246,6 +1247,66 @@ func (x *HostShare) GetOwner() string {
 	return ""
 }
 
+func (x *HostShare) GetIds() *IDRange {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+// IDRange is a range of ids, of users and groups alike.
+type IDRange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Start         uint32                 `protobuf:"varint,1,opt,name=start,proto3" json:"start,omitempty"`
+	Size          uint32                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDRange) Reset() {
+	*x = IDRange{}
+	mi := &file_vm_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDRange) ProtoMessage() {}
+
+func (x *IDRange) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDRange.ProtoReflect.Descriptor instead.
+func (*IDRange) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *IDRange) GetStart() uint32 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
+func (x *IDRange) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type ShareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1256,7 +1317,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1268,7 +1329,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,7 +1342,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{15}
+	return file_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ShareRequest) GetId() string {
@@ -1306,7 +1367,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1318,7 +1379,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1331,7 +1392,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{16}
+	return file_vm_proto_rawDescGZIP(), []int{17}
 }
 
 type UnshareRequest struct {
@@ -1344,7 +1405,7 @@ type UnshareRequest struct {
 
 func (x *UnshareRequest) Reset() {
 	*x = UnshareRequest{}
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +1417,7 @@ func (x *UnshareRequest) String() string {
 func (*UnshareRequest) ProtoMessage() {}
 
 func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1369,7 +1430,7 @@ func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnshareRequest.ProtoReflect.Descriptor instead.
 func (*UnshareRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{17}
+	return file_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *UnshareRequest) GetId() string {
@@ -1394,7 +1455,7 @@ type UnshareResponse struct {
 
 func (x *UnshareResponse) Reset() {
 	*x = UnshareResponse{}
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1406,7 +1467,7 @@ func (x *UnshareResponse) String() string {
 func (*UnshareResponse) ProtoMessage() {}
 
 func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1419,7 +1480,7 @@ func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnshareResponse.ProtoReflect.Descriptor instead.
 func (*UnshareResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{18}
+	return file_vm_proto_rawDescGZIP(), []int{19}
 }
 
 type AttachDiskRequest struct {
@@ -1434,7 +1495,7 @@ type AttachDiskRequest struct {
 
 func (x *AttachDiskRequest) Reset() {
 	*x = AttachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1446,7 +1507,7 @@ func (x *AttachDiskRequest) String() string {
 func (*AttachDiskRequest) ProtoMessage() {}
 
 func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1459,7 +1520,7 @@ func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskRequest.ProtoReflect.Descriptor instead.
 func (*AttachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{19}
+	return file_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AttachDiskRequest) GetId() string {
@@ -1499,7 +1560,7 @@ type AttachDiskResponse struct {
 
 func (x *AttachDiskResponse) Reset() {
 	*x = AttachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1511,7 +1572,7 @@ func (x *AttachDiskResponse) String() string {
 func (*AttachDiskResponse) ProtoMessage() {}
 
 func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1524,7 +1585,7 @@ func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskResponse.ProtoReflect.Descriptor instead.
 func (*AttachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{20}
+	return file_vm_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AttachDiskResponse) GetSerial() string {
@@ -1546,7 +1607,7 @@ type DetachDiskRequest struct {
 
 func (x *DetachDiskRequest) Reset() {
 	*x = DetachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1619,7 @@ func (x *DetachDiskRequest) String() string {
 func (*DetachDiskRequest) ProtoMessage() {}
 
 func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1632,7 @@ func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskRequest.ProtoReflect.Descriptor instead.
 func (*DetachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{21}
+	return file_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DetachDiskRequest) GetId() string {
@@ -1610,7 +1671,7 @@ type DetachDiskResponse struct {
 
 func (x *DetachDiskResponse) Reset() {
 	*x = DetachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1622,7 +1683,7 @@ func (x *DetachDiskResponse) String() string {
 func (*DetachDiskResponse) ProtoMessage() {}
 
 func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1635,7 +1696,7 @@ func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskResponse.ProtoReflect.Descriptor instead.
 func (*DetachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{22}
+	return file_vm_proto_rawDescGZIP(), []int{23}
 }
 
 type GrowDiskRequest struct {
@@ -1649,7 +1710,7 @@ type GrowDiskRequest struct {
 
 func (x *GrowDiskRequest) Reset() {
 	*x = GrowDiskRequest{}
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1722,7 @@ func (x *GrowDiskRequest) String() string {
 func (*GrowDiskRequest) ProtoMessage() {}
 
 func (x *GrowDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1735,7 @@ func (x *GrowDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrowDiskRequest.ProtoReflect.Descriptor instead.
 func (*GrowDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23}
+	return file_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GrowDiskRequest) GetId() string {
@@ -1706,7 +1767,7 @@ type GrowDiskResponse struct {
 
 func (x *GrowDiskResponse) Reset() {
 	*x = GrowDiskResponse{}
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1779,7 @@ func (x *GrowDiskResponse) String() string {
 func (*GrowDiskResponse) ProtoMessage() {}
 
 func (x *GrowDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1792,7 @@ func (x *GrowDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrowDiskResponse.ProtoReflect.Descriptor instead.
 func (*GrowDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{24}
+	return file_vm_proto_rawDescGZIP(), []int{25}
 }
 
 type AttachNICRequest struct {
@@ -1745,7 +1806,7 @@ type AttachNICRequest struct {
 
 func (x *AttachNICRequest) Reset() {
 	*x = AttachNICRequest{}
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1757,7 +1818,7 @@ func (x *AttachNICRequest) String() string {
 func (*AttachNICRequest) ProtoMessage() {}
 
 func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1770,7 +1831,7 @@ func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICRequest.ProtoReflect.Descriptor instead.
 func (*AttachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25}
+	return file_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AttachNICRequest) GetId() string {
@@ -1803,7 +1864,7 @@ type AttachNICResponse struct {
 
 func (x *AttachNICResponse) Reset() {
 	*x = AttachNICResponse{}
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1815,7 +1876,7 @@ func (x *AttachNICResponse) String() string {
 func (*AttachNICResponse) ProtoMessage() {}
 
 func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1828,7 +1889,7 @@ func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICResponse.ProtoReflect.Descriptor instead.
 func (*AttachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{26}
+	return file_vm_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AttachNICResponse) GetNic() *NIC {
@@ -1849,7 +1910,7 @@ type DetachNICRequest struct {
 
 func (x *DetachNICRequest) Reset() {
 	*x = DetachNICRequest{}
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +1922,7 @@ func (x *DetachNICRequest) String() string {
 func (*DetachNICRequest) ProtoMessage() {}
 
 func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +1935,7 @@ func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICRequest.ProtoReflect.Descriptor instead.
 func (*DetachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{27}
+	return file_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DetachNICRequest) GetId() string {
@@ -1906,7 +1967,7 @@ type DetachNICResponse struct {
 
 func (x *DetachNICResponse) Reset() {
 	*x = DetachNICResponse{}
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +1979,7 @@ func (x *DetachNICResponse) String() string {
 func (*DetachNICResponse) ProtoMessage() {}
 
 func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +1992,7 @@ func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICResponse.ProtoReflect.Descriptor instead.
 func (*DetachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{28}
+	return file_vm_proto_rawDescGZIP(), []int{29}
 }
 
 type ResizeRequest struct {
@@ -1945,7 +2006,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2018,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2031,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{29}
+	return file_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -2004,7 +2065,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2077,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2090,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{30}
+	return file_vm_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ResizeResponse) GetMemory() int64 {
@@ -2057,7 +2118,7 @@ type KeepLogRequest struct {
 
 func (x *KeepLogRequest) Reset() {
 	*x = KeepLogRequest{}
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2069,7 +2130,7 @@ func (x *KeepLogRequest) String() string {
 func (*KeepLogRequest) ProtoMessage() {}
 
 func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2082,7 +2143,7 @@ func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogRequest.ProtoReflect.Descriptor instead.
 func (*KeepLogRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{31}
+	return file_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *KeepLogRequest) GetId() string {
@@ -2114,7 +2175,7 @@ type KeepLogResponse struct {
 
 func (x *KeepLogResponse) Reset() {
 	*x = KeepLogResponse{}
-	mi := &file_vm_proto_msgTypes[32]
+	mi := &file_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2126,7 +2187,7 @@ func (x *KeepLogResponse) String() string {
 func (*KeepLogResponse) ProtoMessage() {}
 
 func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[32]
+	mi := &file_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,7 +2200,7 @@ func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogResponse.ProtoReflect.Descriptor instead.
 func (*KeepLogResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{32}
+	return file_vm_proto_rawDescGZIP(), []int{33}
 }
 
 type UsageRequest struct {
@@ -2151,7 +2212,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_vm_proto_msgTypes[33]
+	mi := &file_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2163,7 +2224,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[33]
+	mi := &file_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2176,7 +2237,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{33}
+	return file_vm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UsageRequest) GetIds() []string {
@@ -2195,7 +2256,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_vm_proto_msgTypes[34]
+	mi := &file_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2268,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[34]
+	mi := &file_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2281,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{34}
+	return file_vm_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UsageResponse) GetUsages() []*Usage {
@@ -2242,7 +2303,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_vm_proto_msgTypes[35]
+	mi := &file_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2254,7 +2315,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[35]
+	mi := &file_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2267,7 +2328,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{35}
+	return file_vm_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Usage) GetId() string {
@@ -2307,7 +2368,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vm_proto_msgTypes[36]
+	mi := &file_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2319,7 +2380,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[36]
+	mi := &file_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2332,7 +2393,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{36}
+	return file_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *EventsRequest) GetAfter() uint64 {
@@ -2356,7 +2417,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vm_proto_msgTypes[37]
+	mi := &file_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2368,7 +2429,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[37]
+	mi := &file_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2381,7 +2442,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{37}
+	return file_vm_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2434,7 +2495,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_vm_proto_msgTypes[38]
+	mi := &file_vm_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2446,7 +2507,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[38]
+	mi := &file_vm_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +2520,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{38}
+	return file_vm_proto_rawDescGZIP(), []int{39}
 }
 
 type ShutdownResponse struct {
@@ -2470,7 +2531,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_vm_proto_msgTypes[39]
+	mi := &file_vm_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2482,7 +2543,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[39]
+	mi := &file_vm_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2495,7 +2556,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{39}
+	return file_vm_proto_rawDescGZIP(), []int{40}
 }
 
 var File_vm_proto protoreflect.FileDescriptor
@@ -2605,13 +2666,17 @@ const file_vm_proto_rawDesc = "" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x1f\n" +
 	"\rRemoveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
-	"\x0eRemoveResponse\"z\n" +
+	"\x0eRemoveResponse\"\xa2\x01\n" +
 	"\tHostShare\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1b\n" +
 	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12\x14\n" +
 	"\x05cache\x18\x04 \x01(\x03R\x05cache\x12\x14\n" +
-	"\x05owner\x18\x05 \x01(\tR\x05owner\"L\n" +
+	"\x05owner\x18\x05 \x01(\tR\x05owner\x12&\n" +
+	"\x03ids\x18\x06 \x01(\v2\x14.tenon.vm.v1.IDRangeR\x03ids\"3\n" +
+	"\aIDRange\x12\x14\n" +
+	"\x05start\x18\x01 \x01(\rR\x05start\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\rR\x04size\"L\n" +
 	"\fShareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12,\n" +
 	"\x05share\x18\x02 \x01(\v2\x16.tenon.vm.v1.HostShareR\x05share\"\x0f\n" +
@@ -2721,7 +2786,7 @@ func file_vm_proto_rawDescGZIP() []byte {
 }
 
 var file_vm_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_vm_proto_goTypes = []any{
 	(Event_Type)(0),            // 0: tenon.vm.v1.Event.Type
 	(*InfoRequest)(nil),        // 1: tenon.vm.v1.InfoRequest
@@ -2739,94 +2804,96 @@ var file_vm_proto_goTypes = []any{
 	(*RemoveRequest)(nil),      // 13: tenon.vm.v1.RemoveRequest
 	(*RemoveResponse)(nil),     // 14: tenon.vm.v1.RemoveResponse
 	(*HostShare)(nil),          // 15: tenon.vm.v1.HostShare
-	(*ShareRequest)(nil),       // 16: tenon.vm.v1.ShareRequest
-	(*ShareResponse)(nil),      // 17: tenon.vm.v1.ShareResponse
-	(*UnshareRequest)(nil),     // 18: tenon.vm.v1.UnshareRequest
-	(*UnshareResponse)(nil),    // 19: tenon.vm.v1.UnshareResponse
-	(*AttachDiskRequest)(nil),  // 20: tenon.vm.v1.AttachDiskRequest
-	(*AttachDiskResponse)(nil), // 21: tenon.vm.v1.AttachDiskResponse
-	(*DetachDiskRequest)(nil),  // 22: tenon.vm.v1.DetachDiskRequest
-	(*DetachDiskResponse)(nil), // 23: tenon.vm.v1.DetachDiskResponse
-	(*GrowDiskRequest)(nil),    // 24: tenon.vm.v1.GrowDiskRequest
-	(*GrowDiskResponse)(nil),   // 25: tenon.vm.v1.GrowDiskResponse
-	(*AttachNICRequest)(nil),   // 26: tenon.vm.v1.AttachNICRequest
-	(*AttachNICResponse)(nil),  // 27: tenon.vm.v1.AttachNICResponse
-	(*DetachNICRequest)(nil),   // 28: tenon.vm.v1.DetachNICRequest
-	(*DetachNICResponse)(nil),  // 29: tenon.vm.v1.DetachNICResponse
-	(*ResizeRequest)(nil),      // 30: tenon.vm.v1.ResizeRequest
-	(*ResizeResponse)(nil),     // 31: tenon.vm.v1.ResizeResponse
-	(*KeepLogRequest)(nil),     // 32: tenon.vm.v1.KeepLogRequest
-	(*KeepLogResponse)(nil),    // 33: tenon.vm.v1.KeepLogResponse
-	(*UsageRequest)(nil),       // 34: tenon.vm.v1.UsageRequest
-	(*UsageResponse)(nil),      // 35: tenon.vm.v1.UsageResponse
-	(*Usage)(nil),              // 36: tenon.vm.v1.Usage
-	(*EventsRequest)(nil),      // 37: tenon.vm.v1.EventsRequest
-	(*Event)(nil),              // 38: tenon.vm.v1.Event
-	(*ShutdownRequest)(nil),    // 39: tenon.vm.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),   // 40: tenon.vm.v1.ShutdownResponse
-	nil,                        // 41: tenon.vm.v1.CreateRequest.LogsEntry
-	nil,                        // 42: tenon.vm.v1.Machine.SharesEntry
-	(*v1.Step)(nil),            // 43: tenon.task.v1.Step
-	(*v1.IdentityResult)(nil),  // 44: tenon.task.v1.IdentityResult
-	(*v1.Log)(nil),             // 45: tenon.task.v1.Log
+	(*IDRange)(nil),            // 16: tenon.vm.v1.IDRange
+	(*ShareRequest)(nil),       // 17: tenon.vm.v1.ShareRequest
+	(*ShareResponse)(nil),      // 18: tenon.vm.v1.ShareResponse
+	(*UnshareRequest)(nil),     // 19: tenon.vm.v1.UnshareRequest
+	(*UnshareResponse)(nil),    // 20: tenon.vm.v1.UnshareResponse
+	(*AttachDiskRequest)(nil),  // 21: tenon.vm.v1.AttachDiskRequest
+	(*AttachDiskResponse)(nil), // 22: tenon.vm.v1.AttachDiskResponse
+	(*DetachDiskRequest)(nil),  // 23: tenon.vm.v1.DetachDiskRequest
+	(*DetachDiskResponse)(nil), // 24: tenon.vm.v1.DetachDiskResponse
+	(*GrowDiskRequest)(nil),    // 25: tenon.vm.v1.GrowDiskRequest
+	(*GrowDiskResponse)(nil),   // 26: tenon.vm.v1.GrowDiskResponse
+	(*AttachNICRequest)(nil),   // 27: tenon.vm.v1.AttachNICRequest
+	(*AttachNICResponse)(nil),  // 28: tenon.vm.v1.AttachNICResponse
+	(*DetachNICRequest)(nil),   // 29: tenon.vm.v1.DetachNICRequest
+	(*DetachNICResponse)(nil),  // 30: tenon.vm.v1.DetachNICResponse
+	(*ResizeRequest)(nil),      // 31: tenon.vm.v1.ResizeRequest
+	(*ResizeResponse)(nil),     // 32: tenon.vm.v1.ResizeResponse
+	(*KeepLogRequest)(nil),     // 33: tenon.vm.v1.KeepLogRequest
+	(*KeepLogResponse)(nil),    // 34: tenon.vm.v1.KeepLogResponse
+	(*UsageRequest)(nil),       // 35: tenon.vm.v1.UsageRequest
+	(*UsageResponse)(nil),      // 36: tenon.vm.v1.UsageResponse
+	(*Usage)(nil),              // 37: tenon.vm.v1.Usage
+	(*EventsRequest)(nil),      // 38: tenon.vm.v1.EventsRequest
+	(*Event)(nil),              // 39: tenon.vm.v1.Event
+	(*ShutdownRequest)(nil),    // 40: tenon.vm.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),   // 41: tenon.vm.v1.ShutdownResponse
+	nil,                        // 42: tenon.vm.v1.CreateRequest.LogsEntry
+	nil,                        // 43: tenon.vm.v1.Machine.SharesEntry
+	(*v1.Step)(nil),            // 44: tenon.task.v1.Step
+	(*v1.IdentityResult)(nil),  // 45: tenon.task.v1.IdentityResult
+	(*v1.Log)(nil),             // 46: tenon.task.v1.Log
 }
 var file_vm_proto_depIdxs = []int32{
 	5,  // 0: tenon.vm.v1.CreateRequest.disks:type_name -> tenon.vm.v1.Disk
-	43, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
+	44, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
 	15, // 2: tenon.vm.v1.CreateRequest.shares:type_name -> tenon.vm.v1.HostShare
-	41, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
+	42, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
 	8,  // 4: tenon.vm.v1.CreateResponse.machine:type_name -> tenon.vm.v1.Machine
-	44, // 5: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
+	45, // 5: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
 	9,  // 6: tenon.vm.v1.Machine.nics:type_name -> tenon.vm.v1.NIC
 	10, // 7: tenon.vm.v1.Machine.disks:type_name -> tenon.vm.v1.OwnedDisk
-	42, // 8: tenon.vm.v1.Machine.shares:type_name -> tenon.vm.v1.Machine.SharesEntry
+	43, // 8: tenon.vm.v1.Machine.shares:type_name -> tenon.vm.v1.Machine.SharesEntry
 	8,  // 9: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
-	15, // 10: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
-	5,  // 11: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
-	9,  // 12: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
-	45, // 13: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
-	36, // 14: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
-	0,  // 15: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
-	45, // 16: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
-	1,  // 17: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
-	3,  // 18: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
-	6,  // 19: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
-	11, // 20: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
-	13, // 21: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
-	20, // 22: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
-	22, // 23: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
-	24, // 24: tenon.vm.v1.VMM.GrowDisk:input_type -> tenon.vm.v1.GrowDiskRequest
-	26, // 25: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
-	28, // 26: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
-	30, // 27: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
-	16, // 28: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
-	18, // 29: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
-	32, // 30: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
-	34, // 31: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
-	37, // 32: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
-	39, // 33: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
-	2,  // 34: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
-	4,  // 35: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
-	7,  // 36: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
-	12, // 37: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
-	14, // 38: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
-	21, // 39: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
-	23, // 40: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
-	25, // 41: tenon.vm.v1.VMM.GrowDisk:output_type -> tenon.vm.v1.GrowDiskResponse
-	27, // 42: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
-	29, // 43: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
-	31, // 44: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
-	17, // 45: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
-	19, // 46: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
-	33, // 47: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
-	35, // 48: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
-	38, // 49: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
-	40, // 50: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
-	34, // [34:51] is the sub-list for method output_type
-	17, // [17:34] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	16, // 10: tenon.vm.v1.HostShare.ids:type_name -> tenon.vm.v1.IDRange
+	15, // 11: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
+	5,  // 12: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
+	9,  // 13: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
+	46, // 14: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
+	37, // 15: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
+	0,  // 16: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
+	46, // 17: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
+	1,  // 18: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
+	3,  // 19: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
+	6,  // 20: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
+	11, // 21: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
+	13, // 22: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
+	21, // 23: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
+	23, // 24: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
+	25, // 25: tenon.vm.v1.VMM.GrowDisk:input_type -> tenon.vm.v1.GrowDiskRequest
+	27, // 26: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
+	29, // 27: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
+	31, // 28: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
+	17, // 29: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
+	19, // 30: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
+	33, // 31: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
+	35, // 32: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
+	38, // 33: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
+	40, // 34: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
+	2,  // 35: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
+	4,  // 36: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
+	7,  // 37: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
+	12, // 38: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
+	14, // 39: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
+	22, // 40: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
+	24, // 41: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
+	26, // 42: tenon.vm.v1.VMM.GrowDisk:output_type -> tenon.vm.v1.GrowDiskResponse
+	28, // 43: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
+	30, // 44: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
+	32, // 45: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
+	18, // 46: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
+	20, // 47: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
+	34, // 48: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
+	36, // 49: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
+	39, // 50: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
+	41, // 51: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
+	35, // [35:52] is the sub-list for method output_type
+	18, // [18:35] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_vm_proto_init() }
@@ -2840,7 +2907,7 @@ func file_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vm_proto_rawDesc), len(file_vm_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   42,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
