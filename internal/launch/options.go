@@ -21,6 +21,7 @@ type mountOptions struct {
 	data          []string
 	copyUp        bool
 	idmap, ridmap bool
+	idmapAt       []string // of an overlay: what to map, instead of where its layers lie
 	srcNoFollow   bool
 	srcBeneath    string // what of the source is mounted
 	destNoFollow  bool
@@ -167,6 +168,10 @@ func parseOptions(options []string) (o mountOptions, err error) {
 					return o, fmt.Errorf("option %q: not a path below the source", s)
 				}
 				o.srcBeneath = p
+				continue
+			}
+			if dirs, ok := strings.CutPrefix(s, "idmap-at="); ok {
+				o.idmap, o.idmapAt = true, strings.Split(dirs, ":")
 				continue
 			}
 			o.data = append(o.data, s)

@@ -143,7 +143,7 @@ func (c *compiler) rootMount(m Mount) error {
 			if m.Type != "overlay" {
 				return fmt.Errorf("option idmap: %s mounts cannot be mapped", m.Type)
 			}
-			if err := c.idmapLayers(o.data); err != nil {
+			if err := c.idmapLayers(o); err != nil {
 				return err
 			}
 		}

@@ -173,7 +173,7 @@ func (c *compiler) openOverlay(i int) error {
 	if err != nil || !o.idmap {
 		return err
 	}
-	if err := c.idmapLayers(o.data); err != nil {
+	if err := c.idmapLayers(o); err != nil {
 		return err
 	}
 	tree := c.builder.slot()
@@ -289,8 +289,10 @@ func (c *compiler) idmapNS(m *specs.Mount) slot {
 // idmapLayers covers the directories that an overlay's layers lie in with
 // idmapped clones of themselves, in this mount namespace only, so that the
 // overlay is made of idmapped layers and its upper directory keeps the ids that
-// the container sees. Upper and work directory must stay in one mount.
-func (c *compiler) idmapLayers(data []string) error {
+// the container sees. Upper and work directory must stay in one mount. With
+// idmap-at=DIR:… these directories are covered instead: layers that are file systems of
+// their own lie where nothing can be mapped, and some need not be.
+func (c *compiler) idmapLayers(opts mountOptions) error {
 	if _, join := c.join[specs.UserNamespace]; !join && len(c.spec.Linux.UIDMappings) == 0 {
 		return fmt.Errorf("option idmap: the container has no user namespace")
 	}
@@ -308,7 +310,31 @@ func (c *compiler) idmapLayers(data []string) error {
 			}
 		}
 	}
-	for _, o := range data {
+	cover := func(d string) {
+		if covered(d) {
+			return
+		}
+		if c.covered == nil {
+			c.covered = map[string]bool{}
+		}
+		c.covered[d] = true
+		c.step("map the ids of " + d)
+		tree := c.builder.slot()
+		c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(d), num(treeFlags)).out(tree)
+		c.idmapTree(tree, ns, false)
+		c.call(unix.SYS_MOVE_MOUNT, tree.arg(), c.str(""), fdcwd, c.str(d), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+		c.call(unix.SYS_CLOSE, tree.arg())
+	}
+	for _, d := range opts.idmapAt {
+		if !path.IsAbs(d) || path.Clean(d) == "/" {
+			return fmt.Errorf("option idmap-at: %q is not an absolute path", d)
+		}
+		cover(path.Clean(d))
+	}
+	if len(opts.idmapAt) > 0 {
+		return nil
+	}
+	for _, o := range opts.data {
 		k, v, _ := strings.Cut(o, "=")
 		var dirs []string
 		switch k {
@@ -321,20 +347,7 @@ func (c *compiler) idmapLayers(data []string) error {
 			if !path.IsAbs(d) || path.Clean(d) == "/" || strings.Contains(d, "\\") {
 				return fmt.Errorf("option idmap: layer %q is not an absolute path", d)
 			}
-			d = path.Dir(path.Clean(d))
-			if covered(d) {
-				continue
-			}
-			if c.covered == nil {
-				c.covered = map[string]bool{}
-			}
-			c.covered[d] = true
-			c.step("map the ids of " + d)
-			tree := c.builder.slot()
-			c.call(unix.SYS_OPEN_TREE, fdcwd, c.str(d), num(treeFlags)).out(tree)
-			c.idmapTree(tree, ns, false)
-			c.call(unix.SYS_MOVE_MOUNT, tree.arg(), c.str(""), fdcwd, c.str(d), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
-			c.call(unix.SYS_CLOSE, tree.arg())
+			cover(path.Dir(path.Clean(d)))
 		}
 	}
 	return nil
@@ -348,6 +361,22 @@ func UserNamespace(maps IDMaps) *Plan {
 	b.step("id maps")
 	b.call(OpPhase, num(PhaseMaps))
 	b.step("hold the user namespace")
+	b.call(OpBarrier)
+	b.call(OpFail, num(unix.ECANCELED))
+	return b.finish()
+}
+
+// NetNamespace is the plan of a process that only holds a network namespace, which
+// belongs to the user namespace at a path.
+func NetNamespace(user string) *Plan {
+	b := newBuilder()
+	b.step("join user namespace " + user)
+	fd := b.slot()
+	b.call(unix.SYS_OPENAT, fdcwd, b.str(user), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
+	b.call(unix.SYS_SETNS, fd.arg(), num(unix.CLONE_NEWUSER))
+	b.step("new network namespace")
+	b.call(unix.SYS_UNSHARE, num(unix.CLONE_NEWNET))
+	b.step("hold the network namespace")
 	b.call(OpBarrier)
 	b.call(OpFail, num(unix.ECANCELED))
 	return b.finish()

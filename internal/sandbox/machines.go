@@ -195,6 +195,16 @@ type File struct {
 	Name string // a single component
 	Mode uint32
 	Data []byte
+	// Owner is its user and group, as the machine counts.
+	Owner uint32
+}
+
+// UserNS is a container's user namespace on a machine.
+type UserNS struct {
+	// Range are the machine's ids of the container's ids 0…Size-1.
+	Range userns.Range
+	// Path is that of another container's that is joined; empty: one of its own is made.
+	Path string
 }
 
 // Share is a directory or file of the host that a container mounts.
@@ -225,6 +235,7 @@ type MachineHandover struct {
 	Files    []File
 	Shares   []Share
 	Images   []string // EROFS files of images that it mounts beside its own
+	UserNS   *UserNS  // nil: the machine's own
 }
 
 // MachinePrepared is how the machine sees it.
@@ -233,4 +244,5 @@ type MachinePrepared struct {
 	Files  []string // paths, in the order given
 	Shares []string
 	Images []string
+	UserNS string // path of the user namespace; empty: the machine's own
 }

@@ -406,15 +406,34 @@ func (a *assembly) ownCaps(data []byte) ([]byte, error) {
 
 // userNamespace makes a user namespace with the maps and gives a descriptor of it.
 func userNamespace(maps launch.IDMaps) (int, error) {
-	plan := launch.UserNamespace(maps)
+	fd := -1
+	err := hold(launch.UserNamespace(maps), func(pid int) (err error) {
+		if fd, err = unix.Open(fmt.Sprintf("/proc/%d/ns/user", pid), unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
+			return fmt.Errorf("user namespace: %w", err)
+		}
+		return nil
+	})
+	return fd, err
+}
+
+// hold starts a process that stops at its barrier, and ends it after f.
+func hold(plan *launch.Plan, f func(pid int) error) error {
 	p, err := Start(plan, Stdio{})
 	if err != nil {
-		return -1, err
+		return err
 	}
 	defer p.abort()
-	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", p.Pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("user namespace: %w", err)
-	}
-	return fd, nil
+	return f(p.Pid)
+}
+
+// UserNamespace makes a user namespace with the maps. f is called with the path of it,
+// which is good until f returns.
+func UserNamespace(maps launch.IDMaps, f func(path string) error) error {
+	return hold(launch.UserNamespace(maps), func(pid int) error { return f(fmt.Sprintf("/proc/%d/ns/user", pid)) })
+}
+
+// NetNamespace makes a network namespace that belongs to the user namespace at a path.
+// f is called with the path of it, which is good until f returns.
+func NetNamespace(user string, f func(path string) error) error {
+	return hold(launch.NetNamespace(user), func(pid int) error { return f(fmt.Sprintf("/proc/%d/ns/net", pid)) })
 }

@@ -76,6 +76,11 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 		if err := os.WriteFile(k.File.Path, k.File.Data, os.FileMode(k.File.Mode)); err != nil {
 			return err
 		}
+		if k.File.Owner != 0 {
+			if err := os.Chown(k.File.Path, int(k.File.Owner), int(k.File.Owner)); err != nil {
+				return err
+			}
+		}
 		return os.Chmod(k.File.Path, os.FileMode(k.File.Mode))
 	case *taskv1.Step_Remove:
 		g.removed.add(k.Remove.Path)
@@ -99,6 +104,8 @@ func (g *service) step(ctx context.Context, s *taskv1.Step, plugged map[string]b
 		return keep(k.Keep, g.removed.add)
 	case *taskv1.Step_GrowFs:
 		return growFS(ctx, k.GrowFs)
+	case *taskv1.Step_UserNs:
+		return userNS(k.UserNs)
 	}
 	return fmt.Errorf("unknown step: %w", errdefs.ErrNotImplemented)
 }

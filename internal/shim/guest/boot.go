@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -134,7 +135,7 @@ func second() error {
 	if err := os.MkdirAll(runDir, 0o700); err != nil {
 		return err
 	}
-	if err := makeBase(); err != nil {
+	if err := makeBase(Base, 0); err != nil {
 		return err
 	}
 	limit := unix.Rlimit{Cur: 1 << 20, Max: 1 << 20}
@@ -166,21 +167,33 @@ func second() error {
 // and few images have, and what programs look for (as internal/rootfs makes on hosts).
 const Base = runDir + "/base"
 
-func makeBase() error {
-	for _, d := range []string{"", "/dev", "/etc", "/proc", "/sys"} {
-		if err := os.Mkdir(Base+d, 0o755); err != nil {
+// makeBase makes it, or another of another owner (user and group).
+func makeBase(base string, owner int) error {
+	dirs := []string{"", "/dev", "/etc", "/proc", "/sys"}
+	files := []string{"/.dockerenv", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"}
+	const mtab = "/etc/mtab"
+	for _, d := range dirs {
+		if err := os.Mkdir(base+d, 0o755); err != nil {
 			return err
 		}
 	}
-	for _, f := range []string{"/.dockerenv", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"} {
-		if err := os.WriteFile(Base+f, nil, 0o755); err != nil {
+	for _, f := range files {
+		if err := os.WriteFile(base+f, nil, 0o755); err != nil {
 			return err
 		}
-		if err := os.Chmod(Base+f, 0o755); err != nil { // whatever the umask
+		if err := os.Chmod(base+f, 0o755); err != nil { // whatever the umask
 			return err
 		}
 	}
-	return os.Symlink("/proc/mounts", Base+"/etc/mtab")
+	if err := os.Symlink("/proc/mounts", base+mtab); err != nil || owner == 0 {
+		return err
+	}
+	for _, f := range slices.Concat(dirs, files, []string{mtab}) {
+		if err := os.Lchown(base+f, owner, owner); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // loadModules loads the modules that a list names.

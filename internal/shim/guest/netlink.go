@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/launch/fork"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
@@ -259,7 +260,7 @@ func (g *service) netns(o *taskv1.NetNS, plugged bool) error {
 	if o.Spare {
 		return g.makeSpareLocked(o)
 	}
-	if g.spare == "" || !plugged {
+	if g.spare == "" || !plugged || o.User != "" { // whose namespace it is can't be changed
 		return newNetNS(o)
 	}
 	if err := os.MkdirAll(filepath.Dir(o.Path), 0o755); err != nil {
@@ -343,26 +344,42 @@ func newNetNS(o *taskv1.NetNS) error {
 		return err
 	}
 	f.Close()
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread goes
-		done <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return os.NewSyscallError("unshare", err)
-			}
-			if err := loopbackUp(); err != nil {
+	prepare := func() error {
+		if err := loopbackUp(); err != nil {
+			return err
+		}
+		for k, v := range o.Sysctls {
+			if err := writeSysctl(k, v); err != nil {
 				return err
 			}
-			for k, v := range o.Sysctls {
-				if err := writeSysctl(k, v); err != nil {
+		}
+		return nil
+	}
+	bind := func(ns string) error {
+		return os.NewSyscallError("mount", unix.Mount(ns, o.Path, "", unix.MS_BIND, ""))
+	}
+	if o.User != "" {
+		if err = fork.NetNamespace(o.User, bind); err == nil {
+			err = in(o.Path, prepare)
+		}
+	} else {
+		done := make(chan error, 1)
+		go func() {
+			runtime.LockOSThread() // and never unlocked: the thread goes
+			done <- func() error {
+				if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+					return os.NewSyscallError("unshare", err)
+				}
+				if err := prepare(); err != nil {
 					return err
 				}
-			}
-			return os.NewSyscallError("mount", unix.Mount("/proc/thread-self/ns/net", o.Path, "", unix.MS_BIND, ""))
+				return bind("/proc/thread-self/ns/net")
+			}()
 		}()
-	}()
-	if err := <-done; err != nil {
-		os.Remove(o.Path)
+		err = <-done
+	}
+	if err != nil {
+		_ = unmount(o.Path) // the first error says more
 		return err
 	}
 	return nil

@@ -130,6 +130,7 @@ type Step struct {
 	//	*Step_Upper
 	//	*Step_Keep
 	//	*Step_GrowFs
+	//	*Step_UserNs
 	Kind          isStep_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -298,6 +299,15 @@ func (x *Step) GetGrowFs() *GrowFS {
 	return nil
 }
 
+func (x *Step) GetUserNs() *UserNS {
+	if x != nil {
+		if x, ok := x.Kind.(*Step_UserNs); ok {
+			return x.UserNs
+		}
+	}
+	return nil
+}
+
 type isStep_Kind interface {
 	isStep_Kind()
 }
@@ -358,6 +368,10 @@ type Step_GrowFs struct {
 	GrowFs *GrowFS `protobuf:"bytes,14,opt,name=grow_fs,json=growFs,proto3,oneof"`
 }
 
+type Step_UserNs struct {
+	UserNs *UserNS `protobuf:"bytes,15,opt,name=user_ns,json=userNs,proto3,oneof"`
+}
+
 func (*Step_Identity) isStep_Kind() {}
 
 func (*Step_Mount) isStep_Kind() {}
@@ -385,6 +399,8 @@ func (*Step_Upper) isStep_Kind() {}
 func (*Step_Keep) isStep_Kind() {}
 
 func (*Step_GrowFs) isStep_Kind() {}
+
+func (*Step_UserNs) isStep_Kind() {}
 
 // Identity makes a clone different from its template.
 type Identity struct {
@@ -700,6 +716,7 @@ type File struct {
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
 	Mode          uint32                 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
 	Data          []byte                 `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	Owner         uint32                 `protobuf:"varint,4,opt,name=owner,proto3" json:"owner,omitempty"` // user and group
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -755,6 +772,13 @@ func (x *File) GetData() []byte {
 	return nil
 }
 
+func (x *File) GetOwner() uint32 {
+	if x != nil {
+		return x.Owner
+	}
+	return 0
+}
+
 type Remove struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
@@ -807,7 +831,8 @@ type NetNS struct {
 	Sysctls map[string]string      `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Made ahead, also the interface in it: the next one that is asked for, by a
 	// request that puts an interface into it, becomes this one.
-	Spare         bool `protobuf:"varint,4,opt,name=spare,proto3" json:"spare,omitempty"`
+	Spare         bool   `protobuf:"varint,4,opt,name=spare,proto3" json:"spare,omitempty"`
+	User          string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"` // path of the user namespace that it belongs to; empty: the guest's own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -870,6 +895,92 @@ func (x *NetNS) GetSpare() bool {
 	return false
 }
 
+func (x *NetNS) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+// UserNS makes a user namespace that containers join by its path, or removes it.
+type UserNS struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Path   string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // empty: another container's is joined, and this is about base
+	Remove bool                   `protobuf:"varint,2,opt,name=remove,proto3" json:"remove,omitempty"`
+	Start  uint32                 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"` // the guest's id of its id 0, users and groups alike
+	Size   uint32                 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`
+	// Where the lowest layer of its containers' roots is made, of the owner start: the
+	// guest's own (/run/tenon/base) has no owner there.
+	Base          string `protobuf:"bytes,5,opt,name=base,proto3" json:"base,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserNS) Reset() {
+	*x = UserNS{}
+	mi := &file_guest_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserNS) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserNS) ProtoMessage() {}
+
+func (x *UserNS) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserNS.ProtoReflect.Descriptor instead.
+func (*UserNS) Descriptor() ([]byte, []int) {
+	return file_guest_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *UserNS) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *UserNS) GetRemove() bool {
+	if x != nil {
+		return x.Remove
+	}
+	return false
+}
+
+func (x *UserNS) GetStart() uint32 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
+func (x *UserNS) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *UserNS) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
 // Interface gives a NIC its place and addresses, or takes them back.
 type Interface struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -888,7 +999,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_guest_proto_msgTypes[11]
+	mi := &file_guest_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +1011,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[11]
+	mi := &file_guest_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +1024,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{11}
+	return file_guest_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Interface) GetMac() string {
@@ -991,7 +1102,7 @@ type Share struct {
 
 func (x *Share) Reset() {
 	*x = Share{}
-	mi := &file_guest_proto_msgTypes[12]
+	mi := &file_guest_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1114,7 @@ func (x *Share) String() string {
 func (*Share) ProtoMessage() {}
 
 func (x *Share) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[12]
+	mi := &file_guest_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1127,7 @@ func (x *Share) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Share.ProtoReflect.Descriptor instead.
 func (*Share) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Share) GetTag() string {
@@ -1050,7 +1161,7 @@ type Sysctl struct {
 
 func (x *Sysctl) Reset() {
 	*x = Sysctl{}
-	mi := &file_guest_proto_msgTypes[13]
+	mi := &file_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1173,7 @@ func (x *Sysctl) String() string {
 func (*Sysctl) ProtoMessage() {}
 
 func (x *Sysctl) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[13]
+	mi := &file_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1186,7 @@ func (x *Sysctl) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sysctl.ProtoReflect.Descriptor instead.
 func (*Sysctl) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Sysctl) GetName() string {
@@ -1102,7 +1213,7 @@ type Online struct {
 
 func (x *Online) Reset() {
 	*x = Online{}
-	mi := &file_guest_proto_msgTypes[14]
+	mi := &file_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1225,7 @@ func (x *Online) String() string {
 func (*Online) ProtoMessage() {}
 
 func (x *Online) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[14]
+	mi := &file_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1238,7 @@ func (x *Online) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Online.ProtoReflect.Descriptor instead.
 func (*Online) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Online) GetCpus() uint32 {
@@ -1149,7 +1260,7 @@ type Upper struct {
 
 func (x *Upper) Reset() {
 	*x = Upper{}
-	mi := &file_guest_proto_msgTypes[15]
+	mi := &file_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1272,7 @@ func (x *Upper) String() string {
 func (*Upper) ProtoMessage() {}
 
 func (x *Upper) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[15]
+	mi := &file_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1285,7 @@ func (x *Upper) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upper.ProtoReflect.Descriptor instead.
 func (*Upper) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Upper) GetPath() string {
@@ -1209,7 +1320,7 @@ type Keep struct {
 
 func (x *Keep) Reset() {
 	*x = Keep{}
-	mi := &file_guest_proto_msgTypes[16]
+	mi := &file_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1332,7 @@ func (x *Keep) String() string {
 func (*Keep) ProtoMessage() {}
 
 func (x *Keep) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[16]
+	mi := &file_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1345,7 @@ func (x *Keep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Keep.ProtoReflect.Descriptor instead.
 func (*Keep) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Keep) GetPath() string {
@@ -1263,7 +1374,7 @@ type GrowFS struct {
 
 func (x *GrowFS) Reset() {
 	*x = GrowFS{}
-	mi := &file_guest_proto_msgTypes[17]
+	mi := &file_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +1386,7 @@ func (x *GrowFS) String() string {
 func (*GrowFS) ProtoMessage() {}
 
 func (x *GrowFS) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[17]
+	mi := &file_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +1399,7 @@ func (x *GrowFS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrowFS.ProtoReflect.Descriptor instead.
 func (*GrowFS) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GrowFS) GetPath() string {
@@ -1313,7 +1424,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_proto_msgTypes[18]
+	mi := &file_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1325,7 +1436,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[18]
+	mi := &file_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1338,7 +1449,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_proto_rawDescGZIP(), []int{19}
 }
 
 type PowerOffResponse struct {
@@ -1349,7 +1460,7 @@ type PowerOffResponse struct {
 
 func (x *PowerOffResponse) Reset() {
 	*x = PowerOffResponse{}
-	mi := &file_guest_proto_msgTypes[19]
+	mi := &file_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1361,7 +1472,7 @@ func (x *PowerOffResponse) String() string {
 func (*PowerOffResponse) ProtoMessage() {}
 
 func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[19]
+	mi := &file_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1374,7 +1485,7 @@ func (x *PowerOffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffResponse.ProtoReflect.Descriptor instead.
 func (*PowerOffResponse) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_proto_rawDescGZIP(), []int{20}
 }
 
 type UsageRequest struct {
@@ -1387,7 +1498,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_guest_proto_msgTypes[20]
+	mi := &file_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1510,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[20]
+	mi := &file_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1523,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *UsageRequest) GetPath() string {
@@ -1444,7 +1555,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_guest_proto_msgTypes[21]
+	mi := &file_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1567,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[21]
+	mi := &file_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1580,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UsageResponse) GetMemoryTotal() uint64 {
@@ -1536,7 +1647,7 @@ type HostHeader struct {
 
 func (x *HostHeader) Reset() {
 	*x = HostHeader{}
-	mi := &file_guest_proto_msgTypes[22]
+	mi := &file_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1548,7 +1659,7 @@ func (x *HostHeader) String() string {
 func (*HostHeader) ProtoMessage() {}
 
 func (x *HostHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[22]
+	mi := &file_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1561,7 +1672,7 @@ func (x *HostHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostHeader.ProtoReflect.Descriptor instead.
 func (*HostHeader) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{22}
+	return file_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HostHeader) GetKind() isHostHeader_Kind {
@@ -1616,7 +1727,7 @@ type LogStream struct {
 
 func (x *LogStream) Reset() {
 	*x = LogStream{}
-	mi := &file_guest_proto_msgTypes[23]
+	mi := &file_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1628,7 +1739,7 @@ func (x *LogStream) String() string {
 func (*LogStream) ProtoMessage() {}
 
 func (x *LogStream) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[23]
+	mi := &file_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1641,7 +1752,7 @@ func (x *LogStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogStream.ProtoReflect.Descriptor instead.
 func (*LogStream) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{23}
+	return file_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *LogStream) GetId() string {
@@ -1661,7 +1772,7 @@ type ShareStream struct {
 
 func (x *ShareStream) Reset() {
 	*x = ShareStream{}
-	mi := &file_guest_proto_msgTypes[24]
+	mi := &file_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1784,7 @@ func (x *ShareStream) String() string {
 func (*ShareStream) ProtoMessage() {}
 
 func (x *ShareStream) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[24]
+	mi := &file_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +1797,7 @@ func (x *ShareStream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareStream.ProtoReflect.Descriptor instead.
 func (*ShareStream) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ShareStream) GetTag() string {
@@ -1707,7 +1818,7 @@ type Interface_Route struct {
 
 func (x *Interface_Route) Reset() {
 	*x = Interface_Route{}
-	mi := &file_guest_proto_msgTypes[26]
+	mi := &file_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1830,7 @@ func (x *Interface_Route) String() string {
 func (*Interface_Route) ProtoMessage() {}
 
 func (x *Interface_Route) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_proto_msgTypes[26]
+	mi := &file_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1843,7 @@ func (x *Interface_Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface_Route.ProtoReflect.Descriptor instead.
 func (*Interface_Route) Descriptor() ([]byte, []int) {
-	return file_guest_proto_rawDescGZIP(), []int{11, 0}
+	return file_guest_proto_rawDescGZIP(), []int{12, 0}
 }
 
 func (x *Interface_Route) GetDestination() string {
@@ -1764,7 +1875,7 @@ const file_guest_proto_rawDesc = "" +
 	"\fApplyRequest\x12)\n" +
 	"\x05steps\x18\x01 \x03(\v2\x13.tenon.task.v1.StepR\x05steps\"J\n" +
 	"\rApplyResponse\x129\n" +
-	"\bidentity\x18\x01 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xc5\x05\n" +
+	"\bidentity\x18\x01 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xf7\x05\n" +
 	"\x04Step\x125\n" +
 	"\bidentity\x18\x01 \x01(\v2\x17.tenon.task.v1.IdentityH\x00R\bidentity\x121\n" +
 	"\x05mount\x18\x02 \x01(\v2\x19.tenon.task.v1.GuestMountH\x00R\x05mount\x122\n" +
@@ -1780,7 +1891,8 @@ const file_guest_proto_rawDesc = "" +
 	"\x06online\x18\v \x01(\v2\x15.tenon.task.v1.OnlineH\x00R\x06online\x12,\n" +
 	"\x05upper\x18\f \x01(\v2\x14.tenon.task.v1.UpperH\x00R\x05upper\x12)\n" +
 	"\x04keep\x18\r \x01(\v2\x13.tenon.task.v1.KeepH\x00R\x04keep\x120\n" +
-	"\agrow_fs\x18\x0e \x01(\v2\x15.tenon.task.v1.GrowFSH\x00R\x06growFsB\x06\n" +
+	"\agrow_fs\x18\x0e \x01(\v2\x15.tenon.task.v1.GrowFSH\x00R\x06growFs\x120\n" +
+	"\auser_ns\x18\x0f \x01(\v2\x15.tenon.task.v1.UserNSH\x00R\x06userNsB\x06\n" +
 	"\x04kind\"m\n" +
 	"\bIdentity\x12\x12\n" +
 	"\x04seed\x18\x01 \x01(\fR\x04seed\x12\x12\n" +
@@ -1804,21 +1916,29 @@ const file_guest_proto_rawDesc = "" +
 	"\x04wait\x18\x02 \x01(\rR\x04wait\"3\n" +
 	"\tDirectory\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
-	"\x04mode\x18\x02 \x01(\rR\x04mode\"B\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\"X\n" +
 	"\x04File\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data\"\x1c\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\x12\x14\n" +
+	"\x05owner\x18\x04 \x01(\rR\x05owner\"\x1c\n" +
 	"\x06Remove\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"\xc2\x01\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xd6\x01\n" +
 	"\x05NetNS\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06remove\x18\x02 \x01(\bR\x06remove\x12;\n" +
 	"\asysctls\x18\x03 \x03(\v2!.tenon.task.v1.NetNS.SysctlsEntryR\asysctls\x12\x14\n" +
-	"\x05spare\x18\x04 \x01(\bR\x05spare\x1a:\n" +
+	"\x05spare\x18\x04 \x01(\bR\x05spare\x12\x12\n" +
+	"\x04user\x18\x05 \x01(\tR\x04user\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd1\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
+	"\x06UserNS\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06remove\x18\x02 \x01(\bR\x06remove\x12\x14\n" +
+	"\x05start\x18\x03 \x01(\rR\x05start\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\rR\x04size\x12\x12\n" +
+	"\x04base\x18\x05 \x01(\tR\x04base\"\xd1\x02\n" +
 	"\tInterface\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x14\n" +
 	"\x05netns\x18\x02 \x01(\tR\x05netns\x12\x12\n" +
@@ -1893,7 +2013,7 @@ func file_guest_proto_rawDescGZIP() []byte {
 	return file_guest_proto_rawDescData
 }
 
-var file_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_guest_proto_goTypes = []any{
 	(*ApplyRequest)(nil),     // 0: tenon.task.v1.ApplyRequest
 	(*ApplyResponse)(nil),    // 1: tenon.task.v1.ApplyResponse
@@ -1906,22 +2026,23 @@ var file_guest_proto_goTypes = []any{
 	(*File)(nil),             // 8: tenon.task.v1.File
 	(*Remove)(nil),           // 9: tenon.task.v1.Remove
 	(*NetNS)(nil),            // 10: tenon.task.v1.NetNS
-	(*Interface)(nil),        // 11: tenon.task.v1.Interface
-	(*Share)(nil),            // 12: tenon.task.v1.Share
-	(*Sysctl)(nil),           // 13: tenon.task.v1.Sysctl
-	(*Online)(nil),           // 14: tenon.task.v1.Online
-	(*Upper)(nil),            // 15: tenon.task.v1.Upper
-	(*Keep)(nil),             // 16: tenon.task.v1.Keep
-	(*GrowFS)(nil),           // 17: tenon.task.v1.GrowFS
-	(*PowerOffRequest)(nil),  // 18: tenon.task.v1.PowerOffRequest
-	(*PowerOffResponse)(nil), // 19: tenon.task.v1.PowerOffResponse
-	(*UsageRequest)(nil),     // 20: tenon.task.v1.UsageRequest
-	(*UsageResponse)(nil),    // 21: tenon.task.v1.UsageResponse
-	(*HostHeader)(nil),       // 22: tenon.task.v1.HostHeader
-	(*LogStream)(nil),        // 23: tenon.task.v1.LogStream
-	(*ShareStream)(nil),      // 24: tenon.task.v1.ShareStream
-	nil,                      // 25: tenon.task.v1.NetNS.SysctlsEntry
-	(*Interface_Route)(nil),  // 26: tenon.task.v1.Interface.Route
+	(*UserNS)(nil),           // 11: tenon.task.v1.UserNS
+	(*Interface)(nil),        // 12: tenon.task.v1.Interface
+	(*Share)(nil),            // 13: tenon.task.v1.Share
+	(*Sysctl)(nil),           // 14: tenon.task.v1.Sysctl
+	(*Online)(nil),           // 15: tenon.task.v1.Online
+	(*Upper)(nil),            // 16: tenon.task.v1.Upper
+	(*Keep)(nil),             // 17: tenon.task.v1.Keep
+	(*GrowFS)(nil),           // 18: tenon.task.v1.GrowFS
+	(*PowerOffRequest)(nil),  // 19: tenon.task.v1.PowerOffRequest
+	(*PowerOffResponse)(nil), // 20: tenon.task.v1.PowerOffResponse
+	(*UsageRequest)(nil),     // 21: tenon.task.v1.UsageRequest
+	(*UsageResponse)(nil),    // 22: tenon.task.v1.UsageResponse
+	(*HostHeader)(nil),       // 23: tenon.task.v1.HostHeader
+	(*LogStream)(nil),        // 24: tenon.task.v1.LogStream
+	(*ShareStream)(nil),      // 25: tenon.task.v1.ShareStream
+	nil,                      // 26: tenon.task.v1.NetNS.SysctlsEntry
+	(*Interface_Route)(nil),  // 27: tenon.task.v1.Interface.Route
 }
 var file_guest_proto_depIdxs = []int32{
 	2,  // 0: tenon.task.v1.ApplyRequest.steps:type_name -> tenon.task.v1.Step
@@ -1933,28 +2054,29 @@ var file_guest_proto_depIdxs = []int32{
 	8,  // 6: tenon.task.v1.Step.file:type_name -> tenon.task.v1.File
 	9,  // 7: tenon.task.v1.Step.remove:type_name -> tenon.task.v1.Remove
 	10, // 8: tenon.task.v1.Step.netns:type_name -> tenon.task.v1.NetNS
-	11, // 9: tenon.task.v1.Step.interface:type_name -> tenon.task.v1.Interface
-	12, // 10: tenon.task.v1.Step.share:type_name -> tenon.task.v1.Share
-	13, // 11: tenon.task.v1.Step.sysctl:type_name -> tenon.task.v1.Sysctl
-	14, // 12: tenon.task.v1.Step.online:type_name -> tenon.task.v1.Online
-	15, // 13: tenon.task.v1.Step.upper:type_name -> tenon.task.v1.Upper
-	16, // 14: tenon.task.v1.Step.keep:type_name -> tenon.task.v1.Keep
-	17, // 15: tenon.task.v1.Step.grow_fs:type_name -> tenon.task.v1.GrowFS
-	25, // 16: tenon.task.v1.NetNS.sysctls:type_name -> tenon.task.v1.NetNS.SysctlsEntry
-	26, // 17: tenon.task.v1.Interface.routes:type_name -> tenon.task.v1.Interface.Route
-	23, // 18: tenon.task.v1.HostHeader.log:type_name -> tenon.task.v1.LogStream
-	24, // 19: tenon.task.v1.HostHeader.share:type_name -> tenon.task.v1.ShareStream
-	0,  // 20: tenon.task.v1.Guest.Apply:input_type -> tenon.task.v1.ApplyRequest
-	18, // 21: tenon.task.v1.Guest.PowerOff:input_type -> tenon.task.v1.PowerOffRequest
-	20, // 22: tenon.task.v1.Guest.Usage:input_type -> tenon.task.v1.UsageRequest
-	1,  // 23: tenon.task.v1.Guest.Apply:output_type -> tenon.task.v1.ApplyResponse
-	19, // 24: tenon.task.v1.Guest.PowerOff:output_type -> tenon.task.v1.PowerOffResponse
-	21, // 25: tenon.task.v1.Guest.Usage:output_type -> tenon.task.v1.UsageResponse
-	23, // [23:26] is the sub-list for method output_type
-	20, // [20:23] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	12, // 9: tenon.task.v1.Step.interface:type_name -> tenon.task.v1.Interface
+	13, // 10: tenon.task.v1.Step.share:type_name -> tenon.task.v1.Share
+	14, // 11: tenon.task.v1.Step.sysctl:type_name -> tenon.task.v1.Sysctl
+	15, // 12: tenon.task.v1.Step.online:type_name -> tenon.task.v1.Online
+	16, // 13: tenon.task.v1.Step.upper:type_name -> tenon.task.v1.Upper
+	17, // 14: tenon.task.v1.Step.keep:type_name -> tenon.task.v1.Keep
+	18, // 15: tenon.task.v1.Step.grow_fs:type_name -> tenon.task.v1.GrowFS
+	11, // 16: tenon.task.v1.Step.user_ns:type_name -> tenon.task.v1.UserNS
+	26, // 17: tenon.task.v1.NetNS.sysctls:type_name -> tenon.task.v1.NetNS.SysctlsEntry
+	27, // 18: tenon.task.v1.Interface.routes:type_name -> tenon.task.v1.Interface.Route
+	24, // 19: tenon.task.v1.HostHeader.log:type_name -> tenon.task.v1.LogStream
+	25, // 20: tenon.task.v1.HostHeader.share:type_name -> tenon.task.v1.ShareStream
+	0,  // 21: tenon.task.v1.Guest.Apply:input_type -> tenon.task.v1.ApplyRequest
+	19, // 22: tenon.task.v1.Guest.PowerOff:input_type -> tenon.task.v1.PowerOffRequest
+	21, // 23: tenon.task.v1.Guest.Usage:input_type -> tenon.task.v1.UsageRequest
+	1,  // 24: tenon.task.v1.Guest.Apply:output_type -> tenon.task.v1.ApplyResponse
+	20, // 25: tenon.task.v1.Guest.PowerOff:output_type -> tenon.task.v1.PowerOffResponse
+	22, // 26: tenon.task.v1.Guest.Usage:output_type -> tenon.task.v1.UsageResponse
+	24, // [24:27] is the sub-list for method output_type
+	21, // [21:24] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_guest_proto_init() }
@@ -1977,8 +2099,9 @@ func file_guest_proto_init() {
 		(*Step_Upper)(nil),
 		(*Step_Keep)(nil),
 		(*Step_GrowFs)(nil),
+		(*Step_UserNs)(nil),
 	}
-	file_guest_proto_msgTypes[22].OneofWrappers = []any{
+	file_guest_proto_msgTypes[23].OneofWrappers = []any{
 		(*HostHeader_Log)(nil),
 		(*HostHeader_Share)(nil),
 	}
@@ -1988,7 +2111,7 @@ func file_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_proto_rawDesc), len(file_guest_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
