@@ -33,6 +33,9 @@ const filesEnv = "TENON_HOSTFS_FILES"
 // cacheEnv is Options.Cache.
 const cacheEnv = "TENON_HOSTFS_CACHE"
 
+// idsEnv is Options.IDs.
+const idsEnv = "TENON_HOSTFS_IDS"
+
 func TestMain(m *testing.M) {
 	unix.Umask(0)
 	log.SetOutput(io.Discard) // the library's, of what hostile kernels send
@@ -59,12 +62,14 @@ func served(readOnly bool) {
 	}
 	dev := os.NewFile(4, "/dev/fuse")
 	cache, _ := time.ParseDuration(os.Getenv(cacheEnv)) // none: 0
+	var ids IDs
+	_, _ = fmt.Sscan(os.Getenv(idsEnv), &ids.Start, &ids.Size) // none: none
 	kernel, server := net.Pipe()
 	done := make(chan error, 1)
 	if err := Confine(); err != nil {
 		fail(err)
 	}
-	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly, Cache: cache}) }()
+	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly, Cache: cache, IDs: ids}) }()
 	go func() { // requests
 		buf := make([]byte, 1<<20)
 		for {
@@ -373,17 +378,22 @@ func TestReadOnly(t *testing.T) {
 
 // client speaks to a server as a hostile kernel does.
 type client struct {
-	t      *testing.T
-	c      net.Conn
-	unique uint64
+	t        *testing.T
+	c        net.Conn
+	unique   uint64
+	uid, gid uint32 // of the caller
 }
 
-func newClient(t *testing.T, dir string) *client {
+func newClient(t *testing.T, dir string, ids ...IDs) *client {
 	root, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
 	must(t, err)
 	a, b := net.Pipe()
 	done := make(chan error, 1)
-	go func() { done <- Serve(b, Options{Root: root}) }()
+	o := Options{Root: root}
+	if len(ids) > 0 {
+		o.IDs = ids[0]
+	}
+	go func() { done <- Serve(b, o) }()
 	t.Cleanup(func() {
 		a.Close()
 		<-done
@@ -421,6 +431,8 @@ func (x *client) send(opcode uint32, node uint64, body []byte) {
 	binary.NativeEndian.PutUint32(h[4:], opcode)
 	binary.NativeEndian.PutUint64(h[8:], x.unique)
 	binary.NativeEndian.PutUint64(h[16:], node)
+	binary.NativeEndian.PutUint32(h[24:], x.uid)
+	binary.NativeEndian.PutUint32(h[28:], x.gid)
 	_, err := x.c.Write(append(h, body...))
 	must(x.t, err)
 }

@@ -84,8 +84,8 @@ func (s *server) mappedEntry(parent *node, name string) error {
 	if s.opts.IDs.Size == 0 {
 		return nil
 	}
-	var st unix.Stat_t
-	if err := unix.Fstatat(parent.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	var st unix.Statx_t
+	if err := unix.Statx(parent.fd, name, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_UID|unix.STATX_GID, &st); err != nil {
 		return err
 	}
 	if !s.opts.IDs.in(st.Uid) || !s.opts.IDs.in(st.Gid) {
