@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,12 +16,15 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+
+	"tenon.dev/tenon/test/daemon"
 )
 
 // engine is a real daemon and the real command, shared by the end-to-end tests.
 type engine struct {
-	dir, host, tenon, name string
-	cmd                    *exec.Cmd
+	*daemon.Daemon
+	host, tenon string
+	config      string // DOCKER_CONFIG
 }
 
 var shared struct {
@@ -51,77 +53,35 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// launch builds the programs (or takes them from TENON_BIN) and starts a daemon.
+// launch starts a daemon and makes its base image.
 func launch() (_ *engine, err error) {
-	dir, err := os.MkdirTemp("", "tenon-cli-")
+	inner, err := daemon.New()
 	if err != nil {
 		return nil, err
 	}
-	bin := os.Getenv("TENON_BIN")
-	if bin == "" {
-		bin = filepath.Join(dir, "bin")
-		entry := "" // as scripts/build has it
-		if runtime.GOARCH == "amd64" {
-			entry = "-E tenon_entry"
-		}
-		cmd := exec.Command("go", "build", "-ldflags", "./cmd/tenon="+entry, "-o", bin+"/", "./cmd/tenon", "./cmd/tenond", "./cmd/tenon-shim", "./cmd/tenon-dns")
-		cmd.Dir = "../.."
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("build: %w\n%s", err, out)
-		}
-	}
-	n := os.Getpid() % 50
-	e := &engine{dir: dir, host: "unix://" + dir + "/docker.sock", tenon: filepath.Join(bin, "tenon"), name: fmt.Sprintf("tc%02dx", n)}
-	log, err := os.Create(dir + "/log")
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
-	e.cmd = exec.Command(filepath.Join(bin, "tenond"), "--config", "/dev/null", "--root", dir+"/root", "--run-root", dir+"/run", "--host", e.host,
-		"--name", e.name, "--debug",
-		"--default-address-pool", fmt.Sprintf("base=10.%d.0.0/16,size=24", 200+n), // other packages' tests have those below
-		"--default-address-pool", fmt.Sprintf("base=fd7e:%x::/48,size=64", 0x7100+n))
-	e.cmd.Stdout, e.cmd.Stderr = log, log
-	if err := e.cmd.Start(); err != nil {
-		return nil, err
-	}
-	for until := time.Now().Add(time.Minute); ; {
-		if _, err := e.quick("version"); err == nil {
-			break
-		}
-		if time.Now().After(until) {
-			b, _ := os.ReadFile(log.Name())
-			return nil, errors.Join(fmt.Errorf("tenond does not answer: %s", b[max(0, len(b)-2000):]), e.end())
-		}
-		time.Sleep(5 * time.Millisecond) // polls for readiness, decides nothing
+	e := &engine{inner, "unix://" + inner.Socket, filepath.Join(inner.Bin, "tenon"), filepath.Join(filepath.Dir(inner.LogFile), "client")}
+	if err := e.Start(); err != nil {
+		return nil, errors.Join(err, e.End(true))
 	}
 	if out, err := e.quick("image", "bootstrap", "busybox"); err != nil {
-		return nil, errors.Join(fmt.Errorf("bootstrap: %w: %s", err, out), e.end())
+		return nil, errors.Join(fmt.Errorf("bootstrap: %w: %s", err, out), e.End(true))
 	}
 	return e, nil
 }
 
-// end shuts the daemon down by the command's own verb, and by force if it does
-// not answer.
+// end shuts the daemon down by the command's own verb, which must leave nothing,
+// and by force if it does not answer.
 func (e *engine) end() error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, e.tenon, "-H", e.host, "system", "shutdown", "--force").CombinedOutput()
+	out, err := e.quick("system", "shutdown", "--force")
 	if err != nil {
-		_ = e.cmd.Process.Signal(syscall.SIGQUIT) // its goroutines into the log
-		_ = e.ended()
-		log, _ := os.ReadFile(e.dir + "/log")
-		err = fmt.Errorf("shutdown: %w: %s\n%s", err, out, log[max(0, len(log)-20000):])
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		down, derr := exec.CommandContext(ctx, e.cmd.Path, append(e.cmd.Args[1:], "--shutdown")...).CombinedOutput()
-		if derr != nil {
-			derr = fmt.Errorf("tenond --shutdown: %w: %s", derr, down)
-		}
-		return errors.Join(err, derr, os.RemoveAll(e.dir))
+		err = fmt.Errorf("shutdown: %w: %s", err, out)
+		_ = e.Signal(syscall.SIGQUIT, time.Minute) // its goroutines into the log
+	} else if err = e.Wait(time.Minute); err != nil {
+		err = fmt.Errorf("tenond: %w: %s", err, e.Tail())
+	} else if left := e.Leftovers(); len(left) > 0 {
+		err = fmt.Errorf("after the shutdown: %q", left)
 	}
-	return errors.Join(e.ended(), e.leftovers(), os.RemoveAll(e.dir))
+	return errors.Join(err, e.End(err != nil))
 }
 
 // quick runs a command outside of a test.
@@ -131,36 +91,12 @@ func (e *engine) quick(args ...string) ([]byte, error) {
 	return exec.CommandContext(ctx, e.tenon, append([]string{"-H", e.host}, args...)...).CombinedOutput()
 }
 
-// ended waits for the daemon's end, and kills it if it does not come.
-func (e *engine) ended() error {
-	late := time.AfterFunc(time.Minute, func() { _ = e.cmd.Process.Kill() })
-	defer late.Stop()
-	return e.cmd.Wait()
-}
-
-// leftovers looks for what a shut down daemon must have taken with it.
-func (e *engine) leftovers() error {
-	var errs []error
-	for _, pattern := range []string{"/sys/class/net/" + e.name + "*", "/sys/fs/cgroup/" + e.name, "/sys/fs/cgroup/*/" + e.name} {
-		left, err := filepath.Glob(pattern)
-		if len(left) > 0 {
-			err = fmt.Errorf("after the shutdown: %v", left)
-		}
-		errs = append(errs, err)
-	}
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if strings.Contains(string(mounts), e.dir) {
-		err = fmt.Errorf("after the shutdown mounts are left under %s", e.dir)
-	}
-	return errors.Join(append(errs, err)...)
-}
-
 // command is "tenon ARGS..." against the daemon, ended after a minute.
 func (e *engine) command(t *testing.T, args ...string) *exec.Cmd {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, e.tenon, args...)
-	cmd.Env = append(os.Environ(), "TENON_HOST="+e.host, "DOCKER_CONFIG="+e.dir+"/config")
+	cmd.Env = append(os.Environ(), "TENON_HOST="+e.host, "DOCKER_CONFIG="+e.config)
 	return cmd
 }
 

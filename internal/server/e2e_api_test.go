@@ -23,7 +23,7 @@ import (
 // TestWaitHeader: docker run starts a container only after it has seen the
 // header of wait.
 func TestWaitHeader(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sh","-c","exit 6"]}`)
 	req, err := http.NewRequestWithContext(limited(t), "POST", "http://d/containers/"+id+"/wait?condition=next-exit", nil)
 	if err != nil {
@@ -45,7 +45,7 @@ func TestWaitHeader(t *testing.T) {
 }
 
 func TestNotModified(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sleep","1000"]}`)
 	d.start(t, id)
 	if s, b := d.call(t, "POST", "/containers/"+id+"/start", "", nil); s != 304 || b != "" {
@@ -60,7 +60,7 @@ func TestNotModified(t *testing.T) {
 }
 
 func TestLogsStream(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sh","-c","echo one; echo two >&2; sleep 1000"]}`)
 	follow := func() *http.Response {
 		t.Helper()
@@ -100,7 +100,7 @@ func TestLogsStream(t *testing.T) {
 }
 
 func TestEvents(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	since := time.Now().Add(-time.Second).Unix()
 	id := d.create(t, `{"Image":"busybox","Cmd":["true"]}`)
 	d.start(t, id)
@@ -148,7 +148,7 @@ func TestEvents(t *testing.T) {
 }
 
 func TestArchive(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox"}`)
 	var plain bytes.Buffer
 	tw := tar.NewWriter(&plain)
@@ -215,7 +215,7 @@ func TestArchive(t *testing.T) {
 }
 
 func TestDiskUsage(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	for v, want := range map[string][]string{
 		"/v1.50":           {`"LayersSize":`, `"Images":[`, `"Containers":[`, `"Volumes":[`, `"BuildCache":[`},
 		"/v1.56":           {`"Images":[`, `"ImageUsage":{`, `"ContainerUsage":{`, `"VolumeUsage":{`},
@@ -240,8 +240,8 @@ func TestDiskUsage(t *testing.T) {
 // TestKeepAlive: a request with a body that nobody reads (SDKs repeat the query in
 // it) leaves its connection to the next request, and so does an archive.
 func TestKeepAlive(t *testing.T) {
-	d := daemon(t)
-	c, err := net.Dial("unix", d.sock)
+	d := sharedDaemon(t)
+	c, err := net.Dial("unix", d.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -276,8 +276,8 @@ func TestKeepAlive(t *testing.T) {
 
 // TestSDK walks a container's life with the Go SDK.
 func TestSDK(t *testing.T) {
-	d := daemon(t)
-	cli, err := client.New(client.WithHost("unix://" + d.sock))
+	d := sharedDaemon(t)
+	cli, err := client.New(client.WithHost("unix://" + d.Socket))
 	if err != nil {
 		t.Fatal(err)
 	}

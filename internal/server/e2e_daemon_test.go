@@ -13,7 +13,7 @@ import (
 // TestShutdown: one request stops the containers, takes everything down and
 // ends the daemon.
 func TestShutdown(t *testing.T) {
-	d, err := launch(1)
+	d, err := launch()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,23 +36,19 @@ func TestShutdown(t *testing.T) {
 	if out, errs := demux(t, attached); out != "" || errs != "" {
 		t.Errorf("stream: %q %q", out, errs)
 	}
-	done := make(chan error, 1)
-	go func() { done <- d.cmd.Wait() }()
-	select {
-	case err := <-done:
-		if err != nil {
-			t.Errorf("tenond: %v\n%s", err, d.tail())
-		}
-	case <-time.After(time.Minute):
-		t.Fatalf("tenond goes on\n%s", d.tail())
+	if err := d.Wait(time.Minute); err != nil {
+		t.Fatalf("tenond: %v\n%s", err, d.Tail())
 	}
-	if _, err := os.Stat(d.sock); !errors.Is(err, fs.ErrNotExist) {
+	if left := d.Leftovers(); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+	if _, err := os.Stat(d.Socket); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("socket: %v", err)
 	}
 }
 
 func TestTenonAPI(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	var rep struct {
 		Checks []struct{ Name, Status string }
 	}

@@ -30,7 +30,7 @@ func demux(t *testing.T, r io.Reader) (string, string) {
 
 // TestAttach is `docker run -i`: attach, wait, start, input with a half-close.
 func TestAttach(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sh","-c","cat; echo done >&2; exit 3"],"OpenStdin":true,"StdinOnce":true,"AttachStdin":true,"AttachStdout":true,"AttachStderr":true}`)
 	c, head := d.upgrade(t, "/v1.50/containers/"+id+"/attach?stream=1&stdin=1&stdout=1&stderr=1", "")
 	if !strings.HasPrefix(head, "HTTP/1.1 101 UPGRADED\r\n") || !strings.Contains(head, "application/vnd.docker.multiplexed-stream") {
@@ -54,7 +54,7 @@ func TestAttach(t *testing.T) {
 
 // TestAttachOld: before 1.42, and without an upgrade, the header is another.
 func TestAttachOld(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["echo","hi"]}`)
 	c, head := d.upgrade(t, "/v1.41/containers/"+id+"/attach?stream=1&stdout=1&stderr=1", "")
 	if !strings.Contains(head, "101 UPGRADED") || !strings.Contains(head, "raw-stream") {
@@ -73,7 +73,7 @@ func TestAttachOld(t *testing.T) {
 }
 
 func TestAttachErrors(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sleep","1000"]}`)
 	for path, want := range map[string]string{
 		"/containers/nothing/attach?stream=1&stdout=1":                           "HTTP/1.1 404",
@@ -93,7 +93,7 @@ func TestAttachErrors(t *testing.T) {
 // TestDetach: the keys end the attachment, not the container; neither does a
 // client that vanishes.
 func TestDetach(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["cat"],"Tty":true,"OpenStdin":true,"StdinOnce":true}`)
 	d.start(t, id)
 	path := "/containers/" + id + "/attach?stream=1&stdin=1&stdout=1&stderr=1"
@@ -129,13 +129,13 @@ func expect(t *testing.T, r io.Reader, want string) {
 
 // TestManyClients: hundreds of attached clients come and go and leave nothing.
 func TestManyClients(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["cat"],"OpenStdin":true}`)
 	d.start(t, id)
 	var info struct{ NGoroutines int }
 	count := func() (int, int) {
 		d.call(t, "GET", "/info", "", &info)
-		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.pid))
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.Pid()))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -163,9 +163,9 @@ func TestManyClients(t *testing.T) {
 }
 
 func TestWebsocket(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sh","-c","read x; echo got $x"],"OpenStdin":true,"StdinOnce":true}`)
-	raw, err := net.Dial("unix", d.sock)
+	raw, err := net.Dial("unix", d.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func (d *tenond) exec(t *testing.T, id, body string) (string, string, int) {
 }
 
 func TestExec(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox","Cmd":["sleep","1000"]}`)
 	if s, b := d.call(t, "POST", "/containers/"+id+"/exec", `{"Cmd":["true"]}`, nil); s != 409 {
 		t.Errorf("exec in a stopped container: %d %s", s, b)
@@ -302,7 +302,7 @@ func (r *runner) finish() (res ran) {
 }
 
 func TestRun(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	const rm = `"HostConfig":{"AutoRemove":true}`
 	res := d.run(t, `{"attach":["stdout","stderr"],"config":{"Image":"busybox","Cmd":["sh","-c","echo o; echo e >&2; exit 7"],`+rm+`}}`).finish()
 	if res.exit == nil || res.exit.Code != 7 || res.out != "o\n" || res.errs != "e\n" {
@@ -347,7 +347,7 @@ func TestRun(t *testing.T) {
 }
 
 func TestRunTTY(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	r := d.run(t, `{"tty":true,"stdin":true,"attach":["stdin","stdout"],"consoleSize":[33,77],"config":{"Image":"busybox","Cmd":["sh","-c","stty size; while [ \"$(stty size)\" = '33 77' ]; do sleep 0.02; done; stty size; read x; echo got $x"],"Tty":true,"OpenStdin":true,"HostConfig":{"AutoRemove":true,"ConsoleSize":[33,77]}}}`)
 	_ = r.w.Write(runproto.StdinEOF, nil) // means nothing with a terminal
 	out := ""
@@ -379,7 +379,7 @@ func TestRunTTY(t *testing.T) {
 }
 
 func TestRunErrors(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	id := d.create(t, `{"Image":"busybox"}`)
 	var in struct{ Name string }
 	d.call(t, "GET", "/containers/"+id+"/json", "", &in)
@@ -422,7 +422,7 @@ func TestRunErrors(t *testing.T) {
 
 // TestRunLeave: a client that detaches, and one that vanishes.
 func TestRunLeave(t *testing.T) {
-	d := daemon(t)
+	d := sharedDaemon(t)
 	for _, leave := range []func(*runner){
 		func(r *runner) { _ = r.w.Write(runproto.Detach, nil) },
 		func(r *runner) { _ = r.c.Close() },

@@ -10,23 +10,19 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"tenon.dev/tenon/test/daemon"
 )
 
 // tenond is a real daemon, shared by this package's end-to-end tests.
 type tenond struct {
-	sock string
+	*daemon.Daemon
 	http *http.Client
-	pid  int
-	cmd  *exec.Cmd
-	tail func() string // of its log
-	end  func() error  // ends it and removes everything
 }
 
 var shared struct {
@@ -35,10 +31,10 @@ var shared struct {
 	err  error
 }
 
-// daemon starts the shared daemon, with busybox in it.
-func daemon(t *testing.T) *tenond {
+// sharedDaemon starts the shared daemon, with busybox in it.
+func sharedDaemon(t *testing.T) *tenond {
 	t.Helper()
-	shared.once.Do(func() { shared.d, shared.err = launch(0) })
+	shared.once.Do(func() { shared.d, shared.err = launch() })
 	if shared.err != nil {
 		t.Fatal(shared.err)
 	}
@@ -56,74 +52,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// launch starts a daemon; nth keeps those of one test program apart.
-func launch(nth int) (_ *tenond, err error) {
-	dir, err := os.MkdirTemp("", "tenon-server-")
+// launch starts a daemon and makes its base image.
+func launch() (_ *tenond, err error) {
+	inner, err := daemon.New()
 	if err != nil {
 		return nil, err
 	}
-	bin := os.Getenv("TENON_BIN")
-	if bin == "" {
-		bin = filepath.Join(dir, "bin")
-		cmd := exec.Command("go", "build", "-o", bin+"/", "./cmd/tenond", "./cmd/tenon-shim", "./cmd/tenon-dns")
-		cmd.Dir = "../.."
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("build: %w\n%s", err, out)
-		}
-	}
-	n := os.Getpid()%30*2 + nth
-	d := &tenond{sock: filepath.Join(dir, "docker.sock")}
-	d.http = unixClient(d.sock)
-	args := []string{"--config", "/dev/null", "--root", dir + "/root", "--run-root", dir + "/run", "--host", "unix://" + d.sock,
-		"--name", fmt.Sprintf("ts%d", n), "--debug",
-		"--default-address-pool", fmt.Sprintf("base=10.%d.0.0/16,size=24", 60+n),
-		"--default-address-pool", fmt.Sprintf("base=fd7d:%x::/48,size=64", 0x7000+n)}
-	log, err := os.Create(dir + "/log")
-	if err != nil {
-		return nil, err
-	}
-	tail := func() string { b, _ := os.ReadFile(log.Name()); return string(b[max(0, len(b)-2000):]) }
-	cmd := exec.Command(filepath.Join(bin, "tenond"), args...)
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	d.pid, d.cmd = cmd.Process.Pid, cmd
-	d.tail = tail
-	d.end = func() error {
-		var werr error
-		if cmd.ProcessState == nil {
-			_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
-			late := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
-			werr = cmd.Wait()
-			late.Stop()
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		out, err := exec.CommandContext(ctx, filepath.Join(bin, "tenond"), append(args, "--shutdown")...).CombinedOutput()
-		if err != nil {
-			err = fmt.Errorf("tenond --shutdown: %w: %s", err, out)
-		}
-		if werr != nil {
-			werr = fmt.Errorf("tenond: %w: %s", werr, tail())
-		}
-		_ = log.Close()
-		if keep := os.Getenv("TENON_KEEP_LOG"); keep != "" {
-			_ = os.Rename(log.Name(), keep)
-		}
-		return errors.Join(werr, err, os.RemoveAll(dir))
-	}
-	for until := time.Now().Add(time.Minute); ; {
-		resp, err := d.http.Get("http://d/_ping")
-		if err == nil {
-			_ = resp.Body.Close()
-			break
-		}
-		if time.Now().After(until) {
-			return nil, errors.Join(fmt.Errorf("tenond does not answer: %w\n%s", err, tail()), d.end())
-		}
-		time.Sleep(5 * time.Millisecond) // polls for readiness, decides nothing
+	d := &tenond{inner, unixClient(inner.Socket)}
+	if err := d.Start(); err != nil {
+		return nil, errors.Join(err, d.End(true))
 	}
 	resp, err := d.http.Post("http://d/tenon/v1/images/bootstrap?name=busybox", "", nil)
 	if err == nil {
@@ -134,9 +71,18 @@ func launch(nth int) (_ *tenond, err error) {
 		}
 	}
 	if err != nil {
-		return nil, errors.Join(err, d.end())
+		return nil, errors.Join(err, d.End(true))
 	}
 	return d, nil
+}
+
+// end ends the daemon as a service manager does, and removes everything.
+func (d *tenond) end() error {
+	err := d.Signal(syscall.SIGTERM, time.Minute)
+	if err != nil {
+		err = fmt.Errorf("tenond: %w: %s", err, d.Tail())
+	}
+	return errors.Join(err, d.End(err != nil))
 }
 
 // limited bounds a request, and what is read of its answer.
@@ -235,7 +181,7 @@ func (d *tenond) inspect(t *testing.T, id string) (in inspected) {
 // together with the answer's header.
 func (d *tenond) upgrade(t *testing.T, path, body string, headers ...string) (*net.UnixConn, string) {
 	t.Helper()
-	c, err := net.Dial("unix", d.sock)
+	c, err := net.Dial("unix", d.Socket)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -329,7 +329,7 @@ func TestP4Browsers(t *testing.T) {
 	}
 	args := slices.Clone(d.Args)
 	args = append(args, "--host", "tcp://0.0.0.0:0", "--root", t.TempDir(), "--run-root", t.TempDir())
-	r := d.run(t, 20e9, filepath.Join(d.bin, "tenond"), args...)
+	r := d.run(t, 20e9, filepath.Join(d.Bin, "tenond"), args...)
 	if r.Code == 0 || !strings.Contains(strings.ToLower(r.Out+r.Err), "tls") {
 		t.Errorf("a TCP socket without TLS: exit %d %q %q", r.Code, r.Out, r.Err)
 	}

@@ -140,7 +140,7 @@ func TestA1RuntimeOverwrite(t *testing.T) {
 	d := newTarget(t)
 	before := map[string][sha256.Size]byte{}
 	for _, p := range []string{"tenon-shim", "tenond", "tenon-oci", "tenon-dns"} {
-		before[p] = sumOf(t, filepath.Join(d.bin, p))
+		before[p] = sumOf(t, filepath.Join(d.Bin, p))
 	}
 	self := selfPath(t)
 	d.forge(t, "evil", map[string]any{"Entrypoint": []string{"/evil"}}, file("evil", "#!/proc/self/exe\n"))
@@ -163,7 +163,7 @@ func TestA1RuntimeOverwrite(t *testing.T) {
 		}
 	}
 	for p, want := range before {
-		if sumOf(t, filepath.Join(d.bin, p)) != want {
+		if sumOf(t, filepath.Join(d.Bin, p)) != want {
 			t.Errorf("%s has changed on the disk", p)
 		}
 	}

@@ -239,7 +239,7 @@ func TestBuildDeaths(t *testing.T) {
 		dir := contextOf(t, map[string]string{"Dockerfile": fmt.Sprintf("FROM busybox\nRUN exec sleep 777%d%d\n", os.Getpid(), n)})
 		prog := b.cmd[0]
 		if prog == "tenon" {
-			prog = filepath.Join(d.bin, "tenon")
+			prog = filepath.Join(d.Bin, "tenon")
 		}
 		cmd := exec.Command(prog, append(append([]string{}, b.cmd[1:]...), ".")...)
 		cmd.Dir, cmd.Env = dir, append(d.Environ(), b.env...)

@@ -73,7 +73,7 @@ func (d *Daemon) build(t *testing.T, b builder, dir, stdin string, env []string,
 	list := append(append([]string{}, b.cmd[1:]...), args...)
 	prog := b.cmd[0]
 	if prog == "tenon" {
-		prog = filepath.Join(d.bin, "tenon")
+		prog = filepath.Join(d.Bin, "tenon")
 	}
 	cmd := exec.CommandContext(ctx, prog, list...)
 	cmd.Dir, cmd.Env = dir, append(append(d.Environ(), b.env...), env...)
@@ -272,7 +272,7 @@ COPY f /f
 	must(own, "--cache-to", "type=inline", "-t", reg.addr+"/inline:1", "--push", ".")
 	want := d.Must(t, "run", "--rm", "c", "cat", "/id")
 	for _, from := range []string{"type=local,src=" + store, "type=registry,ref=" + reg.addr + "/cache:1", "type=registry,ref=" + reg.addr + "/inline:1"} {
-		if r := d.run(t, time.Minute, filepath.Join(d.bin, "tenon"), "builder", "prune", "-af"); r.Code != 0 || !strings.Contains(r.Out, "Total") {
+		if r := d.run(t, time.Minute, filepath.Join(d.Bin, "tenon"), "builder", "prune", "-af"); r.Code != 0 || !strings.Contains(r.Out, "Total") {
 			t.Fatalf("prune: %d %s%s", r.Code, r.Out, r.Err)
 		}
 		must(own, "-t", "again", "--cache-from", from, ".")
@@ -281,7 +281,7 @@ COPY f /f
 		}
 	}
 	var du struct{ TotalCount, TotalSize int64 }
-	if r := d.run(t, time.Minute, filepath.Join(d.bin, "tenon"), "builder", "du", "--format", "json"); json.Unmarshal([]byte(r.Out), &du) != nil || du.TotalCount == 0 {
+	if r := d.run(t, time.Minute, filepath.Join(d.Bin, "tenon"), "builder", "du", "--format", "json"); json.Unmarshal([]byte(r.Out), &du) != nil || du.TotalCount == 0 {
 		t.Errorf("builder du: %s%s", r.Out, r.Err)
 	}
 	d.Must(t, "builder", "prune", "-af")

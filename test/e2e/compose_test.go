@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"tenon.dev/tenon/test/daemon"
 )
 
 // composeRow is a project of Docker Compose and what is done with it: like a
@@ -54,7 +56,7 @@ func TestCompose(t *testing.T) {
 	var d *Daemon
 	rows, program, buildx := composeRows, os.Getenv("TENON_COMPOSE"), ""
 	if other := os.Getenv("TENON_COMPOSE_HOST"); other != "" {
-		d = &Daemon{Socket: strings.TrimPrefix(other, "unix://"), bin: filepath.Dir(program)}
+		d = &Daemon{&daemon.Daemon{Socket: strings.TrimPrefix(other, "unix://"), Bin: filepath.Dir(program)}}
 	} else {
 		d = newTarget(t)
 		rows = append(rows[:len(rows):len(rows)], composeOurs...)

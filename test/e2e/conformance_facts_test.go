@@ -6,10 +6,9 @@ import "maps"
 // that it must refuse instead, in one sentence and before anything is made.
 var refusals = map[string]map[string]string{
 	"vm": {
-		"pid namespace of another":            "--pid container:${c}x",
-		"ipc namespace of another":            "--ipc container:${c}x",
-		"network namespace of another":        "--network container:${c}x",
-		"settings of an endpoint's interface": "--network name=bridge,driver-opt=com.docker.network.endpoint.sysctls=net.ipv4.conf.IFNAME.log_martians=1",
+		"pid namespace of another":     "--pid container:${c}x",
+		"ipc namespace of another":     "--ipc container:${c}x",
+		"network namespace of another": "--network container:${c}x",
 	},
 }
 

@@ -19,7 +19,7 @@ func TestImageLife(t *testing.T) {
 	d := NewDaemon(t)
 	tenon := func(args ...string) (string, int) {
 		t.Helper()
-		cmd := exec.Command(filepath.Join(d.bin, "tenon"), args...)
+		cmd := exec.Command(filepath.Join(d.Bin, "tenon"), args...)
 		cmd.Env = d.Environ()
 		cmd.WaitDelay = time.Second
 		stop := time.AfterFunc(patience(time.Minute), func() { _ = cmd.Process.Kill() })
@@ -170,7 +170,7 @@ func TestAudit(t *testing.T) {
 	d := NewDaemon(t)
 	run := func(want int, args ...string) string {
 		t.Helper()
-		r := d.Sh(t, filepath.Join(d.bin, "tenon")+" "+strings.Join(args, " "))
+		r := d.Sh(t, filepath.Join(d.Bin, "tenon")+" "+strings.Join(args, " "))
 		if r.Code != want {
 			t.Fatalf("tenon %s: %d, want %d: %s%s", strings.Join(args, " "), r.Code, want, r.Out, r.Err)
 		}
@@ -236,7 +236,7 @@ func TestBootstrapDebian(t *testing.T) {
 	d := NewDaemon(t)
 	// It takes half a minute of processor time; nothing waits for it but its own bound.
 	try := func(args ...string) (string, error) {
-		cmd := exec.Command(filepath.Join(d.bin, "tenon"), args...)
+		cmd := exec.Command(filepath.Join(d.Bin, "tenon"), args...)
 		cmd.Env = d.Environ()
 		cmd.WaitDelay = time.Second
 		stop := time.AfterFunc(patience(10*time.Minute), func() { _ = cmd.Process.Kill() })

@@ -5,13 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // TestMachineDeaths is TestVMDeaths for a machine that holds several containers:
@@ -49,7 +45,11 @@ func TestMachineDeaths(t *testing.T) {
 		answers(t)
 	}
 	t.Run("steps", func(t *testing.T) { d.diesAtGuestSteps(t, unharmed) })
-	t.Run("random points", func(t *testing.T) { d.diesBesideGuests(t, unharmed) })
+	t.Run("random points", func(t *testing.T) {
+		d.diesBeside(t, "machine=m")
+		unharmed(t)
+		d.guestsAgree(t)
+	})
 	t.Run("one container", func(t *testing.T) {
 		d.Must(t, "kill", "two")
 		if code := d.Must(t, "wait", "two"); code != "137" {
@@ -58,15 +58,7 @@ func TestMachineDeaths(t *testing.T) {
 		d.Must(t, "start", "two")
 		unharmed(t)
 	})
-	for _, name := range []string{"beside", "one"} {
-		lines := strings.Fields(d.Must(t, "logs", name))
-		for i, line := range lines {
-			if line != strconv.Itoa(i+1) {
-				t.Errorf("%s: line %d of its log is %q", name, i+1, line)
-				break
-			}
-		}
-	}
+	d.countsInLog(t, "beside", "one")
 
 	hung := d.fillsAndHangs(t)
 
@@ -74,13 +66,7 @@ func TestMachineDeaths(t *testing.T) {
 	// and theirs, wants is started again.
 	d.Must(t, "run", "-d", "--name", "boom", "--isolation", "machine=m", "--privileged", "busybox", "sh", "-c", "sleep 1; echo c >/proc/sysrq-trigger; sleep 1000")
 	for _, name := range []string{"two", "boom"} {
-		eventually(t, name, func() string {
-			want := "exited 137 machine m ended: kernel panic: sysrq triggered crash"
-			if got := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", name); got != want {
-				return fmt.Sprintf("it is %q, want %q", got, want)
-			}
-			return ""
-		})
+		d.diesOf(t, name, "machine m ended: kernel panic: sysrq triggered crash")
 	}
 	eventually(t, "the restart policies", func() string {
 		r := d.Docker(t, "exec", "one", "cat", "/proc/sys/kernel/random/boot_id")
@@ -127,13 +113,7 @@ func (d *Daemon) fillsAndHangs(t *testing.T) (noticed func()) {
 		t.Fatal(err)
 	}
 	return func() {
-		eventually(t, "a container on a machine that hangs", func() string {
-			want := "exited 137 machine h ended: the guest hangs: it has not answered for 30s"
-			if got := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", "hung"); got != want {
-				return fmt.Sprintf("it is %q, want %q", got, want)
-			}
-			return ""
-		})
+		d.diesOf(t, "hung", "machine h ended: the guest hangs: it has not answered for 30s")
 		d.machineIs(t, "h", "crashed")
 		d.tenon(t, "machine rm -f h")
 	}
@@ -142,7 +122,7 @@ func (d *Daemon) fillsAndHangs(t *testing.T) (noticed func()) {
 // diesAtGuestSteps is diesAtMachineSteps for containers on a machine that lasts.
 func (d *Daemon) diesAtGuestSteps(t *testing.T, unharmed func(*testing.T)) {
 	const flags = "--name cut --isolation machine=m -v data:/data busybox sleep 100000"
-	for _, c := range []struct{ point, before, script, states string }{
+	d.diesAtSteps(t, []deadlyStep{
 		{"start-network", "docker create " + flags, "docker start cut", "created running"},
 		{"start-created", "docker rm -fv cut; docker create " + flags, "docker start cut", "created running"},
 		{"start-started", "docker rm -fv cut; docker create " + flags, "docker start cut", "running"},
@@ -150,64 +130,9 @@ func (d *Daemon) diesAtGuestSteps(t *testing.T, unharmed func(*testing.T)) {
 		{"rm-marked", "docker start cut", "docker rm -fv cut", "none"},
 		{"start-created", "", "tenon run --rm " + flags, "none"},
 		{"rm-network", "docker run -d " + flags, "docker rm -fv cut", "none"},
-	} {
-		name := c.point + " in " + c.script
-		if c.before != "" {
-			if r := d.Sh(t, c.before); r.Code != 0 {
-				t.Fatalf("%s: %s: %s", name, c.before, r.Err)
-			}
-		}
-		d.dieAt(t, c.point, c.script)
-		eventually(t, name, func() string { // what was begun may still end in the background
-			state := "none"
-			if r := d.Docker(t, "inspect", "-f", "{{.State.Status}}", "cut"); r.Code == 0 {
-				state = strings.TrimSpace(r.Out)
-			}
-			if !slices.Contains(strings.Fields(c.states), state) {
-				return "it is " + state + ", want one of " + c.states
-			}
-			return ""
-		})
-	}
+	}, func(*testing.T) {})
 	unharmed(t)
 	d.Docker(t, "volume", "rm", "data")
-	d.guestsAgree(t)
-}
-
-// diesBesideGuests kills the daemon while containers come and go on a machine.
-func (d *Daemon) diesBesideGuests(t *testing.T, unharmed func(*testing.T)) {
-	var stop atomic.Bool
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for k := 0; !stop.Load(); k++ {
-			name := fmt.Sprintf("w%d", k)
-			d.Docker(t, "run", "--rm", "--name", name+"r", "--isolation", "machine=m", "busybox", "true")
-			d.Docker(t, "run", "-d", "--name", name, "--isolation", "machine=m", "-p", "127.0.0.1::80", "busybox", "sh", "-c", "exit 3")
-			d.Docker(t, "rm", "-fv", name)
-		}
-	})
-	var err error
-	for k := range kills(t, 6) {
-		time.Sleep(time.Duration(k%4*800+100) * time.Millisecond) // any moment will do
-		d.Kill(t)
-		if err = d.start(); err != nil {
-			break
-		}
-	}
-	stop.Store(true)
-	wg.Wait()
-	if err != nil {
-		t.Fatal(err)
-	}
-	unharmed(t)
-	for _, name := range strings.Fields(d.Must(t, "ps", "-a", "--format", "{{.Names}}", "--filter", "name=^/?w[0-9]")) {
-		if r := d.Docker(t, "rm", "-fv", name); r.Code != 0 && !strings.Contains(r.Err, "No such container") && !strings.Contains(r.Err, "already in progress") {
-			t.Errorf("rm: %s", r.Err)
-		}
-	}
-	eventually(t, "containers", func() string {
-		return d.Must(t, "ps", "-a", "--format", "{{.Names}}", "--filter", "name=^/?w[0-9]")
-	})
 	d.guestsAgree(t)
 }
 

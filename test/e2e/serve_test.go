@@ -106,7 +106,7 @@ func TestRegistryServeAndLogin(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience(3*time.Minute)) // it outlasts all that is done with it
 	defer cancel()
-	serve := exec.CommandContext(ctx, filepath.Join(d.bin, "tenon"), "registry", "serve", "--listen", "127.0.0.1:0", "--htpasswd", users)
+	serve := exec.CommandContext(ctx, filepath.Join(d.Bin, "tenon"), "registry", "serve", "--listen", "127.0.0.1:0", "--htpasswd", users)
 	serve.Env = d.Environ()
 	serve.WaitDelay = 5 * time.Second
 	out, err := serve.StdoutPipe()

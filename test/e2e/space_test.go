@@ -53,7 +53,7 @@ func TestImageBudget(t *testing.T) {
 	if out := d.Must(t, "events", "--since", since, "--until", until, "--filter", "type=image", "--format", "{{json .}}"); !strings.Contains(out, "image-budget") {
 		t.Errorf("no event tells of the budget: %s", out)
 	}
-	if log, err := os.ReadFile(d.log.Name()); err != nil || !strings.Contains(string(log), "image removed to keep the disk budget") {
+	if log, err := os.ReadFile(d.LogFile); err != nil || !strings.Contains(string(log), "image removed to keep the disk budget") {
 		t.Errorf("the log does not tell of the budget (%v)", err)
 	}
 	// Prune leaves what is pinned.

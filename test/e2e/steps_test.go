@@ -122,7 +122,7 @@ func (d *Daemon) copyBin(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
 	for _, p := range []string{"tenond", "tenon", "tenon-shim", "tenon-dns"} {
-		b, err := os.ReadFile(filepath.Join(d.bin, p))
+		b, err := os.ReadFile(filepath.Join(d.Bin, p))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -137,9 +137,9 @@ func (d *Daemon) copyBin(t *testing.T) string {
 // is half-made; when it is back, all goes on.
 func TestMissingTool(t *testing.T) {
 	d := newTarget(t)
-	whole := d.bin
-	d.bin = d.copyBin(t)
-	t.Cleanup(func() { d.bin = whole })
+	whole := d.Bin
+	d.Bin = d.copyBin(t)
+	t.Cleanup(func() { d.Bin = whole })
 	stop := func() {
 		d.Kill(t)
 		if r := d.run(t, time.Minute, filepath.Join(whole, "tenond"), append(append([]string{}, d.Args...), "--shutdown")...); r.Code != 0 {
@@ -147,7 +147,7 @@ func TestMissingTool(t *testing.T) {
 		}
 	}
 	for _, tool := range []string{"tenon-shim", "tenon-dns"} {
-		path := filepath.Join(d.bin, tool)
+		path := filepath.Join(d.Bin, tool)
 		for _, how := range []struct {
 			name        string
 			break_, fix func() error
@@ -187,14 +187,14 @@ func TestMissingTool(t *testing.T) {
 // container waits to be started; then it is there again.
 func TestShimDiesInTheMiddle(t *testing.T) {
 	d := newTarget(t)
-	whole := d.bin
+	whole := d.Bin
 	d.Kill(t)
 	d.Sh(t, "kill -9 "+d.shimPid(t))
-	d.bin = d.copyBin(t)
-	t.Cleanup(func() { d.bin = whole })
+	d.Bin = d.copyBin(t)
+	t.Cleanup(func() { d.Bin = whole })
 	d.Start(t)
 	d.Must(t, "create", "--name", "waiting", "-p", "127.0.0.1::80", "busybox", "sleep", "100000")
-	shim := filepath.Join(d.bin, "tenon-shim")
+	shim := filepath.Join(d.Bin, "tenon-shim")
 	if err := os.Rename(shim, shim+".away"); err != nil {
 		t.Fatal(err)
 	}

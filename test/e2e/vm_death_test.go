@@ -5,13 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // TestVMDeaths: whatever dies of a container with a kernel of its own, or of what
@@ -20,17 +16,8 @@ import (
 // machine takes longest. Its state lies on a small disk of its own, which one of
 // the deaths fills.
 func TestVMDeaths(t *testing.T) {
-	dir := t.TempDir()
-	disk := filepath.Join(dir, "disk")
-	if r := (&Daemon{bin: Bin(t)}).Sh(t, fmt.Sprintf("truncate -s 3G %s.img && mkfs.ext4 -q -m 0 %[1]s.img && mkdir %[1]s && mount -o loop %[1]s.img %[1]s", disk)); r.Code != 0 {
-		t.Fatal(r.Err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(disk, 0); err != nil {
-			t.Errorf("umount %s: %v", disk, err)
-		}
-	})
-	config := filepath.Join(dir, "config.toml")
+	disk := newDisk(t, "3G")
+	config := filepath.Join(t.TempDir(), "config.toml")
 	if err := os.WriteFile(config, []byte(vmSettings()+"hang-time = \"30s\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +53,7 @@ func TestVMDeaths(t *testing.T) {
 	}
 	t.Run("panic", func(t *testing.T) {
 		d.Must(t, "run", "-d", "--name", "panics", "--privileged", "busybox", "sh", "-c", "sleep 1; echo c >/proc/sysrq-trigger; sleep 1000")
-		d.diesOf(t, "panics", "kernel panic: sysrq triggered crash")
+		d.diesOf(t, "panics", "the container's virtual machine ended: kernel panic: sysrq triggered crash")
 		d.Must(t, "rm", "panics")
 		unharmed(t)
 	})
@@ -90,24 +77,20 @@ func TestVMDeaths(t *testing.T) {
 		}
 	})
 	t.Run("hang", func(t *testing.T) {
-		d.diesOf(t, "hung", "the guest hangs: it has not answered for 30s")
+		d.diesOf(t, "hung", "the container's virtual machine ended: the guest hangs: it has not answered for 30s")
 		d.Must(t, "rm", "hung")
 	})
 	for name := range ports { // a full disk loses a part of a log, a daemon's death does not
 		d.Must(t, "exec", name, "touch", "/talk")
 	}
 	t.Run("steps", func(t *testing.T) { d.diesAtMachineSteps(t, unharmed) })
-	t.Run("random points", func(t *testing.T) { d.diesBesideMachines(t, unharmed) })
+	t.Run("random points", func(t *testing.T) {
+		d.diesBeside(t, "vm")
+		unharmed(t)
+		d.agrees(t)
+	})
 	unharmed(t)
-	for _, name := range []string{"beside", "witness"} {
-		lines := strings.Fields(d.Must(t, "logs", name))
-		for i, line := range lines {
-			if line != strconv.Itoa(i+1) {
-				t.Errorf("%s: line %d of its log is %q", name, i+1, line)
-				break
-			}
-		}
-	}
+	d.countsInLog(t, "beside", "witness")
 	d.agrees(t)
 
 	// The holder of all machines dies last: only those on the host's kernel go on.
@@ -132,28 +115,6 @@ func TestVMDeaths(t *testing.T) {
 	d.checkEmpty(t)
 }
 
-// vmSettings are those of newVMDaemon.
-func vmSettings() string {
-	cache := os.Getenv("TENON_CACHE")
-	if cache == "" {
-		cache = "/var/cache/tenon-test"
-	}
-	return fmt.Sprintf("[vm]\naccel = \"tcg\"\ncpus = 1\npool = 1\nkernel-dir = %q\n", filepath.Join(cache, "kernel"))
-}
-
-// diesOf waits for the end of a container whose machine has died, and compares
-// what it says.
-func (d *Daemon) diesOf(t *testing.T, name, why string) {
-	t.Helper()
-	want := "exited 137 the container's virtual machine ended: " + why
-	eventually(t, name, func() string {
-		if got := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", name); got != want {
-			return fmt.Sprintf("it is %q, want %q", got, want)
-		}
-		return ""
-	})
-}
-
 // fullUnderMachines fills the disk under all writable layers: who writes then
 // dies of it, and with space again it goes on with what it had.
 func (d *Daemon) fullUnderMachines(t *testing.T, disk string, unharmed func(*testing.T)) {
@@ -170,7 +131,7 @@ func (d *Daemon) fullUnderMachines(t *testing.T, disk string, unharmed func(*tes
 		t.Fatalf("the disk is not full: %s", r.Err)
 	}
 	d.Docker(t, "exec", "writer", "touch", "/go") // it may die of that already
-	d.diesOf(t, "writer", "no space left on the host's disk for what the container writes")
+	d.diesOf(t, "writer", "the container's virtual machine ended: no space left on the host's disk for what the container writes")
 	unharmed(t)
 	if r := d.Docker(t, "run", "--name", "late", "busybox", "true"); r.Code == 0 || !strings.Contains(strings.ToLower(r.Err), "no space left") {
 		t.Errorf("with a full disk: exit %d: %s", r.Code, r.Err)
@@ -189,10 +150,7 @@ func (d *Daemon) fullUnderMachines(t *testing.T, disk string, unharmed func(*tes
 // diesAtMachineSteps kills the daemon where it has made a part of a machine.
 func (d *Daemon) diesAtMachineSteps(t *testing.T, unharmed func(*testing.T)) {
 	const flags = "--name cut -v data:/data busybox sleep 100000"
-	for _, c := range []struct {
-		point, before, script string
-		states                string // as in TestDaemonKilledAtEachStep
-	}{
+	d.diesAtSteps(t, []deadlyStep{
 		{"create-record", "", "docker create " + flags, "none created"},
 		{"start-intent", "docker rm -fv cut; docker create " + flags, "docker start cut", "created running"},
 		{"start-network", "docker rm -fv cut; docker create " + flags, "docker start cut", "created running"},
@@ -205,124 +163,12 @@ func (d *Daemon) diesAtMachineSteps(t *testing.T, unharmed func(*testing.T)) {
 		{"rm-network", "docker run -d " + flags, "docker rm -fv cut", "none"},
 		{"rm-root", "docker create " + flags, "docker rm -fv cut", "none"},
 		{"rm-freed", "docker create " + flags, "docker rm -fv cut", "none"},
-	} {
-		name := c.point + " in " + c.script
-		if c.before != "" {
-			if r := d.Sh(t, c.before); r.Code != 0 {
-				t.Fatalf("%s: %s: %s", name, c.before, r.Err)
-			}
-		}
-		d.dieAt(t, c.point, c.script)
-		eventually(t, name, func() string { // what was begun may still end in the background
-			state := "none"
-			if r := d.Docker(t, "inspect", "-f", "{{.State.Status}}", "cut"); r.Code == 0 {
-				state = strings.TrimSpace(r.Out)
-			}
-			if !slices.Contains(strings.Fields(c.states), state) {
-				return "it is " + state + ", want one of " + c.states
-			}
-			return ""
-		})
-		d.agrees(t)
-	}
+	}, d.agrees)
 	unharmed(t)
 	d.Docker(t, "volume", "rm", "data")
 	if s := d.Must(t, "volume", "ls", "-q"); s != "" {
 		t.Errorf("volumes are left: %s", s)
 	}
-}
-
-// diesBesideMachines kills the daemon while containers come and go.
-func (d *Daemon) diesBesideMachines(t *testing.T, unharmed func(*testing.T)) {
-	var stop atomic.Bool
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for k := 0; !stop.Load(); k++ {
-			name := fmt.Sprintf("w%d", k)
-			d.Docker(t, "run", "--rm", "--name", name+"r", "busybox", "true")
-			d.Docker(t, "run", "-d", "--name", name, "-p", "127.0.0.1::80", "busybox", "sh", "-c", "exit 3")
-			d.Docker(t, "cp", name+":/etc/passwd", "-")
-			d.Docker(t, "rm", "-fv", name)
-		}
-	})
-	var err error
-	for k := range kills(t, 6) {
-		time.Sleep(time.Duration(k%4*800+100) * time.Millisecond) // any moment will do
-		d.Kill(t)
-		if err = d.start(); err != nil {
-			break
-		}
-	}
-	stop.Store(true)
-	wg.Wait()
-	if err != nil {
-		t.Fatal(err)
-	}
-	unharmed(t)
-	for _, name := range strings.Fields(d.Must(t, "ps", "-a", "--format", "{{.Names}}", "--filter", "name=^/?w[0-9]")) {
-		if r := d.Docker(t, "rm", "-fv", name); r.Code != 0 && !strings.Contains(r.Err, "No such container") && !strings.Contains(r.Err, "already in progress") {
-			t.Errorf("rm: %s", r.Err)
-		}
-	}
-	eventually(t, "containers", func() string {
-		return d.Must(t, "ps", "-a", "--format", "{{.Names}}", "--filter", "name=^/?w[0-9]")
-	})
-	d.agrees(t)
-}
-
-// qemu is the process of a container's machine.
-func (d *Daemon) qemu(t *testing.T, name string) int {
-	t.Helper()
-	pid, err := strconv.Atoi(d.Must(t, "inspect", "-f", "{{.State.Pid}}", name))
-	if err != nil || pid <= 0 {
-		t.Fatalf("%s: process %d, %v", name, pid, err)
-	}
-	return pid
-}
-
-// running are the processes of the machines of all containers that run.
-func (d *Daemon) running(t *testing.T) []int {
-	t.Helper()
-	var out []int
-	for _, name := range strings.Fields(d.Must(t, "ps", "--format", "{{.Names}}")) {
-		if r := d.Docker(t, "inspect", "-f", `{{index .HostConfig.Annotations "tenon.isolation"}} {{.State.Pid}}`, name); r.Code == 0 {
-			if f := strings.Fields(r.Out); len(f) == 2 && f[0] == "vm" {
-				pid, err := strconv.Atoi(f[1])
-				if err != nil {
-					t.Fatal(err)
-				}
-				out = append(out, pid)
-			}
-		}
-	}
-	slices.Sort(out)
-	return out
-}
-
-// qemus are all of the daemon's, from the control groups of their machines.
-func (d *Daemon) qemus(t *testing.T) []int {
-	t.Helper()
-	var out []int
-	for _, pattern := range []string{"/sys/fs/cgroup/memory/", "/sys/fs/cgroup/"} {
-		groups, err := filepath.Glob(pattern + d.Name + "-vm/vm-*/cgroup.procs")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, g := range groups {
-			b, _ := os.ReadFile(g) // it may be gone
-			for _, f := range strings.Fields(string(b)) {
-				pid, err := strconv.Atoi(f)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if exe, err := os.Readlink("/proc/" + f + "/exe"); err == nil && strings.HasPrefix(filepath.Base(exe), "qemu-system") {
-					out = append(out, pid)
-				}
-			}
-		}
-	}
-	slices.Sort(out)
-	return out
 }
 
 // agrees waits until what is on the machine is what the records say: a QEMU, a

@@ -59,7 +59,7 @@ func vmFilesShared(t *testing.T, d *Daemon) {
 		}
 	}
 	// What its machine costs beside it.
-	r := d.run(t, time.Minute, filepath.Join(d.bin, "tenon"), "stats", "--no-stream", "--format", "{{.VMMem}} {{.VMOverhead}}", "shares")
+	r := d.run(t, time.Minute, filepath.Join(d.Bin, "tenon"), "stats", "--no-stream", "--format", "{{.VMMem}} {{.VMOverhead}}", "shares")
 	if f := strings.Fields(r.Out); r.Code != 0 || len(f) != 2 || !strings.HasSuffix(f[0], "MiB") || !strings.HasSuffix(f[1], "MiB") {
 		t.Errorf("stats: %q %s", r.Out, r.Err)
 	}
