@@ -13,7 +13,7 @@ func (a *app) pinCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "pin [IMAGE...]", Short: "Keep images from being pruned, and from the disk budget; without images, list those that are kept",
 		Long: "A pinned image is removed by rmi alone: neither prune nor the daemon's image-budget takes it.\n" +
-			"Images with the label dev.tenon.keep are pinned by themselves.",
+			"Images that were made here (build, commit, import) with the label dev.tenon.keep are\npinned by themselves; those from elsewhere never are, whatever their labels say.",
 		Example: "tenon image pin base:1\ntenon image pin", ValidArgsFunction: a.completeEach(a.imageNames),
 	}
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {

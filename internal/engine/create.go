@@ -43,14 +43,14 @@ func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ct
 			return nil, res, err
 		}
 	}
-	img, err := e.cfg.Images.Resolve(ctx, o.Request.Config.Image, o.Platform)
+	img, release, err := e.cfg.Images.Acquire(ctx, o.Request.Config.Image, o.Platform)
 	if errdefs.IsNotFound(err) && !errors.Is(err, image.ErrPlatform) {
 		return nil, res, notFound("No such image: %s", withTag(o.Request.Config.Image))
 	}
 	if err != nil {
 		return nil, res, err
 	}
-	defer e.cfg.Images.Hold(img.ID)() // until the record says that it is used
+	defer release() // when the record says that it is used
 	r, warnings, err := e.newRecord(ctx, o, img)
 	if err != nil {
 		return nil, res, err

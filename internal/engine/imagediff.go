@@ -28,10 +28,9 @@ const (
 // imageStack is the image's layers, topmost first, kept for as long as release is not
 // called.
 func (e *Engine) imageStack(ctx context.Context, ref string) (img *image.Image, s layered.Stack, release func(), err error) {
-	if img, err = e.cfg.Images.Resolve(ctx, ref, nil); err != nil {
+	if img, release, err = e.cfg.Images.Acquire(ctx, ref, nil); err != nil {
 		return nil, nil, nil, err
 	}
-	release = e.cfg.Images.Hold(img.ID)
 	dirs, err := e.cfg.Images.Layers(ctx, img)
 	if err != nil {
 		release()

@@ -7,13 +7,16 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
 
-// KeepLabel, set in an image's configuration to anything but "" and "false", pins it.
+// KeepLabel, set in the configuration of an image that was made here to anything but ""
+// and "false", pins it. Of an image that came from elsewhere it says nothing: it would
+// be a stranger who pins what he sends.
 const KeepLabel = "dev.tenon.keep"
 
 // Cache is what shares the disk budget with the images: the build cache.
@@ -79,12 +82,53 @@ func (s *Store) pinned(r *record) bool {
 	if r.Pinned {
 		return true
 	}
+	if !madeHere(r.Source) {
+		return false
+	}
 	img, err := s.build(r, nil)
 	if err != nil {
 		return false
 	}
 	v, ok := img.Config.Config.Labels[KeepLabel]
 	return ok && v != "" && v != "false"
+}
+
+// madeHere tells of a record's source whether this engine has made the image.
+func madeHere(source string) bool {
+	switch source {
+	case "build", "commit", "import", "bootstrap":
+		return true
+	}
+	return false
+}
+
+// budgetTurn says when the budget is looked at. But for wanted it is the collector's.
+type budgetTurn struct {
+	wanted atomic.Bool
+	last   time.Time // when it was looked at
+	vain   time.Time // when the cache had nothing to give
+}
+
+const (
+	// budgetEvery is how often the budget is looked at: for that all images are walked.
+	budgetEvery = time.Second
+	// vainFor is how long the cache is left alone that has nothing to give.
+	vainFor = 30 * time.Second
+)
+
+// budgetDue tells the collector whether to look at the budget now; if that is wanted
+// but too early, the collector is woken when it is time.
+func (s *Store) budgetDue() bool {
+	if s.cfg.Budget <= 0 || !s.budget.wanted.Load() {
+		return false
+	}
+	if next := s.budget.last.Add(budgetEvery); time.Now().Before(next) {
+		s.kickAt(next)
+		return false
+	}
+	s.budget.wanted.Store(false)
+	s.budget.last = time.Now()
+	return true
 }
 
 // budgetItem is an image with what it takes.
@@ -161,8 +205,8 @@ func (s *Store) shrinkCache(ctx context.Context, last bool) int64 {
 		return 0
 	}
 	held := c.Bytes(ctx)
-	if held == 0 {
-		return 0
+	if held == 0 || time.Since(s.budget.vain) < vainFor {
+		return held
 	}
 	b := s.weigh(ctx)
 	over := b.total + held - s.cfg.Budget
@@ -178,9 +222,13 @@ func (s *Store) shrinkCache(ctx context.Context, last bool) int64 {
 	}
 	if err := c.Shrink(ctx, min(over, held), unused); err != nil {
 		s.log.Warn("disk budget: build cache not reduced", "err", err)
+		s.budget.vain = time.Now()
 		return held
 	}
 	now := c.Bytes(ctx)
+	if now >= held && unused == 0 {
+		s.budget.vain = time.Now() // what is left is in use
+	}
 	if now < held {
 		s.log.Info("build cache reduced to keep the disk budget", "freed", held-now, "left", now, "budget", s.cfg.Budget)
 	}
@@ -189,7 +237,7 @@ func (s *Store) shrinkCache(ctx context.Context, last bool) int64 {
 
 // expendable tells whether nobody uses or wants to keep an image.
 func (s *Store) expendable(it budgetItem) bool {
-	return len(s.users(it.rec.Target.Digest, nil)) == 0 && !s.pinned(it.rec)
+	return len(s.users(it.rec.Target.Digest)) == 0 && !s.pinned(it.rec)
 }
 
 // keepBudget removes the images that nobody has used for longest until the rest, with
@@ -231,6 +279,11 @@ func (s *Store) keepBudget(ctx context.Context, cache int64) (over bool) {
 // collectImage removes an image, unless it has changed meanwhile.
 func (s *Store) collectImage(it budgetItem) bool {
 	d := it.rec.Target.Digest
+	used, done := s.leave(d, nil)
+	defer done()
+	if len(used) > 0 {
+		return false
+	}
 	err := s.update(func(b *batch) error {
 		if r := b.record(d); r == nil || !slices.Equal(r.Names, it.rec.Names) || !r.Tagged.Equal(it.rec.Tagged) || r.Pinned != it.rec.Pinned {
 			return fmt.Errorf("changed meanwhile: %w", errdefs.ErrAborted)

@@ -42,7 +42,7 @@ type record struct {
 	Created time.Time          `json:"created"`          // when it came here
 	Tagged  time.Time          `json:"tagged,omitzero"`
 	Parent  string             `json:"parent,omitempty"` // commit's parent image ID
-	Source  string             `json:"source,omitempty"` // pull, load, import, commit, bootstrap
+	Source  string             `json:"source,omitempty"` // pull, load, push, build, import, commit, bootstrap
 	// Remotes are canonical names of repositories that it was pulled from or pushed to.
 	Remotes []string `json:"remotes,omitempty"`
 	// Pinned images are removed by Remove alone.
@@ -194,6 +194,9 @@ func (b *batch) put(target ocispec.Descriptor, name, source string, now time.Tim
 	r.Forgotten = false
 	if source != "" {
 		r.Boot = b.s.boot
+	}
+	if madeHere(source) {
+		r.Source = source // whoever sent it before
 	}
 	if name == "" {
 		return ""

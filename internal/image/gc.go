@@ -3,6 +3,7 @@ package image
 import (
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -12,7 +13,24 @@ import (
 // gcSoon asks the collector to look for garbage when nothing is being written.
 func (s *Store) gcSoon() {
 	s.gcWanted.Store(true)
+	s.budget.wanted.Store(s.cfg.Budget > 0)
 	s.kick()
+}
+
+// kickAt wakes the collector at a time, unless it is to be woken before; then that is
+// for nothing, or it asks again.
+func (s *Store) kickAt(t time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ctx.Err() != nil || s.laterAt.After(time.Now()) && !t.Before(s.laterAt) {
+		return
+	}
+	s.laterAt = t
+	if s.later == nil {
+		s.later = time.AfterFunc(time.Until(t), s.kick)
+	} else {
+		s.later.Reset(time.Until(t))
+	}
 }
 
 func (s *Store) kick() {
@@ -31,14 +49,21 @@ func (s *Store) collector() {
 		case <-s.gcKick:
 		}
 		s.emptyTrash()
-		if !s.gcWanted.Load() {
+		due := s.budgetDue()
+		if !s.gcWanted.Load() && !due {
 			continue
 		}
-		cache := s.shrinkCache(s.ctx, false)
+		var cache int64
+		if due {
+			cache = s.shrinkCache(s.ctx, false)
+		}
 		if !s.gate.TryLock() {
+			if due {
+				s.budget.wanted.Store(true)
+			}
 			continue // the end of the operation kicks again
 		}
-		over := s.keepBudget(s.ctx, cache)
+		over := due && s.keepBudget(s.ctx, cache)
 		s.gcWanted.Store(false)
 		n, err := s.collect()
 		s.gate.Unlock()

@@ -46,7 +46,9 @@ func (s *Store) removePlatforms(ctx context.Context, ref string, list []ocispec.
 	if err != nil {
 		return nil, err
 	}
-	if used := s.users(id, inUse); len(used) > 0 {
+	used, done := s.leave(id, inUse)
+	defer done()
+	if len(used) > 0 {
 		return nil, fmt.Errorf("conflict: unable to remove platforms of %s - image is being used by container %s: %w", shortDigest(id), hexPrefix(used[0]), errdefs.ErrConflict)
 	}
 	var out []image.DeleteResponse

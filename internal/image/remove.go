@@ -13,24 +13,6 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// users names who uses an image: containers, and operations that hold it.
-func (s *Store) users(id digest.Digest, inUse func(string) []string) []string {
-	s.mu.RLock()
-	held := s.held[id.String()]
-	s.mu.RUnlock()
-	var out []string
-	if inUse == nil {
-		inUse = s.cfg.InUse
-	}
-	if inUse != nil {
-		out = inUse(id.String())
-	}
-	if held > 0 {
-		out = append(out, "(being created)")
-	}
-	return out
-}
-
 // Remove removes a name; with its last name, or asked for by ID, the image. An
 // image that containers use is not removed (errdefs.ErrConflict); with Force it
 // loses its names and goes with the next prune; asked for by ID it is forgotten,
@@ -44,7 +26,8 @@ func (s *Store) Remove(ctx context.Context, ref string, opts RemoveOptions, inUs
 	if err != nil {
 		return nil, err
 	}
-	used := s.users(id, inUse)
+	used, done := s.leave(id, inUse)
+	defer done()
 	var out []image.DeleteResponse
 	err = s.update(func(b *batch) error {
 		r := b.record(id)
@@ -117,7 +100,17 @@ func (s *Store) dropForgotten() error {
 		}
 	}
 	s.mu.RUnlock()
-	gone = slices.DeleteFunc(gone, func(d digest.Digest) bool { return len(s.users(d, nil)) > 0 })
+	var ends []func()
+	gone = slices.DeleteFunc(gone, func(d digest.Digest) bool {
+		used, end := s.leave(d, nil)
+		ends = append(ends, end)
+		return len(used) > 0
+	})
+	defer func() {
+		for _, end := range ends {
+			end()
+		}
+	}()
 	if len(gone) == 0 {
 		return nil
 	}
@@ -189,17 +182,23 @@ func (s *Store) Prune(ctx context.Context, f Filters, inUse func(id string) []st
 		if err != nil {
 			img = &Image{ID: r.Target.Digest.String(), Target: r.Target}
 		}
-		if !sel.match(r, img) || s.pinned(r) || len(s.users(r.Target.Digest, inUse)) > 0 {
+		if !sel.match(r, img) || s.pinned(r) {
+			continue
+		}
+		used, done := s.leave(r.Target.Digest, inUse)
+		if len(used) > 0 {
+			done()
 			continue
 		}
 		var one []image.DeleteResponse
 		err = s.update(func(b *batch) error {
-			if now := b.record(r.Target.Digest); now == nil || !slices.Equal(now.Names, r.Names) {
+			if now := b.record(r.Target.Digest); now == nil || !slices.Equal(now.Names, r.Names) || now.Pinned {
 				return fmt.Errorf("changed meanwhile: %w", errdefs.ErrAborted)
 			}
 			b.recs[r.Target.Digest] = nil
 			return nil
 		})
+		done()
 		if errdefs.IsAborted(err) {
 			continue
 		}

@@ -176,10 +176,15 @@ func (s *Store) shelve(name, tag string, p *pushed, isImage bool) error {
 func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 	var out []image.DeleteResponse
 	var id digest.Digest
-	s.mu.RLock()
-	rec := s.recs[d]
-	s.mu.RUnlock()
-	keep := rec != nil && (len(s.users(d, nil)) > 0 || s.pinned(rec))
+	keep := false
+	if tag == "" {
+		used, done := s.leave(d, nil)
+		defer done()
+		s.mu.RLock()
+		rec := s.recs[d]
+		s.mu.RUnlock()
+		keep = len(used) > 0 || rec != nil && s.pinned(rec)
+	}
 	err := s.update(func(b *batch) error {
 		s.mu.RLock()
 		sh := s.shelves[name]
@@ -227,7 +232,7 @@ func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 		}
 		r.Names = slices.DeleteFunc(r.Names, func(n string) bool { return slices.Contains(gone, n) })
 		// A tag's image stays, without a name, for those who pull it by digest.
-		if tag == "" && len(r.Names) == 0 && !keep {
+		if tag == "" && len(r.Names) == 0 && !keep && !r.Pinned {
 			b.recs[id] = nil
 			out = append(out, image.DeleteResponse{Deleted: id.String()})
 		}

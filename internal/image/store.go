@@ -41,6 +41,7 @@ type Store struct {
 	gate     sync.RWMutex // held shared while blobs or layers may be unreferenced
 	gcWanted atomic.Bool
 	gcKick   chan struct{}
+	budget   budgetTurn
 	flush    chan struct{}
 
 	dbMu sync.Mutex // one update at a time
@@ -55,17 +56,20 @@ type Store struct {
 	usedChanged atomic.Bool // since it was written
 
 	mu       sync.RWMutex
-	recs     map[digest.Digest]*record      // by target
-	names    map[string]digest.Digest       // canonical name to target
-	layers   map[digest.Digest]*layerRecord // by chain ID
-	images   map[imageKey]*Image            // what Resolve has answered
-	hot      map[hotKey]*Image              // the same by reference as written; dropped at each change
-	lowers   map[digest.Digest][]string     // what Layers has answered, by chain ID
-	held     map[string]int                 // holds by image ID
-	shelves  map[string]*shelf              // by canonical name of the repository
-	cache    Cache                          // shares the budget; may be nil
-	tidy     *time.Timer                    // see tidyLater; guarded by mu
-	saveUsed *time.Timer                    // see touch; guarded by mu
+	recs     map[digest.Digest]*record       // by target
+	names    map[string]digest.Digest        // canonical name to target
+	layers   map[digest.Digest]*layerRecord  // by chain ID
+	images   map[imageKey]*Image             // what Resolve has answered
+	hot      map[hotKey]*Image               // the same by reference as written; dropped at each change
+	lowers   map[digest.Digest][]string      // what Layers has answered, by chain ID
+	held     map[string]int                  // holds by image ID
+	leaving  map[digest.Digest]chan struct{} // images that are being removed: see leave
+	shelves  map[string]*shelf               // by canonical name of the repository
+	cache    Cache                           // shares the budget; may be nil
+	tidy     *time.Timer                     // see tidyLater; guarded by mu
+	later    *time.Timer                     // see kickAt; guarded by mu
+	laterAt  time.Time                       // when later is to fire; guarded by mu
+	saveUsed *time.Timer                     // see touch; guarded by mu
 }
 
 type imageKey struct {
@@ -113,7 +117,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		gcKick: make(chan struct{}, 1), flush: make(chan struct{}, 1),
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
 		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
-		lowers: map[digest.Digest][]string{}, held: map[string]int{}, shelves: map[string]*shelf{},
+		lowers: map[digest.Digest][]string{}, held: map[string]int{}, leaving: map[digest.Digest]chan struct{}{}, shelves: map[string]*shelf{},
 		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{},
 	}
 	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir(), s.heldDir()} {
@@ -165,7 +169,7 @@ func (s *Store) Close() error {
 		s.cancel()
 		s.wg.Wait()
 		s.mu.Lock()
-		for _, t := range []*time.Timer{s.tidy, s.saveUsed} {
+		for _, t := range []*time.Timer{s.tidy, s.saveUsed, s.later} {
 			if t != nil {
 				t.Stop()
 			}
@@ -221,9 +225,9 @@ func (s *Store) begin() (end func(), err error) {
 		s.gate.RUnlock()
 		s.tidyLater()
 		if s.cfg.Budget > 0 {
-			s.gcWanted.Store(true)
+			s.budget.wanted.Store(true)
 		}
-		if s.gcWanted.Load() {
+		if s.gcWanted.Load() || s.budget.wanted.Load() {
 			s.kick()
 		}
 	}), nil
@@ -247,22 +251,6 @@ func (s *Store) tidyLater() {
 		return
 	}
 	s.tidy.Reset(tidyAfter)
-}
-
-// Hold keeps an image (by its ID) from being removed until release is called:
-// for the time between resolving it and recording the container that uses it.
-func (s *Store) Hold(id string) (release func()) {
-	s.touch(id)
-	s.mu.Lock()
-	s.held[id]++
-	s.mu.Unlock()
-	return sync.OnceFunc(func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.held[id]--; s.held[id] == 0 {
-			delete(s.held, id)
-		}
-	})
 }
 
 func (s *Store) event(action, id, ref string, attrs map[string]string) {

@@ -1,0 +1,174 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A removal asks who uses the image; who wants to hold it from then on waits, and finds
+// it gone. Held before, it is not removed.
+func TestHoldAgainstRemoval(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	var mu sync.Mutex
+	asked := func() {}
+	s := open(t, func(c *Config) {
+		c.InUse = func(string) []string {
+			mu.Lock()
+			f := asked
+			mu.Unlock()
+			f()
+			return nil
+		}
+	})
+	archive := dockerArchive(t, []string{"a:1"}, mkTar(t, fileEntry("f", "x")))
+	for name, remove := range map[string]func(id string) error{
+		"rmi": func(string) error { _, err := s.Remove(ctx, "a:1", RemoveOptions{}, nil); return err },
+		"prune": func(string) error {
+			f := Filters{"dangling": {"false"}}
+			_, _, err := s.Prune(ctx, f, nil)
+			return err
+		},
+		"budget": func(id string) error {
+			s.mu.RLock()
+			r := s.recs[digest.Digest(id)]
+			s.mu.RUnlock()
+			if !s.collectImage(budgetItem{rec: r}) {
+				return errors.New("not removed")
+			}
+			return nil
+		},
+	} {
+		load(t, s, archive)
+		id := resolve(t, s, "a:1").ID
+		_, release, err := s.Acquire(ctx, "a:1", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = remove(id) // prune passes over it, the others say so
+		if _, err := s.Resolve(ctx, "a:1", nil); err != nil {
+			t.Errorf("%s: removed though held: %v", name, err)
+		}
+		release()
+		got := make(chan error, 1)
+		once := sync.OnceFunc(func() {
+			go func() {
+				_, release, err := s.Acquire(ctx, "a:1", nil)
+				if err == nil {
+					release()
+				}
+				got <- err
+			}()
+			// It either waits for the end of the removal, or comes after it.
+			for end := time.Now().Add(20 * time.Millisecond); time.Now().Before(end) && len(got) == 0; {
+				time.Sleep(time.Millisecond)
+			}
+			if len(got) > 0 {
+				t.Errorf("%s: held while it is being removed", name)
+			}
+		})
+		mu.Lock()
+		asked = once
+		mu.Unlock()
+		if err := remove(id); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		select {
+		case err := <-got:
+			if !errdefs.IsNotFound(err) {
+				t.Errorf("%s: acquired meanwhile: %v", name, err)
+			}
+		case <-ctx.Done():
+			t.Fatalf("%s: who wants it waits for ever", name)
+		}
+		mu.Lock()
+		asked = func() {}
+		mu.Unlock()
+	}
+}
+
+// What has been acquired has its files, whoever removes and collects meanwhile.
+func TestAcquireUnderRemovals(t *testing.T) {
+	ctx := context.Background()
+	s := open(t, func(c *Config) { c.Budget = 1 })
+	archive := dockerArchive(t, []string{"a:1"}, mkTar(t, fileEntry("f", strings.Repeat("x", 10_000))))
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for range 60 {
+			load(t, s, archive)
+			if _, err := s.Remove(ctx, "a:1", RemoveOptions{}, nil); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsConflict(err) {
+				t.Error(err)
+			}
+			s.gcSoon()
+		}
+	})
+	for range 2 {
+		wg.Go(func() {
+			for range 300 {
+				img, release, err := s.Acquire(ctx, "a:1", nil)
+				if errdefs.IsNotFound(err) {
+					continue
+				}
+				if err != nil {
+					t.Error(err)
+					continue
+				}
+				dirs, err := s.Layers(ctx, img)
+				if err == nil {
+					_, err = os.Stat(dirs[0] + "/f")
+				}
+				if err != nil {
+					t.Errorf("acquired, but: %v", err)
+				}
+				release()
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// An image from elsewhere does not pin itself; one that was made here does.
+func TestKeepLabel(t *testing.T) {
+	ctx := context.Background()
+	s := open(t)
+	foreign := &ociArchive{}
+	layer := mkTar(t, fileEntry("f", "x"))
+	conf := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{digest.FromBytes(layer)}}}
+	conf.Config.Labels = map[string]string{KeepLabel: "1"}
+	m := foreign.json(ocispec.MediaTypeImageManifest, ocispec.Manifest{
+		MediaType: ocispec.MediaTypeImageManifest, Config: foreign.json(ocispec.MediaTypeImageConfig, conf),
+		Layers: []ocispec.Descriptor{foreign.put(ocispec.MediaTypeImageLayer, layer)},
+	})
+	m.Annotations = map[string]string{annotationName: "stranger:1"}
+	foreign.idx.Manifests = append(foreign.idx.Manifests, m)
+	load(t, s, foreign.bytes(t))
+	if got := resolve(t, s, "stranger:1").Config.Config.Labels[KeepLabel]; got != "1" {
+		t.Fatalf("label %q", got)
+	}
+	if got := s.Pinned(ctx); len(got) > 0 {
+		t.Errorf("it pins itself: %v", got)
+	}
+	if _, err := s.Import(ctx, bytes.NewReader(layer), ImportOptions{Ref: "mine:1", Changes: []string{"LABEL " + KeepLabel + "=1"}}); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Pinned(ctx); !slices.Equal(got, []string{"mine:1"}) {
+		t.Errorf("pinned: %v", got)
+	}
+	if err := s.Pin(ctx, "stranger:1", true); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Pinned(ctx); !slices.Equal(got, []string{"mine:1", "stranger:1"}) {
+		t.Errorf("pinned: %v", got)
+	}
+}
