@@ -9,8 +9,9 @@ import (
 	"strings"
 )
 
-// Leftovers lists everything on the machine that carries the daemon's name or
-// roots: processes, mounts, interfaces, nftables tables, cgroups.
+// Leftovers lists what an engine that was shut down must have taken with it: all that
+// carries the daemon's name or roots (processes, mounts, interfaces, nftables tables,
+// cgroups), and whatever lies in its run root.
 func (d *Daemon) Leftovers() []string {
 	var left []string
 	mounts, _ := os.ReadFile("/proc/self/mounts")
@@ -47,6 +48,10 @@ func (d *Daemon) Leftovers() []string {
 		if err == nil && (bytes.Contains(b, []byte(d.Root)) || bytes.Contains(b, []byte(d.RunRoot))) {
 			left = append(left, "process "+filepath.Base(filepath.Dir(p))+" "+string(bytes.ReplaceAll(b, []byte{0}, []byte{' '})))
 		}
+	}
+	entries, _ := os.ReadDir(d.RunRoot) // none: nothing is left
+	for _, e := range entries {
+		left = append(left, "file "+filepath.Join(d.RunRoot, e.Name()))
 	}
 	return left
 }
