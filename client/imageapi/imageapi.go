@@ -44,6 +44,9 @@ type Definition struct {
 	Host    string    `json:"host,omitempty"`
 	User    string    `json:"user,omitempty"`
 	Created time.Time `json:"created,omitzero"`
+	// Seal is the client's code of all that it said, by which it knows its own words
+	// again; without one, or with another's, it asks before it takes any file.
+	Seal string `json:"seal,omitempty"`
 }
 
 // Base is an image that another one was made of.
@@ -79,7 +82,8 @@ type Node struct {
 	// Layers and OwnLayers count all layers, and those that are not the parent's.
 	Layers    int `json:"layers"`
 	OwnLayers int `json:"ownLayers"`
-	// Owners are what labels say of who is responsible: authors, vendor, owner.
+	// Owners are what labels say of who is responsible: authors, vendor, owner; what the
+	// image's own labels say without what its parent's say as well, if there is any.
 	Owners     map[string]string `json:"owners,omitempty"`
 	Containers []Container       `json:"containers,omitempty"`
 	// Also are the further images that the build took something from.
@@ -149,7 +153,11 @@ type Step struct {
 	// Why it is done so, or can't be.
 	Why        string      `json:"why,omitempty"`
 	Definition *Definition `json:"definition,omitempty"`
-	Containers []Container `json:"containers,omitempty"`
+	// Unconfirmed: the definition is not one that this user gave to the daemon. The
+	// client fills it in.
+	Unconfirmed bool              `json:"unconfirmed,omitempty"`
+	Owners      map[string]string `json:"owners,omitempty"`
+	Containers  []Container       `json:"containers,omitempty"`
 }
 
 // RebaseRequest asks for an image whose lowest layers, those of From, are replaced by

@@ -173,7 +173,12 @@ func (j *job) report(ctx context.Context, engine *client.Client, resp *bk.SolveR
 		}
 	}
 	if j.stored && id != "" {
-		if err := record(ctx, engine, id, j.definition()); err != nil {
+		d := j.definition()
+		seal, err := buildopts.Seal(o.ConfigDir, o.Host, d)
+		if d.Seal = seal; err != nil {
+			_, _ = fmt.Fprintf(stderr, "tenon: warning: tenon image rebuild will ask before it builds this again: %v\n", err) // for the user's eyes
+		}
+		if err := record(ctx, engine, id, d); err != nil {
 			_, _ = fmt.Fprintf(stderr, "tenon: warning: how the image was built is not recorded: %v\n", err) // for the user's eyes
 		}
 	}
@@ -185,7 +190,7 @@ func (j *job) definition() imageapi.Definition {
 	o := j.o
 	d := imageapi.Definition{
 		Context: j.context, Dockerfile: j.dockerfile, Target: o.Target, Platform: strings.Join(o.Platform, ","),
-		Args: o.Args, Labels: o.Labels, Contexts: each(o.Contexts, absContext), Secrets: each(o.Secrets, absSecret), SSH: each(o.SSH, absSSH),
+		Labels: o.Labels, Contexts: each(o.Contexts, absContext), Secrets: each(o.Secrets, absSecret), SSH: each(o.SSH, absSSH),
 		Network: o.Network, Isolation: o.Isolation, Flags: flags(o),
 	}
 	text, err := os.ReadFile(j.dockerfile)
@@ -196,6 +201,7 @@ func (j *job) definition() imageapi.Definition {
 	}
 	d.Host, _ = os.Hostname() // unknown otherwise
 	d.User = os.Getenv("USER")
+	d.Args = withoutSecrets(o.Args)
 	return d
 }
 

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"tenon.dev/tenon/internal/audit"
 	"tenon.dev/tenon/internal/cli/buildopts"
 )
 
@@ -71,6 +72,16 @@ func absSSH(s string) string {
 		}
 	}
 	return name + "=" + strings.Join(paths, ",")
+}
+
+// withoutSecrets are arguments without the values that look like secrets.
+func withoutSecrets(args []string) []string {
+	return each(args, func(a string) string {
+		if name, value, ok := strings.Cut(a, "="); ok && audit.SecretVariable(name, value) {
+			return name
+		}
+		return a
+	})
 }
 
 // flags are those that have no field of their own in a definition, and without which

@@ -11,7 +11,9 @@ import (
 
 	"github.com/moby/moby/api/types/registry"
 
+	"tenon.dev/tenon/client"
 	"tenon.dev/tenon/client/imageapi"
+	"tenon.dev/tenon/internal/cli/buildopts"
 )
 
 // Credentials go by their registry's host, however they are kept; a file of null is empty.
@@ -65,8 +67,42 @@ func TestAllCredentials(t *testing.T) {
 // What a daemon says of a build chooses neither files that are written here nor a
 // directory that only has the name of the one it was built from.
 func TestRebuildFromRecords(t *testing.T) {
-	a, _ := testApp(t)
+	a, out := testApp(t)
+	a.config = t.TempDir()
+	daemon, err := client.New("unix:///none.sock")
+	if err != nil {
+		t.Fatal(err)
+	}
 	here := t.TempDir()
+	mine := imageapi.Definition{Context: here, Args: []string{"NPM_TOKEN", "V=1"}}
+	if mine.Seal, err = buildopts.Seal(a.config, daemon.Host(), mine); err != nil {
+		t.Fatal(err)
+	}
+	forged := mine
+	forged.Context = "/root"
+	for _, c := range []struct {
+		def          imageapi.Definition
+		answer       string
+		asked, taken bool
+	}{
+		{mine, "", false, true},
+		{forged, "", true, false},
+		{forged, "n\n", true, false},
+		{forged, "y\n", true, true},
+		{imageapi.Definition{Context: here}, "", true, false},
+	} {
+		s := imageapi.Step{Do: imageapi.StepBuild, Names: []string{"app:1"}, Definition: &c.def}
+		a.settle(t.Context(), daemon, &s, false)
+		out.Reset()
+		a.in = strings.NewReader(c.answer)
+		err := a.agree([]imageapi.Step{s})
+		if asked := strings.Contains(out.String(), "app:1: built from "+c.def.Context); s.Unconfirmed != c.asked || asked != c.asked || (err == nil) != c.taken {
+			t.Errorf("%+v, %q: %v, %v: %s", c.def, c.answer, s.Unconfirmed, err, out)
+		}
+	}
+	if why := takes(&mine); !strings.Contains(why, "variable NPM_TOKEN") || strings.Contains(why, "V=1") {
+		t.Errorf("what it takes: %s", why)
+	}
 	for _, c := range []struct {
 		def  *imageapi.Definition
 		do   string
@@ -79,7 +115,7 @@ func TestRebuildFromRecords(t *testing.T) {
 		{nil, imageapi.StepNone, "does not tell"},
 	} {
 		s := imageapi.Step{Do: imageapi.StepBuild, Why: "built from somewhere", Definition: c.def}
-		a.settle(t.Context(), nil, &s, false)
+		a.settle(t.Context(), daemon, &s, false)
 		if s.Do != c.do || !strings.Contains(s.Why, c.says) {
 			t.Errorf("%+v: %s, %s; want %s, %s", c.def, s.Do, s.Why, c.do, c.says)
 		}

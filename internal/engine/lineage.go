@@ -142,17 +142,29 @@ var ownerLabels = map[string]string{
 	"dev.tenon.owner": "owner", "org.opencontainers.image.authors": "authors", "org.opencontainers.image.vendor": "vendor", "maintainer": "maintainer",
 }
 
-func owners(img *image.Image) map[string]string {
-	var out map[string]string
+// owners are those whom the image's own labels name; if none does, those of its parent.
+func (k *kin) owners(i *lineage.Image) map[string]string {
+	labels, above := k.images[i].Config.Config.Labels, map[string]string(nil)
+	p, _ := k.graph.Parent(i) // has no cycles
+	if p.Image != nil {
+		above = k.images[p.Image].Config.Config.Labels
+	}
+	own, all := map[string]string{}, map[string]string{}
 	for label, as := range ownerLabels {
-		if v := img.Config.Config.Labels[label]; v != "" {
-			if out == nil {
-				out = map[string]string{}
+		if v := labels[label]; v != "" {
+			all[as] = v[:min(len(v), 200)]
+			if v != above[label] {
+				own[as] = all[as]
 			}
-			out[as] = v[:min(len(v), 200)]
 		}
 	}
-	return out
+	switch {
+	case len(own) > 0:
+		return own
+	case len(all) > 0 && p.Image != nil:
+		return k.owners(p.Image)
+	}
+	return all
 }
 
 // ImageTree shows which images stand on which, with the containers on them: all, or
@@ -238,7 +250,7 @@ func (t *treeMaker) alone(i *lineage.Image) imageapi.Node {
 	img := t.images[i]
 	n := imageapi.Node{
 		ID: i.ID, Names: i.Names, Platform: strings.TrimSuffix(i.Platform, "/"), Created: img.Created, Outdated: t.outdated[i],
-		Layers: len(i.Layers), OwnLayers: len(i.Layers), Owners: owners(img), Containers: t.ctrs[i.ID],
+		Layers: len(i.Layers), OwnLayers: len(i.Layers), Owners: t.owners(i), Containers: t.ctrs[i.ID],
 	}
 	if p, ok := t.graph.Parent(i); ok {
 		n.By, n.Base = p.By, p.Base.Name
@@ -296,7 +308,7 @@ func (e *Engine) ImageOutdated(ctx context.Context, remote bool, auth Credential
 		}
 		o := imageapi.Outdated{
 			ID: m.Image.ID, Names: m.Image.Names, Base: m.Parent.Base.Name, Was: m.Was, Now: m.Now, By: m.Parent.By,
-			Owners: owners(k.images[m.Image]), Containers: k.ctrs[m.Image.ID],
+			Owners: k.owners(m.Image), Containers: k.ctrs[m.Image.ID],
 		}
 		if m.Through != nil {
 			o.Through = nameOf(m.Through)
@@ -498,7 +510,7 @@ func (e *Engine) ImagePlan(ctx context.Context, ref string, chain, all bool) ([]
 
 // step says how one image is made anew.
 func (k *kin) step(i *lineage.Image, moved map[*lineage.Image]lineage.Moved, made map[*lineage.Image]bool) imageapi.Step {
-	s := imageapi.Step{ID: i.ID, Names: i.Names, Containers: k.ctrs[i.ID]}
+	s := imageapi.Step{ID: i.ID, Names: i.Names, Owners: k.owners(i), Containers: k.ctrs[i.ID]}
 	p, ok := k.graph.Parent(i)
 	if ok {
 		s.Base = p.Base.Name

@@ -17,10 +17,12 @@ import (
 // what stands on it is found, with the containers, and made anew in order.
 func TestImageLife(t *testing.T) {
 	d := NewDaemon(t)
+	config := t.TempDir()
+	mine := config
 	tenon := func(args ...string) (string, int) {
 		t.Helper()
 		cmd := exec.Command(filepath.Join(d.Bin, "tenon"), args...)
-		cmd.Env = d.Environ()
+		cmd.Env = append(d.Environ(), "DOCKER_CONFIG="+config)
 		cmd.WaitDelay = time.Second
 		stop := time.AfterFunc(patience(time.Minute), func() { _ = cmd.Process.Kill() })
 		defer stop.Stop()
@@ -130,6 +132,12 @@ func TestImageLife(t *testing.T) {
 		t.Errorf("the plan: %v", plan)
 	}
 	before := must("image", "inspect", "-f", "{{.Id}}", "other:1")
+	// Whoever did not record these builds is asked, and has not said yes.
+	config = t.TempDir()
+	if out, code := tenon("image", "rebuild", "--chain", "a:1"); code != 1 || !strings.Contains(out, "b:1: built from "+filepath.Join(dir, "b-1")+", variable NPM_TOKEN") || !strings.Contains(out, "nothing was done") {
+		t.Errorf("another user's builds (%d): %s", code, out)
+	}
+	config = mine
 	must("image", "rebuild", "--chain", "a:1")
 	if names, _ := outdated(); len(names) > 0 {
 		t.Errorf("outdated after all was rebuilt: %v", names)
@@ -150,6 +158,23 @@ func TestImageLife(t *testing.T) {
 	}
 	if _, r := outdated(); len(r.Containers) == 0 || !slices.ContainsFunc(r.Containers, func(s imageapi.Stale) bool { return s.Name == "on-b" }) {
 		t.Errorf("on-b runs the former image, and that is not said: %+v", r.Containers)
+	}
+
+	// A build that fails leaves it, and what stands on it, as they were.
+	own := filepath.Join(dir, "b-1", "Dockerfile")
+	if err := os.WriteFile(own, []byte("FROM a:1\nRUN false\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	build("a:1", "FROM busybox\nRUN echo more >/base\nENV FROM_BASE=more\n")
+	ids := must("image", "inspect", "-f", "{{.Id}}", "b:1", "c:1")
+	if out, code := tenon("image", "rebuild", "--chain", "a:1"); code != 1 || !strings.Contains(out, "b:1: build") || !strings.Contains(out, "c:1: its base could not be made") {
+		t.Errorf("a build that fails (%d): %s", code, out)
+	}
+	if now := must("image", "inspect", "-f", "{{.Id}}", "b:1", "c:1"); now != ids {
+		t.Errorf("after a build that failed: %s, before %s", now, ids)
+	}
+	if names, _ := outdated(); !slices.Contains(names, "b:1") || !slices.Contains(names, "c:1") || slices.Contains(names, "e:1") {
+		t.Errorf("outdated after a build that failed: %v", names)
 	}
 
 	// A base whose files the image has changed itself is not swapped.
