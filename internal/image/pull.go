@@ -81,8 +81,8 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	tag := "latest"
 	if t, ok := named.(reference.Tagged); ok {
 		tag = t.Tag()
-	} else if d, ok := named.(reference.Digested); ok {
-		tag = d.Digest().String()
+	} else if _, ok := named.(reference.Digested); ok {
+		tag = show
 	}
 	resolved, target, err := resolveRef(ctx, res, name)
 	if err != nil {
