@@ -40,10 +40,7 @@ func (e *Engine) checkMachine(r *container.Record) error {
 	case h.Runtime != "" && h.Runtime != "tenon":
 		return no("--runtime " + h.Runtime)
 	}
-	for name, ep := range r.Networks {
-		if ep != nil && ep.DriverOpts["com.docker.network.endpoint.sysctls"] != "" {
-			return no("a sysctl of an interface (" + ep.DriverOpts["com.docker.network.endpoint.sysctls"] + ")")
-		}
+	for name := range r.Networks {
 		n, err := e.cfg.Networks.Inspect(e.ctx, name)
 		if err == nil { // of one that is not there the start speaks
 			err = machineNetwork(r, n)

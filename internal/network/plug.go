@@ -181,9 +181,9 @@ func (p *netnsPlumber) plug(fd int, s *link.Socket, plugs []Plug, lo bool) error
 			}
 		}
 		for _, kv := range pl.Sysctls {
-			k, v, _ := strings.Cut(strings.ReplaceAll(kv, "IFNAME", pl.Interface), "=")
-			if err := link.Sysctl(strings.ReplaceAll(k, ".", "/"), v); err != nil {
-				return fmt.Errorf("set %s: %w", k, err)
+			k, v, _ := strings.Cut(kv, "=")
+			if err := link.Sysctl(strings.ReplaceAll(strings.ReplaceAll(k, ".", "/"), "IFNAME", pl.Interface), v); err != nil {
+				return fmt.Errorf("set %s: %w", strings.ReplaceAll(k, "IFNAME", pl.Interface), err)
 			}
 		}
 		for _, a := range append([]netip.Prefix{pl.IPv4, pl.IPv6}, pl.LinkLocal...) {

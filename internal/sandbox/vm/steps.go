@@ -209,14 +209,16 @@ func (m *machine) nicStep(ns string, n sandbox.NIC) (*taskv1.Step, error) {
 		return nil, err
 	}
 	p := n.Plug
-	if len(p.Sysctls) > 0 {
-		return nil, unlike("a sysctl of an interface (" + strings.Join(p.Sysctls, ", ") + ")")
-	}
 	i := &taskv1.Interface{Mac: mac, Netns: ns, Name: p.Interface, NewMac: p.MAC.String(), Mtu: uint32(p.MTU), Wait: uint32(plugTime.Milliseconds())}
 	for _, a := range append([]netip.Prefix{p.IPv4, p.IPv6}, p.LinkLocal...) {
 		if a.IsValid() {
 			i.Addresses = append(i.Addresses, a.String())
 		}
+	}
+	for _, kv := range p.Sysctls {
+		k, v, _ := strings.Cut(kv, "=")
+		k = strings.ReplaceAll(strings.ReplaceAll(k, ".", "/"), "IFNAME", p.Interface)
+		i.Sysctls = append(i.Sysctls, &taskv1.Sysctl{Name: k, Value: v})
 	}
 	for _, gw := range []netip.Addr{p.Default4, p.Default6} {
 		if gw.IsValid() {

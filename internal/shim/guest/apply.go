@@ -302,6 +302,21 @@ func writeSysctl(name, value string) error {
 	return nil
 }
 
+// setPath sets a parameter of the thread's network namespace that is there, by
+// its path below /proc/sys.
+func setPath(name, value string) error {
+	if !filepath.IsLocal(name) {
+		return fmt.Errorf("no path of a sysctl: %w", errdefs.ErrInvalidArgument)
+	}
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteString(value)
+	return err
+}
+
 // cpuTime is how long a plugged CPU may take to appear.
 const cpuTime = 20 * time.Second
 

@@ -325,18 +325,19 @@ func TestGuest(t *testing.T) {
 		&taskv1.Step{Kind: &taskv1.Step_Interface{Interface: &taskv1.Interface{
 			Mac: "52:54:00:12:34:56", Netns: "/run/tenon/netns/c1", Name: "eth0", NewMac: "02:42:0a:00:00:05", Mtu: 1400,
 			Addresses: []string{"10.0.0.5/24", "fd00::5/64"}, Routes: []*taskv1.Interface_Route{{Gateway: "10.0.0.1"}, {Gateway: "fd00::1"}},
+			Sysctls: []*taskv1.Sysctl{{Name: "net/ipv4/conf/eth0/log_martians", Value: "1"}},
 		}}},
 		&taskv1.Step{Kind: &taskv1.Step_Share{Share: &taskv1.Share{Tag: "data", Target: "/run/tenon/shares/data"}}},
 		&taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: "/run/tenon/files/x", Mode: 0o600, Data: []byte("x")}}},
 		&taskv1.Step{Kind: &taskv1.Step_Sysctl{Sysctl: &taskv1.Sysctl{Name: "vm.swappiness", Value: "10"}}},
 		&taskv1.Step{Kind: &taskv1.Step_Online{Online: &taskv1.Online{}}},
 	)
-	status, out := m.run("c1", `uname -r; hostname; id -u; cat /proc/self/cgroup; cat /sys/class/net/eth0/address 2>/dev/null; ip addr show dev eth0; ip route; ip -6 route; stat -c %s /share; echo oops >&2; exit 7`)
+	status, out := m.run("c1", `uname -r; hostname; id -u; cat /proc/self/cgroup; cat /sys/class/net/eth0/address 2>/dev/null; ip addr show dev eth0; ip route; ip -6 route; stat -c %s /share; echo martians $(cat /proc/sys/net/ipv4/conf/eth0/log_martians); echo oops >&2; exit 7`)
 	if status != 7 {
 		t.Errorf("exit %d", status)
 	}
 	for _, want := range []string{id.KernelRelease + "\nc1\n0\n0::/\n", "link/ether 02:42:0a:00:00:05", "mtu 1400", "inet 10.0.0.5/24 brd 10.0.0.255", "inet6 fd00::5/64",
-		"default via 10.0.0.1 dev eth0", "default via fd00::1 dev eth0", "\n12345\n", "oops\n"} {
+		"default via 10.0.0.1 dev eth0", "default via fd00::1 dev eth0", "\n12345\n", "\nmartians 1\n", "oops\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}

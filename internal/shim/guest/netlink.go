@@ -537,6 +537,11 @@ func configure(o *taskv1.Interface) error {
 			return fmt.Errorf("interface: %w", err)
 		}
 	}
+	for _, s := range o.Sysctls {
+		if err := setPath(s.Name, s.Value); err != nil {
+			return fmt.Errorf("set %s: %w", strings.ReplaceAll(s.Name, "/", "."), err)
+		}
+	}
 	for _, a := range o.Addresses {
 		p, err := netip.ParsePrefix(a)
 		if err != nil {

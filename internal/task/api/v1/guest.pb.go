@@ -991,8 +991,9 @@ type Interface struct {
 	Mtu           uint32                 `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`                    // 0: stays
 	Addresses     []string               `protobuf:"bytes,6,rep,name=addresses,proto3" json:"addresses,omitempty"`         // CIDR
 	Routes        []*Interface_Route     `protobuf:"bytes,7,rep,name=routes,proto3" json:"routes,omitempty"`
-	Remove        bool                   `protobuf:"varint,8,opt,name=remove,proto3" json:"remove,omitempty"` // back to the guest's namespace, down, without addresses
-	Wait          uint32                 `protobuf:"varint,9,opt,name=wait,proto3" json:"wait,omitempty"`     // milliseconds that a new one may take to appear
+	Remove        bool                   `protobuf:"varint,8,opt,name=remove,proto3" json:"remove,omitempty"`   // back to the guest's namespace, down, without addresses
+	Wait          uint32                 `protobuf:"varint,9,opt,name=wait,proto3" json:"wait,omitempty"`       // milliseconds that a new one may take to appear
+	Sysctls       []*Sysctl              `protobuf:"bytes,10,rep,name=sysctls,proto3" json:"sysctls,omitempty"` // names are paths below /proc/sys
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1088,6 +1089,13 @@ func (x *Interface) GetWait() uint32 {
 		return x.Wait
 	}
 	return 0
+}
+
+func (x *Interface) GetSysctls() []*Sysctl {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
 }
 
 // Share mounts a host directory that the host serves by FUSE under this tag.
@@ -1938,7 +1946,7 @@ const file_guest_proto_rawDesc = "" +
 	"\x06remove\x18\x02 \x01(\bR\x06remove\x12\x14\n" +
 	"\x05start\x18\x03 \x01(\rR\x05start\x12\x12\n" +
 	"\x04size\x18\x04 \x01(\rR\x04size\x12\x12\n" +
-	"\x04base\x18\x05 \x01(\tR\x04base\"\xd1\x02\n" +
+	"\x04base\x18\x05 \x01(\tR\x04base\"\x82\x03\n" +
 	"\tInterface\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x14\n" +
 	"\x05netns\x18\x02 \x01(\tR\x05netns\x12\x12\n" +
@@ -1948,7 +1956,9 @@ const file_guest_proto_rawDesc = "" +
 	"\taddresses\x18\x06 \x03(\tR\taddresses\x126\n" +
 	"\x06routes\x18\a \x03(\v2\x1e.tenon.task.v1.Interface.RouteR\x06routes\x12\x16\n" +
 	"\x06remove\x18\b \x01(\bR\x06remove\x12\x12\n" +
-	"\x04wait\x18\t \x01(\rR\x04wait\x1a[\n" +
+	"\x04wait\x18\t \x01(\rR\x04wait\x12/\n" +
+	"\asysctls\x18\n" +
+	" \x03(\v2\x15.tenon.task.v1.SysctlR\asysctls\x1a[\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
@@ -2064,19 +2074,20 @@ var file_guest_proto_depIdxs = []int32{
 	11, // 16: tenon.task.v1.Step.user_ns:type_name -> tenon.task.v1.UserNS
 	26, // 17: tenon.task.v1.NetNS.sysctls:type_name -> tenon.task.v1.NetNS.SysctlsEntry
 	27, // 18: tenon.task.v1.Interface.routes:type_name -> tenon.task.v1.Interface.Route
-	24, // 19: tenon.task.v1.HostHeader.log:type_name -> tenon.task.v1.LogStream
-	25, // 20: tenon.task.v1.HostHeader.share:type_name -> tenon.task.v1.ShareStream
-	0,  // 21: tenon.task.v1.Guest.Apply:input_type -> tenon.task.v1.ApplyRequest
-	19, // 22: tenon.task.v1.Guest.PowerOff:input_type -> tenon.task.v1.PowerOffRequest
-	21, // 23: tenon.task.v1.Guest.Usage:input_type -> tenon.task.v1.UsageRequest
-	1,  // 24: tenon.task.v1.Guest.Apply:output_type -> tenon.task.v1.ApplyResponse
-	20, // 25: tenon.task.v1.Guest.PowerOff:output_type -> tenon.task.v1.PowerOffResponse
-	22, // 26: tenon.task.v1.Guest.Usage:output_type -> tenon.task.v1.UsageResponse
-	24, // [24:27] is the sub-list for method output_type
-	21, // [21:24] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	14, // 19: tenon.task.v1.Interface.sysctls:type_name -> tenon.task.v1.Sysctl
+	24, // 20: tenon.task.v1.HostHeader.log:type_name -> tenon.task.v1.LogStream
+	25, // 21: tenon.task.v1.HostHeader.share:type_name -> tenon.task.v1.ShareStream
+	0,  // 22: tenon.task.v1.Guest.Apply:input_type -> tenon.task.v1.ApplyRequest
+	19, // 23: tenon.task.v1.Guest.PowerOff:input_type -> tenon.task.v1.PowerOffRequest
+	21, // 24: tenon.task.v1.Guest.Usage:input_type -> tenon.task.v1.UsageRequest
+	1,  // 25: tenon.task.v1.Guest.Apply:output_type -> tenon.task.v1.ApplyResponse
+	20, // 26: tenon.task.v1.Guest.PowerOff:output_type -> tenon.task.v1.PowerOffResponse
+	22, // 27: tenon.task.v1.Guest.Usage:output_type -> tenon.task.v1.UsageResponse
+	25, // [25:28] is the sub-list for method output_type
+	22, // [22:25] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_guest_proto_init() }
