@@ -1,7 +1,7 @@
 // Package audit finds what is wrong with images and containers. Its rules are pure: they
 // are given facts, and say of each finding how bad it is and which flag or line mends it.
-// Reading an image's layers for such facts is a Scanner's; it is bounded in bytes and time,
-// since images are foreign.
+// Reading an image's layers for such facts is a Scanner's, what a container has written
+// Written's; both are bounded in bytes and time, since images and containers are foreign.
 //
 // Severities are for a container on the host's kernel. One with a kernel of its own
 // (isolation vm) can do less with what it is given, one on a machine as much as harms
@@ -109,6 +109,8 @@ type Container struct {
 	Memory    int64 // bytes; 0: unlimited
 	Pids      int64 // 0: unlimited
 	ImageMove string
+	// Files are what it has written into its root file system.
+	Files Files
 }
 
 type collector struct {
@@ -313,6 +315,7 @@ func CheckContainer(f Container) []imageapi.Finding {
 	if !f.ReadonlyRoot {
 		c.add("writable-root", imageapi.Low, "", "its root file system can be written to", "--read-only, with --tmpfs /tmp and volumes for what is written")
 	}
+	c.written(f)
 	if f.ImageMove != "" {
 		c.add("old-image", imageapi.Medium, f.Image, fmt.Sprintf("%s now means another image (%s)", f.Image, short(f.ImageMove)), "make the container anew")
 	}
@@ -338,7 +341,6 @@ func (c *collector) capabilities(list []string, milder int) {
 }
 
 func (c *collector) security(f Container, milder int) {
-	nnp := false
 	for _, o := range f.SecurityOpt {
 		o = strings.Replace(o, ":", "=", 1)
 		switch {
@@ -348,13 +350,20 @@ func (c *collector) security(f Container, milder int) {
 			if !f.Privileged {
 				c.add("unconfined", lower(imageapi.Medium, milder), "--security-opt "+o, "a protection of the kernel is switched off", "without --security-opt "+o)
 			}
-		case strings.HasPrefix(o, "no-new-privileges"):
-			nnp = !strings.HasSuffix(o, "=false")
 		}
 	}
-	if !nnp {
+	if !noNewPrivileges(f.SecurityOpt) {
 		c.add("new-privileges", imageapi.Low, "", "setuid programs in it may gain rights", "--security-opt no-new-privileges")
 	}
+}
+
+func noNewPrivileges(opts []string) (yes bool) {
+	for _, o := range opts {
+		if o = strings.Replace(o, ":", "=", 1); strings.HasPrefix(o, "no-new-privileges") {
+			yes = !strings.HasSuffix(o, "=false")
+		}
+	}
+	return yes
 }
 
 func (c *collector) mount(m Mount) {

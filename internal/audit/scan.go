@@ -189,8 +189,14 @@ func (r *reader) entry(e layered.Entry) error {
 // dull are names of files that hold no secret of a user's and are many.
 var dull = []string{".so", ".a", ".o", ".ko", ".pyc", ".mo", ".gz", ".xz", ".bz2", ".zst", ".zip", ".png", ".jpg", ".gif", ".ico", ".ttf", ".woff", ".woff2", ".h", ".hpp", ".1", ".2", ".3", ".5", ".8"}
 
+func isDull(name string) bool {
+	return slices.Contains(dull, path.Ext(name)) || strings.Contains(name, ".so.")
+}
+
+func isProgram(b []byte) bool { return len(b) >= 4 && string(b[:4]) == "\x7fELF" }
+
 func (r *reader) secrets(e layered.Entry) error {
-	if slices.Contains(dull, path.Ext(e.Path)) || strings.Contains(e.Path, ".so.") {
+	if isDull(e.Path) {
 		return nil
 	}
 	f, err := e.Open()
@@ -200,7 +206,7 @@ func (r *reader) secrets(e layered.Entry) error {
 	defer f.Close()
 	// The first bytes tell programs, which hold the patterns of others' secrets.
 	n, err := io.ReadFull(f, r.buf[:min(4096, len(r.buf))])
-	if n >= 4 && string(r.buf[:4]) == "\x7fELF" {
+	if isProgram(r.buf[:n]) {
 		return nil
 	}
 	if err == nil {
@@ -215,6 +221,11 @@ func (r *reader) secrets(e layered.Entry) error {
 		r.found.secrets = append(r.found.secrets, candidate{e.Path, e.Stat, list})
 	}
 	return nil
+}
+
+// Packaged tells which files of a stack are of a distribution's packages.
+func Packaged(ctx context.Context, s layered.Stack) func(string) bool {
+	return packagedIn(owned(ctx, s))
 }
 
 // owned are the files that dpkg and apk brought: what looks like a secret in them is

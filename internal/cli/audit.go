@@ -47,7 +47,7 @@ func (a *app) auditCmd() *cobra.Command {
 	var o auditFlags
 	cmd := &cobra.Command{
 		Use: "audit [OPTIONS] [CONTAINER|IMAGE...]", Short: "Find what is wrong with containers and images, and how to mend it",
-		Long:    "Find what is wrong with containers and images; without names: with all containers that\nrun, and all images that have a name.\n\nContainers: root user, privileged, mounts and namespaces of the host, added capabilities,\nswitched off protections, ports open to the world, missing limits and health checks,\nsecrets in variables, images that are no longer what their name means. What a container\ncan do to its kernel counts less if that is its own (--isolation vm). Images: as tenon\nimage audit.",
+		Long:    "Find what is wrong with containers and images; without names: with all containers that\nrun, and all images that have a name.\n\nContainers: root user, privileged, mounts and namespaces of the host, added capabilities,\nswitched off protections, ports open to the world, missing limits and health checks,\nsecrets in variables, images that are no longer what their name means; setuid programs and\nsecrets that it has written into its root. What a container\ncan do to its kernel counts less if that is its own (--isolation vm). Images: as tenon\nimage audit.",
 		Example: "tenon audit\ntenon audit --fail-on critical web\ntenon audit --format json | jq '.findings[] | select(.rule == \"open-port\")'",
 		Args:    minArgs(0), ValidArgsFunction: a.completeAll(a.containerNames(all), a.imageNames),
 	}

@@ -2,8 +2,10 @@ package engine
 
 import (
 	"context"
+	"io"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/mount"
@@ -55,7 +57,14 @@ func (e *Engine) Audit(ctx context.Context, o AuditOptions) (*imageapi.AuditRepo
 	}
 	for _, r := range ctrs {
 		out.Containers = append(out.Containers, r.Name)
-		out.Findings = append(out.Findings, audit.CheckContainer(e.containerFacts(ctx, r, k))...)
+		f := e.containerFacts(ctx, r, k)
+		if f.Files, err = e.auditFiles(ctx, r, len(o.Names) > 0); err != nil {
+			return nil, err
+		}
+		if f.Files.Incomplete != "" {
+			out.Incomplete = append(out.Incomplete, "container "+f.Name+": "+f.Files.Incomplete)
+		}
+		out.Findings = append(out.Findings, audit.CheckContainer(f)...)
 	}
 	audit.Sort(out.Findings)
 	return out, nil
@@ -118,6 +127,51 @@ func (e *Engine) imageFacts(ctx context.Context, ref string, moved map[string]li
 	}
 	f.Files, err = scanner.Scan(ctx, s)
 	return f, err
+}
+
+// auditFiles reads what a container has written into its root, from whichever kernel has it.
+// One with a kernel of its own that does not run gets a machine for that only if named.
+func (e *Engine) auditFiles(ctx context.Context, r *container.Record, named bool) (f audit.Files, err error) {
+	if !onHost(r) && !r.Running() && !named {
+		f.Incomplete = "what it has written is not read while it does not run, unless it is named"
+		return f, nil
+	}
+	c, err := e.find(r.ID)
+	if err != nil {
+		f.Incomplete = "it was removed meanwhile"
+		return f, nil
+	}
+	limits := audit.WrittenLimits
+	whole := ctx
+	ctx, cancel := context.WithTimeout(ctx, limits.Time)
+	defer cancel()
+	owned := sync.OnceValue(func() func(string) bool { // few containers have anything to ask for
+		if img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform); err == nil {
+			if dirs, err := e.cfg.Images.Layers(ctx, img); err == nil { // the container keeps them
+				return audit.Packaged(ctx, dirs)
+			}
+		}
+		return func(string) bool { return false }
+	})
+	client, at, release, err := e.files(ctx, c)
+	if err == nil {
+		defer release()
+		at.Skip = append(at.Skip, engineFiles...)
+		var diff io.ReadCloser
+		if diff, err = client.Diff(ctx, at); err == nil {
+			defer diff.Close()
+			stop := context.AfterFunc(ctx, func() { diff.Close() })
+			defer stop()
+			f = audit.Written(ctx, diff, limits, func(p string) bool { return owned()(p) })
+		}
+	}
+	if whole.Err() != nil {
+		return f, context.Cause(whole)
+	}
+	if err != nil {
+		f.Incomplete = "what it has written is not read: " + err.Error()
+	}
+	return f, nil
 }
 
 func hasCheck(img *image.Image) bool {

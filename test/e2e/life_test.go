@@ -207,6 +207,9 @@ func TestAudit(t *testing.T) {
 		file("id", key), file("su", "x"))
 	run(0, "create", "--name", "rm", "-v", "/:/host:ro", "--privileged", "-p", "6379", "--pid", "host", "busybox", "sleep", "1")
 
+	// What a container writes is looked at, too.
+	run(0, "run", "--name", "wrote", "busybox", "sh", "-c", `"cp /bin/busybox /door; chmod 4755 /door; mkfifo /fifo; ln -s / /loop; printf '%s' '`+strings.ReplaceAll(key, "\n", `\n`)+`' > /id"`)
+
 	rules := func(r imageapi.AuditReport) map[string]string {
 		m := map[string]string{}
 		for _, f := range r.Findings {
@@ -217,7 +220,7 @@ func TestAudit(t *testing.T) {
 		}
 		return m
 	}
-	var img, ctr imageapi.AuditReport
+	var img, ctr, wrote imageapi.AuditReport
 	for _, c := range []struct {
 		into *imageapi.AuditReport
 		args []string
@@ -227,6 +230,7 @@ func TestAudit(t *testing.T) {
 			"root-user": "medium", "secret-file": "critical", "secret-env": "high", "no-healthcheck": "low", "open-port": "medium"}},
 		{&ctr, []string{"audit", "--format", "json", "rm"}, map[string]string{
 			"privileged": "critical", "host-mount": "critical", "host-namespace": "high", "open-port": "high", "no-memory-limit": "medium", "root-user": "medium", "mutable-tag": "low"}},
+		{&wrote, []string{"audit", "--format", "json", "wrote"}, map[string]string{"setuid-file": "high", "secret-file": "high", "no-healthcheck": "low"}},
 	} {
 		if err := json.Unmarshal([]byte(run(0, c.args...)), c.into); err != nil {
 			t.Fatal(err)
@@ -238,7 +242,7 @@ func TestAudit(t *testing.T) {
 			}
 		}
 	}
-	if out, _ := json.Marshal(img); strings.Contains(string(out), "hunter22") || strings.Contains(string(out), "b3BlbnNzaC1rZXktdjEA") {
+	if out, _ := json.Marshal([]imageapi.AuditReport{img, wrote}); strings.Contains(string(out), "hunter22") || strings.Contains(string(out), "b3BlbnNzaC1rZXktdjEA") {
 		t.Error("the report shows a secret")
 	}
 	run(1, "image", "audit", "--fail-on", "critical", "bad")
