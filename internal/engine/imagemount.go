@@ -149,11 +149,15 @@ func machineImages(mounts []spec.Mount) (files []string) {
 	return files
 }
 
-// mountGuestImages makes binds of them, of where the machine has them.
-func mountGuestImages(mounts []spec.Mount, at []string) {
+// mountGuestImages makes binds of them, of where the machine has them; with mapped
+// they have the owners of the container's user namespace.
+func mountGuestImages(mounts []spec.Mount, at []string, mapped bool) {
 	for i := range mounts {
 		if m := &mounts[i]; m.Type == guestImage {
 			m.Type, m.Source, m.Recursive, m.Options = "bind", at[0], true, []string{"rbind"}
+			if mapped {
+				m.Options = append(m.Options, "idmap")
+			}
 			at = at[1:]
 		}
 	}

@@ -246,7 +246,8 @@ func (e *Engine) prepareMachine(ctx context.Context, c *ctr, rn *run, u *undo) (
 			p.mounts[i].Source, shares = shares[0], shares[1:]
 		}
 	}
-	mountGuestImages(p.mounts, mp.Images)
+	mountGuestImages(p.mounts, mp.Images, r.UserNS != nil)
+	p.usernsPath = mp.UserNS
 	g.root = g.machine.Root(c.id, disks.Image != "")
 	client, watch, err := e.guestClient(ctx, c, rn, g)
 	if err != nil {
@@ -416,8 +417,10 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 	}
 	p.held = release
 	h.Images = machineImages(p.mounts)
-	h.Shares, err = machineShares(p.mounts)
-	return h, err
+	if h.Shares, err = machineShares(p.mounts); err != nil {
+		return h, err
+	}
+	return h, e.mapMachine(r, p, &h)
 }
 
 // machineShares are the host's directories and files among the mounts, in their

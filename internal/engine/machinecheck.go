@@ -23,18 +23,29 @@ func (e *Engine) checkMachine(r *container.Record) error {
 	own := r.Isolation == sandbox.VM
 	another := func(what string) error { return no(what + " (the other container runs on another kernel)") }
 	switch {
-	case len(h.DeviceRequests) > 0:
-		return no("--gpus and other device requests")
-	case len(h.BlkioWeightDevice) > 0:
-		return no("--blkio-weight-device (the container's disks are its machine's; --device-read-bps and the like limit them)")
 	case own && h.NetworkMode.IsContainer():
 		return another("--network container:…")
 	case own && h.PidMode.IsContainer():
 		return another("--pid container:…")
 	case own && h.IpcMode.IsContainer():
 		return another("--ipc container:…")
-	case h.UsernsMode != "" && h.UsernsMode != "host":
-		return no("--userns " + string(h.UsernsMode))
+	case own && strings.HasPrefix(string(h.UsernsMode), "container:"):
+		return another("--userns container:…")
+	}
+	if err := e.checkPeers(r); err != nil {
+		return err
+	}
+	if err := e.planUserNS(r); err != nil {
+		return err
+	}
+	if err := e.checkUserNSMounts(r); err != nil {
+		return err
+	}
+	switch {
+	case len(h.DeviceRequests) > 0:
+		return no("--gpus and other device requests")
+	case len(h.BlkioWeightDevice) > 0:
+		return no("--blkio-weight-device (the container's disks are its machine's; --device-read-bps and the like limit them)")
 	case h.CgroupParent != "":
 		return no("--cgroup-parent")
 	case h.Runtime != "" && h.Runtime != "tenon":
@@ -71,7 +82,7 @@ func (e *Engine) checkMachine(r *container.Record) error {
 			return no("a mount of type " + string(m.Type) + " (" + m.Destination + ")")
 		}
 	}
-	return e.checkPeers(r)
+	return nil
 }
 
 // machineNetwork refuses networks that extend an interface of the host by the

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/machine"
 )
@@ -99,6 +101,7 @@ func (e *Engine) findPeers(ctx context.Context, c *ctr, p *prepared) error {
 	h := r.HostConfig
 	for _, x := range []struct{ what, ref string }{
 		{"network", h.NetworkMode.ConnectedContainer()}, {"IPC", h.IpcMode.Container()}, {"PID namespace", h.PidMode.Container()},
+		{"user namespace", r.UserNSOf},
 	} {
 		if x.ref == "" {
 			continue
@@ -114,8 +117,12 @@ func (e *Engine) findPeers(ctx context.Context, c *ctr, p *prepared) error {
 		if p.pids == nil {
 			p.pids = map[string]int{}
 		}
-		if p.pids[peer.ID] = pid; x.what == "network" {
-			p.netPeer = k.machine.NamespacePath(pid, "network")
+		p.pids[peer.ID] = pid
+		switch x.what {
+		case "network":
+			p.netPeer = k.machine.NamespacePath(pid, specs.NetworkNamespace)
+		case "user namespace":
+			p.userPeer = k.machine.NamespacePath(pid, specs.UserNamespace)
 		}
 	}
 	return nil

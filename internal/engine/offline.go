@@ -195,7 +195,7 @@ func (e *Engine) makeOffline(ctx context.Context, c *ctr) (_ *guest, err error) 
 			mounts[i].Source, p.Shares = p.Shares[0], p.Shares[1:]
 		}
 	}
-	mountGuestImages(mounts, p.Images)
+	mountGuestImages(mounts, p.Images, false)
 	for i := range files {
 		files[i].Source = p.Files[i]
 	}

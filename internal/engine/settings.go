@@ -196,8 +196,10 @@ func sameKernel(r, peer *container.Record, what string) error {
 // checkPeers refuses to join a container on another kernel before anything is made.
 func (e *Engine) checkPeers(r *container.Record) error {
 	h := r.HostConfig
+	_, user, _ := strings.Cut(string(h.UsernsMode), "container:")
 	for _, p := range []struct{ what, ref string }{
 		{"network", h.NetworkMode.ConnectedContainer()}, {"IPC", h.IpcMode.Container()}, {"PID namespace", h.PidMode.Container()},
+		{"user namespace", user},
 	} {
 		if p.ref == "" {
 			continue

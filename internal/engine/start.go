@@ -312,12 +312,13 @@ type prepared struct {
 	devices, allDevices []spec.Device
 	disks               []spec.Device // of a machine, that limits of I/O are for
 	init                string        // of --init, on the kernel; empty: the kernel knows
-	// netPeer is the network namespace of another container that is joined, on
+	// netPeer and userPeer are namespaces of another container that are joined, on
 	// the same machine; pids are the first processes of those whose namespaces
 	// are, as the machine counts.
-	netPeer string
-	held    func() // lets go what was opened to be mounted
-	pids    map[string]int
+	netPeer, userPeer string
+
+	held func() // lets go what was opened to be mounted
+	pids map[string]int
 
 	userns     *userns.Namespace
 	usernsPath string

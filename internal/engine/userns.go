@@ -16,6 +16,7 @@ import (
 
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/network"
+	"tenon.dev/tenon/internal/sandbox"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/userns"
 )
@@ -31,32 +32,47 @@ type UserNS struct {
 // usernsProbe is a user namespace by which the engine asks the kernel what can
 // be mapped.
 type usernsProbe struct {
-	mu sync.Mutex
-	ns *userns.Namespace
+	mu    sync.Mutex
+	ns    *userns.Namespace
+	roots bool // they can be made with it
 }
 
-// get makes the probe once, and makes sure that roots can be made with it.
+// get makes the probe once.
 func (p *usernsProbe) get(e *Engine) (*userns.Namespace, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ns != nil {
 		return p.ns, nil
 	}
-	if len(e.cfg.UserNS.Pool) == 0 {
-		return nil, invalid("user namespaces: the settings name no host ids (userns.pool)")
+	if err := e.haveIDs(); err != nil {
+		return nil, err
 	}
 	ns, err := userns.New(userns.Range{Start: e.cfg.UserNS.Pool[0].Start, Size: userns.MinSize}, false)
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{"images", "containers"} {
-		if err := ns.OverlayMappable(filepath.Join(e.cfg.Root, dir)); err != nil {
-			ns.Close()
-			return nil, fmt.Errorf("user namespaces: %w; use --userns host, or put --root on ext4, xfs, btrfs or tmpfs", err)
-		}
-	}
 	p.ns = ns
 	return ns, nil
+}
+
+// checkRoots makes sure that roots can be made with the probe.
+func (p *usernsProbe) checkRoots(e *Engine) error {
+	ns, err := p.get(e)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.roots {
+		return nil
+	}
+	for _, dir := range []string{"images", "containers"} {
+		if err := ns.OverlayMappable(filepath.Join(e.cfg.Root, dir)); err != nil {
+			return fmt.Errorf("user namespaces: %w; use --userns host, or put --root on ext4, xfs, btrfs or tmpfs", err)
+		}
+	}
+	p.roots = true
+	return nil
 }
 
 func (p *usernsProbe) close() {
@@ -139,8 +155,18 @@ func (e *Engine) checkUserNS(r *container.Record) error {
 	case h.Runtime != "" && h.Runtime != "tenon":
 		return invalid("runtime %s gets no user namespace: use --userns host, or Tenon's own runtime", h.Runtime)
 	}
-	_, err := e.idmaps.get(e)
-	return err
+	if onHost(r) {
+		return e.idmaps.checkRoots(e)
+	}
+	return e.haveIDs()
+}
+
+// haveIDs refuses user namespaces where the settings name no ids.
+func (e *Engine) haveIDs() error {
+	if len(e.cfg.UserNS.Pool) == 0 {
+		return invalid("user namespaces: the settings name no host ids (userns.pool)")
+	}
+	return nil
 }
 
 // checkUserNSMounts refuses a new container's mounts that cannot have its ids.
@@ -211,8 +237,8 @@ func (e *Engine) prepareUserNS(ctx context.Context, r *container.Record, p *prep
 	if r.UserNS == nil {
 		return nil
 	}
-	if e.cfg.UserNS.Pool == nil {
-		return invalid("user namespaces: the settings name no host ids (userns.pool)")
+	if err := e.haveIDs(); err != nil {
+		return err
 	}
 	net := q.Mode == network.ModeBridge || q.Mode == network.ModeNone
 	if r.UserNSOf == "" {
@@ -249,15 +275,9 @@ func (e *Engine) mapMounts(r *container.Record, p *prepared) error {
 	}
 	for i := range p.mounts {
 		s := &p.mounts[i]
-		m := &container.Mount{Source: s.Source, Destination: s.Destination}
-		for k := range r.Mounts {
-			if path.Clean(r.Mounts[k].Destination) == path.Clean(s.Destination) {
-				m = &r.Mounts[k]
-			}
-		}
 		switch s.Type {
 		case "bind":
-			o, err := e.mapBind(m, s.Source, slices.Contains(s.Options, "rbind"))
+			o, err := e.mapBind(mountOf(r, s), s.Source, slices.Contains(s.Options, "rbind"))
 			if err != nil {
 				return err
 			}
@@ -284,6 +304,46 @@ func (e *Engine) mapMounts(r *container.Record, p *prepared) error {
 		if err := os.Chown(p.shm, root, root); err != nil {
 			return fmt.Errorf("shared memory: %w", err)
 		}
+	}
+	return nil
+}
+
+// mountOf is what a record says of a mount.
+func mountOf(r *container.Record, s *spec.Mount) *container.Mount {
+	for i := range r.Mounts {
+		if path.Clean(r.Mounts[i].Destination) == path.Clean(s.Destination) {
+			return &r.Mounts[i]
+		}
+	}
+	return &container.Mount{Source: s.Source, Destination: s.Destination}
+}
+
+// mapMachine gives the ids of a container on a machine to what it gets there.
+func (e *Engine) mapMachine(r *container.Record, p *prepared, h *sandbox.MachineHandover) error {
+	if r.UserNS == nil {
+		return nil
+	}
+	if err := e.haveIDs(); err != nil {
+		return err
+	}
+	h.UserNS = &sandbox.UserNS{Range: *r.UserNS, Path: p.userPeer}
+	for i := range p.files {
+		h.Files[i].Owner = r.UserNS.Start
+	}
+	shares := h.Shares
+	for i := range p.mounts {
+		s := &p.mounts[i]
+		if s.Type != "bind" {
+			continue
+		}
+		o, err := e.mapBind(mountOf(r, s), s.Source, slices.Contains(s.Options, "rbind"))
+		if err != nil {
+			return err
+		}
+		if o != "" {
+			shares[0].IDs = r.UserNS
+		}
+		shares = shares[1:]
 	}
 	return nil
 }

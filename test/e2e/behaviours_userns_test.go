@@ -96,9 +96,12 @@ dmesg -c >/dev/null 2>&1 || echo log
 chmod 0 /proc/1/root/../proc/sys/kernel 2>/dev/null || echo proc
 mount -o remount,rw /sys/fs/cgroup 2>/dev/null && echo 1 >/sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || echo cgroup' | xargs`, `mknod module mount sysctl sysrq log proc cgroup`, 0},
 	{"userns: another container's processes and files are out of reach", `
-ubg --name $c busybox sh -c 'echo secret >/s; chmod 600 /s; sleep 1000'; p=$(insp $c '{{.State.Pid}}')
-until_ok docker exec $c test -s /s
-tenon run --rm $m --userns host --pid host -v $self:/p:ro busybox true
-start=$(docker exec $c cat /proc/self/uid_map | awk '{print $2}'); own=$(awk '/^Uid:/ {print $2}' /proc/$p/status); test "$start" = "$own" && echo mapped
-nsenter -t 1 -p -- setpriv --reuid $((start+65536)) --regid $((start+65536)) --clear-groups sh -c "cat /proc/$p/root/s || kill -9 $p" 2>/dev/null || echo refused`, "mapped\nrefused", 0},
+ubg --name $c busybox sh -c 'echo secret >/s; chmod 600 /s; exec sleep 4321'; until_ok docker exec $c test -s /s
+start=$(docker exec $c cat /proc/self/uid_map | awk '{print $2}')
+tenon run --rm $m --userns host --pid host -e start=$start busybox sh -c '
+for p in /proc/[0-9]*; do case $(tr "\0" " " <$p/cmdline 2>/dev/null) in "sleep 4321 ") break;; esac; p=; done
+test -z "$p" && echo out of reach && exit # on another kernel
+test $(awk "/^Uid:/ {print \$2}" $p/status) = $start || echo not mapped
+adduser -D -u $((start+65536)) other 2>/dev/null
+su other -c "cat $p/root/s || kill -9 ${p#/proc/}" 2>/dev/null || echo out of reach'`, "out of reach", 0},
 }

@@ -1,6 +1,9 @@
 package e2e
 
-import "maps"
+import (
+	"maps"
+	"strings"
+)
 
 // refusals are the rows that a mode can't have, with the flags of `docker create`
 // that it must refuse instead, in one sentence and before anything is made.
@@ -9,17 +12,16 @@ var refusals = map[string]map[string]string{
 		"pid namespace of another":     "--pid container:${c}x",
 		"ipc namespace of another":     "--ipc container:${c}x",
 		"network namespace of another": "--network container:${c}x",
+
+		"userns: who shares namespaces shares it":                  "--network container:${c}x",
+		"userns: container:NAME":                                   "--userns container:${c}x",
+		"userns: namespaces of another user namespace are refused": "--userns auto --pid container:${c}x",
 	},
 }
 
 func init() {
-	for _, b := range userNamespaces {
-		refusals["vm"][b.Name] = "--userns auto"
-	}
 	shared := maps.Clone(refusals["vm"])
-	for _, name := range []string{"pid", "ipc", "network"} { // others are on the same kernel
-		delete(shared, name+" namespace of another")
-	}
+	maps.DeleteFunc(shared, func(_, flags string) bool { return strings.Contains(flags, "container:") }) // others are on the same kernel
 	refusals["machine"] = shared
 }
 

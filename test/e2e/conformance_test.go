@@ -71,7 +71,8 @@ func TestBehaviours(t *testing.T) {
 		m.probe = buildProbe(t)
 	}
 	m.d.Busybox(t)
-	rows := slices.DeleteFunc(allBehaviours(t), func(b behaviour) bool { return !regexp.MustCompile(some).MatchString(b.Name) })
+	only := regexp.MustCompile(some)
+	rows := slices.DeleteFunc(allBehaviours(t), func(b behaviour) bool { return !only.MatchString(b.Name) })
 	if m.refusals = os.Getenv("TENON_CONFORMANCE") == "refusals"; m.refusals {
 		m.probe = ""
 		rows = slices.DeleteFunc(rows, func(b behaviour) bool {
@@ -80,7 +81,7 @@ func TestBehaviours(t *testing.T) {
 	}
 	for _, mode := range wanted {
 		began := time.Now()
-		t.Run(mode.name, func(t *testing.T) { m.run(t, mode, rows) })
+		t.Run(mode.name, func(t *testing.T) { m.run(t, mode, rows, only) })
 		t.Logf("%s: %v; slowest: %s", mode.name, time.Since(began).Round(time.Second), m.slowest(mode.name))
 	}
 	if len(wanted) == len(modes) && some == "" && !t.Failed() {
@@ -88,8 +89,8 @@ func TestBehaviours(t *testing.T) {
 	}
 }
 
-// run runs rows in one mode, several at once.
-func (m *matrix) run(t *testing.T, mode mode, rows []behaviour) {
+// run runs rows in one mode, and those scenes whose rows only matches, several at once.
+func (m *matrix) run(t *testing.T, mode mode, rows []behaviour, only *regexp.Regexp) {
 	if mode.make != nil {
 		if r := m.d.Sh(t, `exec tenon "$@"`, mode.make...); r.Code != 0 {
 			t.Fatalf("%v: %s", mode.make, r.Err)
@@ -119,6 +120,9 @@ func (m *matrix) run(t *testing.T, mode mode, rows []behaviour) {
 	}
 	if m.probe != "" {
 		for k, s := range scenes {
+			if !only.MatchString(s.name + ": ") {
+				continue
+			}
 			id := fmt.Sprintf("%s9%02d", mode.letter, k)
 			queue <- job{s.name, func(t *testing.T) { m.scene(t, mode, id, s) }}
 		}

@@ -12,8 +12,9 @@ type holdings struct {
 	image  string   // of its root: the disk's serial number; empty: none
 	mounts []string // of other images
 	shares []string
-	clean  bool // nobody can have changed its interfaces
-	reach  bool // it can change those of everybody on the machine
+	clean  bool   // nobody can have changed its interfaces
+	reach  bool   // it can change those of everybody on the machine
+	owner  uint32 // the machine's id of its root
 }
 
 // mountsOwner follows a container's name where it owns a disk for a mount, and not for
@@ -53,6 +54,16 @@ func (l *lasting) of(id string, f func(*holdings)) {
 		l.holds[id] = h
 	}
 	f(h)
+}
+
+// owner is the machine's id of a container's root.
+func (l *lasting) owner(id string) uint32 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if h := l.holds[id]; h != nil {
+		return h.owner
+	}
+	return 0
 }
 
 func (l *lasting) image(id string) string {

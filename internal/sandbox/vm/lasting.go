@@ -330,6 +330,7 @@ func (m *machine) release(ctx context.Context, id string) error {
 		unmount(place(id) + "/shares/" + tag)
 	}
 	unmount(shmPlace(id))
+	unmount(userns(id))
 	steps = append(steps, &taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: netns(id), Remove: true}}},
 		&taskv1.Step{Kind: &taskv1.Step_Remove{Remove: &taskv1.Remove{Path: place(id)}}})
 	errs = append(errs, m.apply(ctx, steps))
@@ -381,7 +382,7 @@ func (m *machine) SharedMemory(ctx context.Context, id string, size int64) (stri
 	if m.lasting == nil {
 		return "", unlike("shared memory")
 	}
-	s := mountStep("tmpfs", "shm", shmPlace(id), unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("mode=1777,size=%d", size))
+	s := mountStep("tmpfs", "shm", shmPlace(id), unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("mode=1777,size=%d,uid=%d,gid=%[2]d", size, m.lasting.owner(id)))
 	s.GetMount().Once = true
 	return shmPlace(id), m.apply(ctx, []*taskv1.Step{s})
 }

@@ -369,3 +369,8 @@ func place(id string) string { return "/run/tenon/c/" + short(id) }
 func short(id string) string { return id[:min(len(id), 20)] }
 
 func netns(id string) string { return strings.Replace(place(id), "/c/", "/netns/", 1) }
+
+func userns(id string) string { return strings.Replace(place(id), "/c/", "/userns/", 1) }
+
+// userBase is guestBase for the roots in a container's user namespace.
+func userBase(id string) string { return place(id) + "/base" }

@@ -50,11 +50,11 @@ func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sand
 		}
 		steps = append(steps, mountStep("ext4", upperDisk, dir+"/disk", unix.MS_NOATIME, options))
 	}
-	for _, x := range m.Root(h.ID, h.Disks.Image != "").Mounts {
+	for _, x := range m.rootOf(h.ID, h.Disks.Image != "", h.UserNS != nil).Mounts {
 		out.Rootfs = append(out.Rootfs, task.Mount{Type: x.Type, Source: x.Source, Options: x.Options})
 	}
 	for _, more := range []func(context.Context, sandbox.MachineHandover, *sandbox.MachinePrepared) ([]*taskv1.Step, error){
-		m.netSteps, m.fileSteps, m.shareSteps, m.imageSteps,
+		m.userSteps, m.netSteps, m.fileSteps, m.shareSteps, m.imageSteps,
 	} {
 		list, err := more(ctx, h, &out)
 		if err != nil {
@@ -73,6 +73,22 @@ const diskOptions = "noinit_itable,discard,errors=remount-ro"
 // free is looked up where it is needed, not for all of the disk some seconds later.
 const volatileOptions = ",noblock_validity,no_prefetch_block_bitmaps"
 
+// userSteps make the user namespace, and what of the root is of its root.
+func (m *machine) userSteps(_ context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) ([]*taskv1.Step, error) {
+	u := h.UserNS
+	if u == nil {
+		return nil, nil
+	}
+	if m.lasting != nil {
+		m.lasting.of(h.ID, func(x *holdings) { x.owner = u.Range.Start })
+	}
+	s := &taskv1.UserNS{Path: userns(h.ID), Start: u.Range.Start, Size: u.Range.Size, Base: userBase(h.ID)}
+	if out.UserNS = s.Path; u.Path != "" {
+		out.UserNS, s.Path = u.Path, ""
+	}
+	return []*taskv1.Step{{Kind: &taskv1.Step_UserNs{UserNs: s}}}, nil
+}
+
 func (m *machine) netSteps(_ context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) ([]*taskv1.Step, error) {
 	if h.NoNet {
 		return nil, nil
@@ -82,7 +98,7 @@ func (m *machine) netSteps(_ context.Context, h sandbox.MachineHandover, out *sa
 		plugs = append(plugs, n.Plug)
 	}
 	out.NetNS = netns(h.ID)
-	steps := []*taskv1.Step{{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: out.NetNS, Sysctls: network.NamespaceSysctls(plugs)}}}}
+	steps := []*taskv1.Step{{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: out.NetNS, Sysctls: network.NamespaceSysctls(plugs), User: out.UserNS}}}}
 	for _, n := range h.NICs {
 		s, err := m.nicStep(out.NetNS, n)
 		if err != nil {
@@ -97,9 +113,13 @@ func (m *machine) fileSteps(_ context.Context, h sandbox.MachineHandover, out *s
 	for _, f := range h.Files {
 		p := path.Join(place(h.ID), "files", f.Name)
 		out.Files = append(out.Files, p)
-		steps = append(steps, &taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: p, Mode: f.Mode, Data: f.Data}}})
+		steps = append(steps, fileStep(p, f))
 	}
 	return steps, nil
+}
+
+func fileStep(path string, f sandbox.File) *taskv1.Step {
+	return &taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: path, Mode: f.Mode, Data: f.Data, Owner: f.Owner}}}
 }
 
 func (m *machine) shareSteps(ctx context.Context, h sandbox.MachineHandover, out *sandbox.MachinePrepared) (steps []*taskv1.Step, _ error) {
@@ -154,24 +174,35 @@ func (m *machine) imageSteps(ctx context.Context, h sandbox.MachineHandover, out
 // guestBase is the lowest layer of all roots, which the guest makes (shim/guest's Base).
 const guestBase = "/run/tenon/base"
 
-// Root is the root as Handover has made it.
-func (m *machine) Root(id string, image bool) *taskv1.Root {
+// Root is the root as Handover has made it, with plain owners.
+func (m *machine) Root(id string, image bool) *taskv1.Root { return m.rootOf(id, image, false) }
+
+// rootOf is Root, or with mapped the root of a container in a user namespace: its
+// layers are mapped to it, and the lowest one is of its root.
+func (m *machine) rootOf(id string, image, mapped bool) *taskv1.Root {
 	lower, disk := place(id)+"/image", place(id)+"/disk"
 	if m.lasting != nil {
 		lower, disk = imagePlace(m.lasting.image(id)), dataPlace(id)
 	}
-	if m.about.Base { // a tenon-vmm of an older build makes guests without it
-		lower += ":" + guestBase
-	}
 	upper, work := disk+"/upper", disk+"/work"
 	r := &taskv1.Root{Upper: upper}
 	if !image {
-		r.Mounts = []*taskv1.Mount{{Type: "bind", Source: upper, Options: []string{"bind", "rw"}}}
+		o := []string{"bind", "rw"}
+		if mapped {
+			o = append(o, "idmap")
+		}
+		r.Mounts = []*taskv1.Mount{{Type: "bind", Source: upper, Options: o}}
 		return r
 	}
-	r.Mounts = []*taskv1.Mount{{Type: "overlay", Source: "overlay", Options: []string{
-		"lowerdir=" + lower, "upperdir=" + upper, "workdir=" + work, "index=off",
-	}}}
+	o := []string{"lowerdir=" + lower, "upperdir=" + upper, "workdir=" + work, "index=off"}
+	switch {
+	case mapped:
+		o[0] += ":" + userBase(id)
+		o = append(o, "idmap-at="+lower+":"+disk)
+	case m.about.Base: // a tenon-vmm of an older build makes guests without it
+		o[0] += ":" + guestBase
+	}
+	r.Mounts = []*taskv1.Mount{{Type: "overlay", Source: "overlay", Options: o}}
 	return r
 }
 
@@ -290,7 +321,7 @@ func (m *machine) detachNIC(ctx context.Context, nic *vmv1.NIC) error {
 func (m *machine) Files(ctx context.Context, id string, files []sandbox.File) error {
 	var steps []*taskv1.Step
 	for _, f := range files {
-		steps = append(steps, &taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: path.Join(place(id), "files", f.Name), Mode: f.Mode, Data: f.Data}}})
+		steps = append(steps, fileStep(path.Join(place(id), "files", f.Name), f))
 	}
 	return m.apply(ctx, steps)
 }

@@ -260,8 +260,19 @@ func (g *service) netns(o *taskv1.NetNS, plugged bool) error {
 	if o.Spare {
 		return g.makeSpareLocked(o)
 	}
-	if g.spare == "" || !plugged || o.User != "" { // whose namespace it is can't be changed
+	if g.spare == "" || !plugged {
 		return newNetNS(o)
+	}
+	if o.User != "" { // whose the spare one is can't be changed
+		if err := newNetNS(o); err != nil {
+			return err
+		}
+		if err := in(g.spare, func() error { return moveDevices(o.Path) }); err != nil {
+			return err
+		}
+		err := unmount(g.spare)
+		g.spare = ""
+		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(o.Path), 0o755); err != nil {
 		return err
@@ -310,7 +321,12 @@ func (g *service) makeSpareLocked(o *taskv1.NetNS) error {
 		return err
 	}
 	g.spare = o.Path
-	to, err := os.Open(o.Path)
+	return moveDevices(o.Path)
+}
+
+// moveDevices moves the machine's interfaces from the thread's namespace to another.
+func moveDevices(ns string) error {
+	to, err := os.Open(ns)
 	if err != nil {
 		return err
 	}

@@ -14,11 +14,8 @@ import (
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
-// userNS makes a user namespace and the lowest layer of roots in it, or removes it.
+// userNS makes a user namespace and the lowest layer of roots in it.
 func userNS(u *taskv1.UserNS) error {
-	if u.Remove {
-		return unmount(u.Path)
-	}
 	if u.Start == 0 || u.Size == 0 {
 		return fmt.Errorf("user namespace of %d ids from %d: %w", u.Size, u.Start, errdefs.ErrInvalidArgument)
 	}

@@ -902,16 +902,15 @@ func (x *NetNS) GetUser() string {
 	return ""
 }
 
-// UserNS makes a user namespace that containers join by its path, or removes it.
+// UserNS makes a user namespace that containers join by its path. Unmount removes it.
 type UserNS struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Path   string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // empty: another container's is joined, and this is about base
-	Remove bool                   `protobuf:"varint,2,opt,name=remove,proto3" json:"remove,omitempty"`
-	Start  uint32                 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"` // the guest's id of its id 0, users and groups alike
-	Size   uint32                 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`    // empty: another container's is joined, and this is about base
+	Start uint32                 `protobuf:"varint,2,opt,name=start,proto3" json:"start,omitempty"` // the guest's id of its id 0, users and groups alike
+	Size  uint32                 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
 	// Where the lowest layer of its containers' roots is made, of the owner start: the
 	// guest's own (/run/tenon/base) has no owner there.
-	Base          string `protobuf:"bytes,5,opt,name=base,proto3" json:"base,omitempty"`
+	Base          string `protobuf:"bytes,4,opt,name=base,proto3" json:"base,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -951,13 +950,6 @@ func (x *UserNS) GetPath() string {
 		return x.Path
 	}
 	return ""
-}
-
-func (x *UserNS) GetRemove() bool {
-	if x != nil {
-		return x.Remove
-	}
-	return false
 }
 
 func (x *UserNS) GetStart() uint32 {
@@ -1940,13 +1932,12 @@ const file_guest_proto_rawDesc = "" +
 	"\x04user\x18\x05 \x01(\tR\x04user\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Z\n" +
 	"\x06UserNS\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
-	"\x06remove\x18\x02 \x01(\bR\x06remove\x12\x14\n" +
-	"\x05start\x18\x03 \x01(\rR\x05start\x12\x12\n" +
-	"\x04size\x18\x04 \x01(\rR\x04size\x12\x12\n" +
-	"\x04base\x18\x05 \x01(\tR\x04base\"\x82\x03\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05start\x18\x02 \x01(\rR\x05start\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\rR\x04size\x12\x12\n" +
+	"\x04base\x18\x04 \x01(\tR\x04base\"\x82\x03\n" +
 	"\tInterface\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x14\n" +
 	"\x05netns\x18\x02 \x01(\tR\x05netns\x12\x12\n" +
