@@ -144,7 +144,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	d.engine, err = engine.New(engine.Config{
 		Name: cfg.Name, Root: cfg.Root, RunRoot: cfg.RunRoot, Version: version.Version,
 		DB: db, Volatile: volatile, Images: d.images, Roots: roots, Networks: d.networks, Volumes: volumes,
-		Events: hub, Kernel: kernel, Machines: d.machines, DefaultIsolation: cfg.DefaultIsolation,
+		Events: hub, Kernel: kernel, Machines: d.machines, DefaultIsolation: cfg.DefaultIsolation, HangTime: config.Duration(cfg.VM.HangTime),
 		Pids: cfg.Limits.PIDs, ShmSize: config.Bytes(cfg.Limits.ShmSize), MemoryReserve: config.Bytes(cfg.Limits.MemoryReserve),
 		StopTimeout: cfg.Limits.StopTimeout, DiskLimit: config.Bytes(cfg.Limits.Disk),
 		Log:      engine.LogDefaults{Driver: cfg.Log.Driver, MaxSize: config.Bytes(cfg.Log.MaxSize), MaxFiles: cfg.Log.MaxFiles},
@@ -177,14 +177,10 @@ func (d *daemon) newMachines(shim string) (*vm.VMs, error) {
 		return nil, err
 	}
 	c := d.cfg.VM
-	hang, err := time.ParseDuration(c.HangTime)
-	if err != nil {
-		return nil, err
-	}
 	return vm.New(vm.Config{
 		Program: filepath.Join(filepath.Dir(self), "tenon-vmm"), Shim: shim, RunRoot: d.cfg.RunRoot, Root: d.cfg.Root, Name: d.cfg.Name,
 		Accel: c.Accel, Kernel: c.Kernel, KernelDir: c.KernelDir, Memory: config.Bytes(c.Memory), CPUs: c.CPUs, Pool: c.Pool, PoolMemory: config.Bytes(c.PoolMemory),
-		HangTime: hang, Log: d.log,
+		HangTime: config.Duration(c.HangTime), Log: d.log,
 	}), nil
 }
 

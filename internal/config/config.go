@@ -356,6 +356,12 @@ func Bytes(s string) int64 {
 	return n
 }
 
+// Duration parses a setting of time that Validate has accepted.
+func Duration(s string) time.Duration {
+	d, _ := time.ParseDuration(s) // checked by Validate
+	return d
+}
+
 // parseBudget reads a size in bytes, or a percentage.
 func parseBudget(s string) (bytes int64, percent float64, err error) {
 	if p, ok := strings.CutSuffix(strings.TrimSpace(s), "%"); ok {

@@ -77,12 +77,8 @@ type answer struct {
 	procs  []*taskv1.Process
 }
 
-// findTime bounds how long a new daemon waits for machines that don't answer, all
-// of them together.
-const findTime = time.Minute
-
 // askMachines asks the shims of all that somebody has, at once; those that don't
-// answer are not in the result.
+// answer, in the time that a guest may hang for, or end, are not in the result.
 func (e *Engine) askMachines(ctx context.Context, machines map[string]sandbox.Machine) map[string]*answer {
 	owned := map[string]bool{}
 	for _, m := range e.allMachs() {
@@ -91,7 +87,7 @@ func (e *Engine) askMachines(ctx context.Context, machines map[string]sandbox.Ma
 	for _, c := range e.all() {
 		owned[machineID(c.id)] = true
 	}
-	ctx, cancel := context.WithTimeout(ctx, findTime)
+	ctx, cancel := context.WithTimeout(ctx, e.cfg.HangTime)
 	defer cancel()
 	out := map[string]*answer{}
 	var mu sync.Mutex
@@ -101,6 +97,15 @@ func (e *Engine) askMachines(ctx context.Context, machines map[string]sandbox.Ma
 			continue
 		}
 		wg.Go(func() {
+			ctx, cancel := context.WithCancel(ctx)
+			defer cancel()
+			go func() {
+				select {
+				case <-m.Ended():
+					cancel()
+				case <-ctx.Done():
+				}
+			}()
 			a := &answer{kernel: e.newKernel(m)}
 			var err error
 			if a.client, a.seq, err = a.kernel.connect(ctx); err == nil {

@@ -42,6 +42,9 @@ type Config struct {
 	Kernel           sandbox.Sandbox
 	Machines         sandbox.Machines
 	DefaultIsolation string
+	// HangTime is how long a new daemon waits for the guest of a machine to answer
+	// before it takes it for hung; 0: three minutes.
+	HangTime time.Duration
 
 	// Pids and ShmSize are limits for containers that ask for none;
 	// MemoryReserve is what such containers can't take from the host (bytes).
@@ -119,6 +122,9 @@ func New(cfg Config) (*Engine, error) {
 	}
 	if cfg.StopTimeout == 0 {
 		cfg.StopTimeout = 10
+	}
+	if cfg.HangTime == 0 {
+		cfg.HangTime = 3 * time.Minute
 	}
 	if cfg.Log.Driver == "" {
 		cfg.Log = LogDefaults{Driver: "local", MaxSize: 20 << 20, MaxFiles: 5}

@@ -83,6 +83,10 @@ func open(image, modules, origin string) (*Kernel, error) {
 	if err != nil {
 		return nil, err
 	}
+	if tooOld(release) {
+		return nil, fmt.Errorf("guest kernel %s is Linux %s, which lacks what containers are made with: vm.kernel must be %d.%d or newer (Debian 12's is 6.1): %w",
+			image, release, oldest[0], oldest[1], errdefs.ErrFailedPrecondition)
+	}
 	if modules == "" {
 		modules = filepath.Join("/lib/modules", release)
 	}
@@ -102,6 +106,20 @@ func host() (*Kernel, error) {
 		}
 	}
 	return nil, fmt.Errorf("guest kernel: no image of the host's kernel %s below /boot or /lib/modules (set vm.kernel to a bzImage, or to debian): %w", release, errdefs.ErrNotFound)
+}
+
+// oldest is the first Linux that can be a guest's, as it must be the host's (package
+// doctor): cgroup.kill, mount_setattr(2), and ext4's no_prefetch_block_bitmaps.
+var oldest = [2]int{5, 14}
+
+// tooOld compares a release with the oldest; one that begins with no version is
+// left to show by itself what it can.
+func tooOld(release string) bool {
+	var have [2]int
+	if _, err := fmt.Sscanf(release, "%d.%d", &have[0], &have[1]); err != nil {
+		return false
+	}
+	return have[0] < oldest[0] || have[0] == oldest[0] && have[1] < oldest[1]
 }
 
 // maxRelease bounds the text that a kernel's header points to.

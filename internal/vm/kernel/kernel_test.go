@@ -136,12 +136,30 @@ func TestMissing(t *testing.T) {
 	if err := os.WriteFile(text, bytes.Repeat([]byte("no kernel "), 100), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	image := func(release string) string { // a kernel's header and its version
+		b := make([]byte, 0x400)
+		copy(b[0x202:], "HdrS")
+		b[0x20e] = 0x10
+		copy(b[0x210:], release+" (builder@host) #1")
+		file := filepath.Join(dir, release)
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	for _, release := range []string{"5.14.0-el9", "6.1.0-1-cloud-amd64", "10.0.1"} {
+		if k, err := Find(ctx, Config{Kernel: image(release)}); err != nil || k.Release != release {
+			t.Errorf("%s: %+v, %v", release, k, err)
+		}
+	}
 	for _, c := range []struct {
 		name string
 		c    Config
 		is   error
 		says string
 	}{
+		{"too old a kernel", Config{Kernel: image("5.10.0-39-amd64")}, errdefs.ErrFailedPrecondition, "5.14 or newer"},
+		{"one much older", Config{Kernel: image("4.18.0-553.el8")}, errdefs.ErrFailedPrecondition, "is Linux 4.18.0-553.el8"},
 		{"a relative path", Config{Kernel: "vmlinuz"}, errdefs.ErrInvalidArgument, "absolute path"},
 		{"another file", Config{Kernel: text}, errdefs.ErrInvalidArgument, "not a bzImage"},
 		{"no file", Config{Kernel: filepath.Join(dir, "none")}, os.ErrNotExist, "none"},
