@@ -110,7 +110,7 @@ type Outdated struct {
 	By   string `json:"by,omitempty"`
 	// Through is the parent that is outdated, for an image that is so by it.
 	Through string `json:"through,omitempty"`
-	// Remote: the registry says so; the image is not here yet.
+	// Remote: the registry says so; here the name does not mean it yet.
 	Remote     bool              `json:"remote,omitempty"`
 	Owners     map[string]string `json:"owners,omitempty"`
 	Containers []Container       `json:"containers,omitempty"`

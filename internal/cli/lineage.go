@@ -105,18 +105,22 @@ func containerText(list []imageapi.Container) string {
 	return strings.Join(out, ", ")
 }
 
+// exitUnknown ends `tenon image outdated --exit-code` if nothing is known to be outdated,
+// and not all could be asked for.
+const exitUnknown = 2
+
 func (a *app) outdatedCmd() *cobra.Command {
 	var format string
 	var remote, code bool
 	cmd := &cobra.Command{
 		Use: "outdated [OPTIONS]", Short: "Show images whose base has moved, and the containers on them",
-		Long:    "Show the images whose base's name now means another image than the one they were made\nfrom, those that stand on such images, and the containers that run them. With --remote the\nbases' names are looked up in their registries, too; nothing is fetched.\n\nContainers whose own image's name now means another image are listed at the end.",
+		Long:    "Show the images whose base's name now means another image than the one they were made\nfrom, those that stand on such images, and the containers that run them. With --remote the\nbases' names are looked up in their registries, too; nothing is fetched. Names without a registry of\nimages that were made here are nobody else's, and not asked for.\n\nContainers whose own image's name now means another image are listed at the end.",
 		Example: "tenon image outdated\ntenon image outdated --remote --exit-code || tenon pull debian:bookworm",
 		Args:    exactArgs(0),
 	}
 	f := cmd.Flags()
 	f.BoolVar(&remote, "remote", false, "Ask the registries of the bases, too")
-	f.BoolVar(&code, "exit-code", false, "End with 1 if something is outdated")
+	f.BoolVar(&code, "exit-code", false, "End with 1 if something is outdated, with 2 if a registry could not be asked")
 	f.StringVar(&format, "format", "", inspectFormatUsage)
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, _ []string) error {
 		auth := ""
@@ -135,10 +139,15 @@ func (a *app) outdatedCmd() *cobra.Command {
 		} else {
 			err = a.writeOutdated(r)
 		}
-		if err == nil && code && len(r.Images)+len(r.Containers) > 0 {
+		switch {
+		case err != nil || !code:
+			return err
+		case len(r.Images)+len(r.Containers) > 0:
 			return &exitError{code: exitFailure}
+		case len(r.Unknown) > 0:
+			return &exitError{code: exitUnknown}
 		}
-		return err
+		return nil
 	})
 	return cmd
 }
@@ -171,6 +180,7 @@ func (a *app) writeOutdated(r imageapi.OutdatedReport) error {
 			fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", containerText([]imageapi.Container{s.Container}), s.Image, shortID(s.Was, false), shortID(s.Now, false))
 		}
 	})
+	a.writeRemedies(r)
 	var names []string
 	for n := range r.Unknown {
 		names = append(names, n)
@@ -180,6 +190,27 @@ func (a *app) writeOutdated(r imageapi.OutdatedReport) error {
 		a.complain(fmt.Sprintf("not known of %s: %s", n, r.Unknown[n]))
 	}
 	return err
+}
+
+// writeRemedies says what brings images up to date.
+func (a *app) writeRemedies(r imageapi.OutdatedReport) {
+	var said []string
+	for _, o := range r.Images {
+		if o.Now == "" { // with its parent
+			continue
+		}
+		do := "tenon image rebuild --chain " + o.Base
+		if o.Remote {
+			do = "tenon pull " + o.Base + " && " + do
+		}
+		if !slices.Contains(said, do) {
+			said = append(said, do)
+			_ = writeText(a.out, []byte("→ "+do+"\n")) // what matters has been written
+		}
+	}
+	if len(said) == 0 && len(r.Containers) > 0 {
+		fmt.Fprintln(a.out, "→ make these containers anew")
+	}
 }
 
 // allAuth is the X-Registry-Config header: the credentials that the configuration has,

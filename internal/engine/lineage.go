@@ -313,8 +313,8 @@ func (e *Engine) ImageOutdated(ctx context.Context, remote bool, auth Credential
 		if m.Through != nil {
 			o.Through = nameOf(m.Through)
 		}
-		if _, _, here := k.graph.Local(m.Parent.Base.Name); m.Now != "" {
-			o.Remote = k.graph.Lookup(m.Now) == nil || !here
+		if id, manifest, _ := k.graph.Local(m.Parent.Base.Name); m.Now != "" {
+			o.Remote = id != m.Now && manifest != m.Now
 		}
 		out.Images = append(out.Images, o)
 	}
@@ -341,6 +341,13 @@ func (e *Engine) stale(g *lineage.Graph) (out []imageapi.Stale) {
 	return out
 }
 
+// onlyHere tells whether a name without a registry is that of an image that was made
+// here: the default registry has no such image, or another one, and it is not its affair.
+func (e *Engine) onlyHere(k *kin, name string) bool {
+	i := k.graph.Named(name)
+	return i != nil && !strings.Contains(name, "/") && e.cfg.Images.MadeHere(k.images[i])
+}
+
 // askBases asks registries what the names of bases mean there.
 func (e *Engine) askBases(ctx context.Context, k *kin, auth Credentials) (now, unknown map[string]string, err error) {
 	names := map[string]bool{}
@@ -349,7 +356,7 @@ func (e *Engine) askBases(ctx context.Context, k *kin, auth Credentials) (now, u
 		if !ok || len(i.Names) == 0 && len(k.ctrs[i.ID]) == 0 {
 			continue
 		}
-		if p.Base.Name != "" {
+		if p.Base.Name != "" && !e.onlyHere(k, p.Base.Name) {
 			names[p.Base.Name] = true
 		}
 	}
@@ -379,7 +386,9 @@ func (e *Engine) askBases(ctx context.Context, k *kin, auth Credentials) (now, u
 	close(answers)
 	now, unknown = map[string]string{}, map[string]string{}
 	for a := range answers {
-		if a.err != nil {
+		if errdefs.IsNotFound(a.err) {
+			unknown[a.name] = "its registry has no image of that name, or has it no more"
+		} else if a.err != nil {
 			unknown[a.name] = a.err.Error()
 		} else {
 			now[a.name] = a.digest

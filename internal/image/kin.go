@@ -85,6 +85,14 @@ func (s *Store) Former(img *Image) (out []string) {
 	return out
 }
 
+// MadeHere tells whether this engine has made the image, rather than got it.
+func (s *Store) MadeHere(img *Image) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	r := s.recs[img.Target.Digest]
+	return r != nil && madeHere(r.Source)
+}
+
 // SetDefinition remembers how an image was built, in the caller's words, as long as
 // the image is there.
 func (s *Store) SetDefinition(ctx context.Context, img *Image, def json.RawMessage) error {

@@ -8,11 +8,15 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 )
 
 // registry is distribution's own program on a loopback port.
-type registry struct{ addr, dir string }
+type registry struct {
+	addr, dir string
+	stop      func() // ends it; it may be called again
+}
 
 func startRegistry(t *testing.T, auth bool) *registry {
 	t.Helper()
@@ -50,9 +54,12 @@ func startRegistry(t *testing.T, auth bool) *registry {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	r.stop = sync.OnceFunc(func() {
 		_ = cmd.Process.Kill() // it may have ended
 		_ = cmd.Wait()
+	})
+	t.Cleanup(func() {
+		r.stop()
 		if t.Failed() {
 			t.Logf("registry: %s", log.String())
 		}
