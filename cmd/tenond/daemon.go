@@ -43,6 +43,7 @@ type daemon struct {
 	networks *network.Controller
 	machines *vm.VMs
 	builder  *build.Builder
+	registry served
 	closers  []func() error
 }
 
@@ -286,6 +287,9 @@ func (d *daemon) describe(info *system.Info) {
 			info.Warnings = append(info.Warnings, "WARNING: "+c.Name+": "+c.Detail+". "+c.Remedy)
 		}
 	}
+	if c, asked := d.registryCheck(); asked && c.Status != doctor.OK {
+		info.Warnings = append(info.Warnings, "WARNING: "+c.Detail+". "+c.Remedy)
+	}
 }
 
 func (d *daemon) doctor(ctx context.Context, quick bool) doctor.Report {
@@ -295,7 +299,11 @@ func (d *daemon) doctor(ctx context.Context, quick bool) doctor.Report {
 			paths = append(paths, filepath.Join(filepath.Dir(self), name))
 		}
 	}
-	return doctor.Run(ctx, doctor.Options{Root: d.cfg.Root, Helpers: paths, Quick: quick})
+	r := doctor.Run(ctx, doctor.Options{Root: d.cfg.Root, Helpers: paths, Quick: quick})
+	if c, asked := d.registryCheck(); asked {
+		r.Checks = append(r.Checks, c)
+	}
+	return r
 }
 
 // close closes in reverse; containers go on.

@@ -8,6 +8,7 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -141,6 +142,9 @@ type Registry struct {
 	Htpasswd  string `toml:"htpasswd" comment:"file of users and passwords by bcrypt (htpasswd -B), read again when it changes"`
 	TLSCert   string `toml:"tls-cert"`
 	TLSKey    string `toml:"tls-key"`
+	Uploads   string `toml:"uploads" comment:"what uploads under way and pushed blobs that no manifest needs may take; empty: half of what is free"`
+	KeepFree  string `toml:"keep-free" comment:"of the disk, whatever is pushed; empty: a twentieth, at most 2g"`
+	Manifests int    `toml:"manifests" comment:"how many manifests and tags there may be; 0: 100000"`
 }
 
 // Runtime is an OCI runtime command.
@@ -294,6 +298,14 @@ func (c *Config) Validate() error {
 		if _, err := units.RAMInBytes(s.value); err != nil {
 			bad("%s %q is not a size (such as 64m)", s.key, s.value)
 		}
+	}
+	for _, s := range []struct{ key, value string }{{"registry.uploads", c.Registry.Uploads}, {"registry.keep-free", c.Registry.KeepFree}} {
+		if n, err := units.RAMInBytes(cmp.Or(s.value, "0")); err != nil || n < 0 {
+			bad("%s %q is not a size (such as 20g)", s.key, s.value)
+		}
+	}
+	if c.Registry.Manifests < 0 {
+		bad("registry.manifests can't be negative")
 	}
 	if _, err := c.Pools(); err != nil {
 		bad("network.address-pools: %v", err)

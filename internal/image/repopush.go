@@ -54,6 +54,9 @@ func (r *Repositories) PutManifest(ctx context.Context, repo, ref, mediaType str
 	if err != nil {
 		return "", "", fmt.Errorf("%w: %w", ErrManifest, err)
 	}
+	if len(doc.Manifests) > maxIndexEntries {
+		return "", "", fmt.Errorf("%d entries, %d are the most: %w", len(doc.Manifests), maxIndexEntries, ErrManifest)
+	}
 	if doc.Subject != nil {
 		if err := checkDescriptor(*doc.Subject); err != nil {
 			return "", "", fmt.Errorf("subject: %w: %w", err, ErrManifest)
@@ -68,6 +71,12 @@ func (r *Repositories) PutManifest(ctx context.Context, repo, ref, mediaType str
 	if err := r.needs(name, repo, doc); err != nil {
 		return "", "", err
 	}
+	if err := r.roomFor(name, tag, d); err != nil {
+		return "", "", err
+	}
+	if _, err := r.free(); err != nil {
+		return "", "", err
+	}
 	if err := r.s.putDocument(desc, data); err != nil {
 		return "", "", err
 	}
@@ -75,6 +84,12 @@ func (r *Repositories) PutManifest(ctx context.Context, repo, ref, mediaType str
 	p := &pushed{Desc: desc, Subject: subject, Boot: r.s.boot}
 	if err := r.s.shelve(name, tag, p, isImage); err != nil {
 		return "", "", err
+	}
+	for _, l := range doc.Layers {
+		r.s.pushes.settle(l.Digest)
+	}
+	if doc.Config != nil {
+		r.s.pushes.settle(doc.Config.Digest)
 	}
 	r.s.flushSoon()
 	if isImage {
@@ -89,14 +104,24 @@ func (r *Repositories) needs(name, repo string, doc *document) error {
 	if err != nil {
 		return err
 	}
-	// A document may name tens of thousands: what there is is listed once.
-	docs, stored := map[digest.Digest]ocispec.Descriptor{}, map[digest.Digest]bool{}
-	for _, n := range names {
-		r.contents(n, docs, stored)
+	// Blobs that were pushed just now, and manifests under their own digests, are known
+	// at once; only for others all that the repository has is listed, once.
+	docs, stored, listed := map[digest.Digest]ocispec.Descriptor{}, map[digest.Digest]bool{}, false
+	list := func() {
+		if !listed {
+			for _, n := range names {
+				r.contents(n, docs, stored)
+			}
+			listed = true
+		}
 	}
 	has := func(d digest.Digest) bool {
+		if slices.ContainsFunc(names, func(n string) bool { return r.s.isExpected(n, d) }) {
+			return true
+		}
+		list()
 		_, is := docs[d]
-		return (is || stored[d] || slices.ContainsFunc(names, func(n string) bool { return r.s.expected(n, d) })) && r.s.hasBlob(d, -1)
+		return is || stored[d]
 	}
 	blobs := slices.Clone(doc.Layers)
 	if doc.Config != nil {
@@ -111,9 +136,18 @@ func (r *Repositories) needs(name, repo string, doc *document) error {
 		}
 	}
 	for _, m := range doc.Manifests {
-		f, found := docs[m.Digest]
-		found = found && f.MediaType == m.MediaType && f.Size == m.Size
-		if !found && !(has(m.Digest) && !images.IsIndexType(m.MediaType) && !images.IsManifestType(m.MediaType)) {
+		if !images.IsIndexType(m.MediaType) && !images.IsManifestType(m.MediaType) {
+			if !r.s.hasBlob(m.Digest, -1) || !has(m.Digest) {
+				return &MissingError{Digest: m.Digest, Manifest: true}
+			}
+			continue
+		}
+		f, found := r.s.onShelf(name, m.Digest)
+		if !found {
+			list()
+			f, found = docs[m.Digest]
+		}
+		if !found || f.MediaType != m.MediaType || f.Size != m.Size {
 			return &MissingError{Digest: m.Digest, Manifest: true}
 		}
 	}
@@ -226,7 +260,9 @@ func (r *Repositories) Mount(repo, from string, d digest.Digest) (bool, error) {
 	if !slices.ContainsFunc(names, func(n string) bool { return r.has(n, d) }) {
 		return false, nil
 	}
-	r.s.expect(name, d)
+	if err := r.s.expect(name, d); err != nil {
+		return false, err
+	}
 	return true, nil
 }
 
@@ -273,6 +309,7 @@ func (r *Repositories) DeleteBlob(repo string, d digest.Digest) error {
 	if !r.s.unexpect(name, d) {
 		return fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound)
 	}
+	r.s.pushes.settle(d)
 	r.s.gcSoon()
 	return nil
 }
@@ -280,9 +317,10 @@ func (r *Repositories) DeleteBlob(repo string, d digest.Digest) error {
 // Upload is a blob that is being pushed. One goroutine at a time may use it. It is
 // to be ended by Commit or Abort; a daemon that dies leaves nothing of it.
 type Upload struct {
-	r    *Repositories
-	name string
-	w    *ingest
+	r       *Repositories
+	name    string
+	w       *ingest
+	granted int64 // bytes of the limits
 }
 
 // NewUpload begins an upload to the repository.
@@ -294,7 +332,7 @@ func (r *Repositories) NewUpload(repo string) (*Upload, error) {
 	if err := r.s.ctx.Err(); err != nil {
 		return nil, fmt.Errorf("image store is closed: %w", errdefs.ErrUnavailable)
 	}
-	if err := r.s.checkFree(); err != nil {
+	if err := r.grant(0); err != nil {
 		return nil, err
 	}
 	w, err := r.s.newIngest(digest.SHA256)
@@ -304,8 +342,28 @@ func (r *Repositories) NewUpload(repo string) (*Upload, error) {
 	return &Upload{r: r, name: name, w: w}, nil
 }
 
-// Write appends. errdefs.ErrResourceExhausted beyond Limits.BlobBytes.
-func (u *Upload) Write(p []byte) (int, error) { return u.w.Write(p) }
+// Write appends. errdefs.ErrResourceExhausted beyond Limits.BlobBytes; ErrNoRoom and
+// ENOSPC beyond RepositoryLimits: then it may be tried again.
+func (u *Upload) Write(p []byte) (int, error) {
+	for u.w.n+int64(len(p)) > u.granted {
+		step := min(uploadStep, u.w.max-u.granted)
+		if step <= 0 {
+			break // the blob is too large: its Write says so
+		}
+		if err := u.r.grant(step); err != nil {
+			return 0, err
+		}
+		u.granted += step
+	}
+	return u.w.Write(p)
+}
+
+// release gives back what the upload has of the limits.
+func (u *Upload) release() {
+	u.r.ungrant(u.granted)
+	u.granted = 0
+	u.w.close()
+}
 
 // Size is how much has been written, in bytes.
 func (u *Upload) Size() int64 { return u.w.n }
@@ -318,13 +376,13 @@ func storable(d digest.Digest) bool {
 // Abort gives the upload up.
 func (u *Upload) Abort() {
 	u.w.abort(nil)
-	u.w.close()
+	u.release()
 }
 
 // Commit makes what was written a blob of the repository, if its digest is d
 // (ErrDigest). The upload is over either way.
 func (u *Upload) Commit(d digest.Digest) error {
-	defer u.w.close()
+	defer u.release()
 	if !storable(d) {
 		err := fmt.Errorf("%.100q: %w", d, ErrDigest)
 		u.w.abort(err)
@@ -359,12 +417,19 @@ func (u *Upload) place(d digest.Digest) error {
 		return err
 	}
 	defer end()
+	if err := s.expect(u.name, d); err != nil {
+		u.w.abort(err)
+		return err
+	}
+	known := s.hasBlob(d, u.w.n)
 	if err := errors.Join(os.MkdirAll(s.blobDir(d.Algorithm()), 0o700), os.Rename(u.w.f.Name(), s.blobPath(d))); err != nil {
 		u.w.abort(err)
 		return fmt.Errorf("commit blob: %w", err)
 	}
 	u.w.finish(nil)
-	s.expect(u.name, d)
+	if !known {
+		s.pushes.add(d, u.w.n)
+	}
 	return nil
 }
 

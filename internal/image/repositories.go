@@ -32,8 +32,11 @@ type Repositories struct {
 	s  *Store
 	ns string
 
-	mu    sync.Mutex
-	nodes map[digest.Digest]*node // documents read lately
+	limits RepositoryLimits
+
+	mu     sync.Mutex
+	nodes  map[digest.Digest]*node // documents read lately
+	weight int                     // what nodes name
 }
 
 // node is what a document names.
@@ -42,8 +45,8 @@ type node struct {
 	blobs     []ocispec.Descriptor
 }
 
-// maxNodes bounds Repositories.nodes.
-const maxNodes = 4096
+// maxNodes bounds Repositories.weight: some 200 bytes each.
+const maxNodes = 1 << 18
 
 // maxPushedManifest bounds a manifest that is pushed, as most registries do.
 const maxPushedManifest = 4 << 20
@@ -78,13 +81,15 @@ type MissingError struct {
 func (e *MissingError) Error() string { return "unknown to the repository: " + e.Digest.String() }
 
 // Repositories returns the registry's view; what is pushed gets names below
-// namespace ("registry.lan", "127.0.0.1:5000/team").
+// namespace ("registry.lan", "127.0.0.1:5000/team"). Its limits are the defaults.
 func (s *Store) Repositories(namespace string) (*Repositories, error) {
 	n, err := reference.ParseNormalizedNamed(namespace + "/x")
 	if err != nil || !strings.HasPrefix(n.Name(), namespace+"/") {
 		return nil, fmt.Errorf("namespace %.200q: give a host, with a path if you like, as image names begin with: %w", namespace, errdefs.ErrInvalidArgument)
 	}
-	return &Repositories{s: s, ns: namespace, nodes: map[digest.Digest]*node{}}, nil
+	r := &Repositories{s: s, ns: namespace, nodes: map[digest.Digest]*node{}}
+	r.Limit(RepositoryLimits{})
+	return r, nil
 }
 
 // Namespace is what names of pushed images begin with.
@@ -181,7 +186,7 @@ func (r *Repositories) Blob(repo, host string, d digest.Digest) (*os.File, error
 // client that has asked for it may be about to push a manifest that needs it.
 func (r *Repositories) Expect(repo string, d digest.Digest) {
 	if name, err := r.own(repo); err == nil {
-		r.s.expect(name, d)
+		_ = r.s.expect(name, d) // then it is not
 	}
 }
 
@@ -291,8 +296,10 @@ func (r *Repositories) node(d ocispec.Descriptor) *node {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.nodes) >= maxNodes {
+	w := 1 + len(n.manifests) + len(n.blobs)
+	if r.weight += w; r.weight > maxNodes {
 		clear(r.nodes)
+		r.weight = w
 	}
 	r.nodes[d.Digest] = n
 	return n
@@ -303,7 +310,7 @@ func (r *Repositories) has(name string, d digest.Digest) bool {
 	if !r.s.hasBlob(d, -1) {
 		return false
 	}
-	if r.s.expected(name, d) {
+	if r.s.isExpected(name, d) {
 		return true
 	}
 	roots, _ := r.roots(name, "")
@@ -378,26 +385,29 @@ func (r *Repositories) List() []string {
 }
 
 // Referrers lists the manifests of the repository whose subject is d, sorted by
-// digest, with their artifact types and annotations.
-func (r *Repositories) Referrers(repo string, d digest.Digest) ([]ocispec.Descriptor, error) {
+// digest, with their artifact types and annotations: those after the digest last, of
+// the artifact type that is asked for, if one is. It ends, with more set, once they take
+// size bytes as JSON, with one at least.
+func (r *Repositories) Referrers(repo string, d digest.Digest, artifactType, last string, size int) (out []ocispec.Descriptor, more bool, err error) {
 	name, err := r.own(repo)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if d.Validate() != nil {
-		return nil, fmt.Errorf("%.100q: %w", d, ErrDigest)
+		return nil, false, fmt.Errorf("%.100q: %w", d, ErrDigest)
 	}
 	var found []ocispec.Descriptor
 	r.s.mu.RLock()
 	if sh := r.s.shelves[name]; sh != nil {
 		for _, p := range sh.manifests {
-			if p.Subject == d {
+			if p.Subject == d && p.Desc.Digest.String() > last {
 				found = append(found, p.Desc)
 			}
 		}
 	}
 	r.s.mu.RUnlock()
-	out := []ocispec.Descriptor{}
+	slices.SortFunc(found, func(a, b ocispec.Descriptor) int { return cmp.Compare(a.Digest, b.Digest) })
+	out = []ocispec.Descriptor{}
 	for _, f := range found {
 		b, err := r.s.readBlob(f)
 		if err != nil {
@@ -415,8 +425,16 @@ func (r *Repositories) Referrers(repo string, d digest.Digest) ([]ocispec.Descri
 		if f.ArtifactType == "" && doc.Config != nil {
 			f.ArtifactType = doc.Config.MediaType
 		}
+		if artifactType != "" && f.ArtifactType != artifactType {
+			continue
+		}
+		if b, err = json.Marshal(f); err != nil {
+			return nil, false, err
+		}
+		if size -= len(b); size < 0 && len(out) > 0 {
+			return out, true, nil
+		}
 		out = append(out, f)
 	}
-	slices.SortFunc(out, func(a, b ocispec.Descriptor) int { return cmp.Compare(a.Digest, b.Digest) })
-	return out, nil
+	return out, false, nil
 }

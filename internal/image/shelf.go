@@ -22,7 +22,7 @@ import (
 type shelf struct {
 	manifests map[digest.Digest]*pushed
 	tags      map[string]digest.Digest
-	expected  map[digest.Digest]time.Time // in memory only; when it was pushed or asked for
+	expected  map[digest.Digest]time.Time // in memory only; when it was pushed or asked for; Store.expected counts them
 }
 
 // pushed is one manifest on a shelf. Values are never changed, only replaced.
@@ -33,8 +33,12 @@ type pushed struct {
 	Boot string `json:"boot,omitempty"`
 }
 
-// maxExpected bounds the blobs remembered for one repository.
-const maxExpected = 1 << 16
+// maxExpected bounds the blobs that are expected; when there are too many, those that
+// came within expectAtLeast stay.
+const (
+	maxExpected   = 1 << 17
+	expectAtLeast = 10 * time.Minute
+)
 
 // The database's part: shelves/"NAME m DIGEST" is a pushed, "NAME t TAG" a digest.
 var bucketShelves = []byte("shelves")
@@ -246,18 +250,59 @@ func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 	return nil
 }
 
-// expect keeps a blob for a repository until a manifest needs it, for a time.
-func (s *Store) expect(name string, d digest.Digest) {
+// expect keeps a blob for a repository until a manifest needs it, for a time. ErrNoRoom
+// if too many are expected.
+func (s *Store) expect(name string, d digest.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.expected >= maxExpected {
+		s.forgetExpectedLocked(time.Now().Add(-expectAtLeast))
+	}
+	if s.expected >= maxExpected {
+		return fmt.Errorf("%d blobs wait for their manifests: %w", s.expected, ErrNoRoom)
+	}
 	sh := s.shelfLocked(name)
-	if len(sh.expected) >= maxExpected {
-		clear(sh.expected)
+	if _, known := sh.expected[d]; !known {
+		s.expected++
 	}
 	sh.expected[d] = time.Now()
+	s.armExpiryLocked(s.expectFor)
+	return nil
 }
 
-func (s *Store) expected(name string, d digest.Digest) bool {
+// forgetExpectedLocked forgets the blobs that are expected since before a time, and
+// returns how long the first of the others has to go.
+func (s *Store) forgetExpectedLocked(since time.Time) (next time.Duration) {
+	next = s.expectFor
+	for _, sh := range s.shelves {
+		before := len(sh.expected)
+		maps.DeleteFunc(sh.expected, func(_ digest.Digest, t time.Time) bool {
+			if !t.After(since) {
+				return true
+			}
+			next = min(next, s.expectFor-time.Since(t))
+			return false
+		})
+		s.expected -= before - len(sh.expected)
+	}
+	return next
+}
+
+// armExpiryLocked has the collector look for blobs that nobody needs, unless that is
+// to be done already.
+func (s *Store) armExpiryLocked(after time.Duration) {
+	if s.expiry != nil || s.ctx.Err() != nil {
+		return
+	}
+	s.expiry = time.AfterFunc(max(after, 0)+time.Millisecond, func() {
+		s.mu.Lock()
+		s.expiry = nil
+		s.mu.Unlock()
+		s.gcSoon()
+	})
+}
+
+func (s *Store) isExpected(name string, d digest.Digest) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	sh := s.shelves[name]
@@ -265,7 +310,7 @@ func (s *Store) expected(name string, d digest.Digest) bool {
 		return false
 	}
 	t, ok := sh.expected[d]
-	return ok && time.Since(t) < expectFor
+	return ok && time.Since(t) < s.expectFor
 }
 
 func (s *Store) unexpect(name string, d digest.Digest) bool {
@@ -276,7 +321,10 @@ func (s *Store) unexpect(name string, d digest.Digest) bool {
 		return false
 	}
 	_, ok := sh.expected[d]
-	delete(sh.expected, d)
+	if ok {
+		delete(sh.expected, d)
+		s.expected--
+	}
 	return ok
 }
 
@@ -284,11 +332,13 @@ func (s *Store) unexpect(name string, d digest.Digest) bool {
 func (s *Store) shelved() (targets []ocispec.Descriptor, blobs []digest.Digest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if next := s.forgetExpectedLocked(time.Now().Add(-s.expectFor)); s.expected > 0 {
+		s.armExpiryLocked(next)
+	}
 	for name, sh := range s.shelves {
 		for _, p := range sh.manifests {
 			targets = append(targets, p.Desc)
 		}
-		maps.DeleteFunc(sh.expected, func(_ digest.Digest, t time.Time) bool { return time.Since(t) >= expectFor })
 		for d := range sh.expected {
 			blobs = append(blobs, d)
 		}
@@ -307,4 +357,14 @@ func (s *Store) touchName(name string, d digest.Digest) {
 	if known {
 		s.touch(d.String())
 	}
+}
+
+// onShelf finds a manifest that was pushed to a repository.
+func (s *Store) onShelf(name string, d digest.Digest) (ocispec.Descriptor, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if sh := s.shelves[name]; sh != nil && sh.manifests[d] != nil {
+		return sh.manifests[d].Desc, true
+	}
+	return ocispec.Descriptor{}, false
 }

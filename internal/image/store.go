@@ -38,6 +38,9 @@ type Store struct {
 	closed sync.Once
 	locks  keyLocks
 
+	pushes    pushState
+	expectFor time.Duration // expectFor, but for tests
+
 	gate     sync.RWMutex // held shared while blobs or layers may be unreferenced
 	gcWanted atomic.Bool
 	gcKick   chan struct{}
@@ -65,6 +68,8 @@ type Store struct {
 	held     map[string]int                  // holds by image ID
 	leaving  map[digest.Digest]chan struct{} // images that are being removed: see leave
 	shelves  map[string]*shelf               // by canonical name of the repository
+	expected int                             // blobs that shelves expect
+	expiry   *time.Timer                     // of the first of them; guarded by mu
 	cache    Cache                           // shares the budget; may be nil
 	tidy     *time.Timer                     // see tidyLater; guarded by mu
 	later    *time.Timer                     // see kickAt; guarded by mu
@@ -113,7 +118,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		cfg.Platform = &p
 	}
 	s := &Store{
-		cfg: cfg, log: cfg.Log, boot: bootID(), stall: stallTimeout,
+		cfg: cfg, log: cfg.Log, boot: bootID(), stall: stallTimeout, expectFor: expectFor,
 		gcKick: make(chan struct{}, 1), flush: make(chan struct{}, 1),
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
 		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
@@ -169,7 +174,7 @@ func (s *Store) Close() error {
 		s.cancel()
 		s.wg.Wait()
 		s.mu.Lock()
-		for _, t := range []*time.Timer{s.tidy, s.saveUsed, s.later} {
+		for _, t := range []*time.Timer{s.tidy, s.saveUsed, s.later, s.expiry} {
 			if t != nil {
 				t.Stop()
 			}

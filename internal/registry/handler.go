@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ func fail(status int, code, format string, a ...any) error {
 // call is one request being answered.
 type call struct {
 	g    *Registry
+	user string
 	w    *answer
 	r    *http.Request
 	repo string
@@ -92,7 +94,7 @@ func (g *Registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = rc.SetReadDeadline(time.Now().Add(stallTime)) // of a body that nobody reads: the server awaits it before it answers
 	}
 	user, err := g.admit(r)
-	if err == nil {
+	if c.user = user; err == nil {
 		err = c.route()
 	}
 	if err != nil {
@@ -157,7 +159,7 @@ func (c *call) error(err error) {
 	switch e.status {
 	case http.StatusUnauthorized:
 		h.Set("WWW-Authenticate", `Basic realm="Tenon registry", charset="UTF-8"`)
-	case http.StatusTooManyRequests:
+	case http.StatusTooManyRequests, http.StatusInsufficientStorage:
 		h.Set("Retry-After", "10")
 	}
 	body, _ := json.Marshal(map[string]any{"errors": []map[string]string{{"code": e.code, "message": e.message}}}) // strings
@@ -188,6 +190,10 @@ func classify(err error) *apiError {
 		status, code = http.StatusBadRequest, "MANIFEST_INVALID"
 	case errors.Is(err, image.ErrRepository):
 		status, code = http.StatusNotFound, "NAME_UNKNOWN"
+	case errors.Is(err, image.ErrNoRoom):
+		return &apiError{http.StatusInsufficientStorage, "DENIED", err.Error()}
+	case errors.Is(err, image.ErrTooMany):
+		status, code = http.StatusForbidden, "DENIED"
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		return &apiError{http.StatusInsufficientStorage, "DENIED", "the registry's disk is full: " + err.Error()}
 	case errors.Is(err, errSlow), errors.Is(err, os.ErrDeadlineExceeded):
@@ -330,34 +336,18 @@ func (c *call) tags() error {
 }
 
 func (c *call) referrers(d digest.Digest) error {
-	all, err := c.g.cfg.Repositories.Referrers(c.repo, d)
+	q := c.r.URL.Query()
+	want := q.Get("artifactType")
+	all, more, err := c.g.cfg.Repositories.Referrers(c.repo, d, want, q.Get("last"), maxReferrers)
 	if err != nil {
 		return err
 	}
-	q := c.r.URL.Query()
-	if want := q.Get("artifactType"); want != "" {
-		all = slices.DeleteFunc(all, func(m ocispec.Descriptor) bool { return m.ArtifactType != want })
+	if want != "" {
 		c.w.Header().Set("OCI-Filters-Applied", "artifactType")
 	}
-	if last := q.Get("last"); last != "" {
-		i, _ := slices.BinarySearchFunc(all, last, func(m ocispec.Descriptor, s string) int { return strings.Compare(m.Digest.String(), s) })
-		if i < len(all) && all[i].Digest.String() == last {
-			i++
-		}
-		all = all[i:]
-	}
-	size := 0
-	for i := range all {
-		b, err := json.Marshal(all[i])
-		if err != nil {
-			return err
-		}
-		if size += len(b); size > maxReferrers && i > 0 {
-			q.Set("last", all[i-1].Digest.String())
-			c.w.Header().Set("Link", "<"+c.r.URL.EscapedPath()+"?"+q.Encode()+`>; rel="next"`)
-			all = all[:i]
-			break
-		}
+	if more {
+		q.Set("last", all[len(all)-1].Digest.String())
+		c.w.Header().Set("Link", "<"+c.r.URL.EscapedPath()+"?"+q.Encode()+`>; rel="next"`)
 	}
 	idx := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: all}
 	idx.SchemaVersion = 2
@@ -376,14 +366,11 @@ func (c *call) manifest(ref string) error {
 		return c.file(f, d)
 	case http.MethodPut:
 		mt, _, _ := strings.Cut(c.r.Header.Get("Content-Type"), ";")
-		b, err := io.ReadAll(http.MaxBytesReader(c.w, io.NopCloser(c.body()), maxManifest))
-		var tooMuch *http.MaxBytesError
-		if errors.As(err, &tooMuch) {
-			return fail(http.StatusRequestEntityTooLarge, "MANIFEST_INVALID", "a manifest has at most %d bytes", maxManifest)
-		}
+		b, release, err := c.document()
 		if err != nil {
 			return err
 		}
+		defer release()
 		d, subject, err := reps.PutManifest(c.r.Context(), c.repo, ref, strings.TrimSpace(mt), b)
 		if err != nil {
 			return err
@@ -407,10 +394,48 @@ func (c *call) manifest(ref string) error {
 	return fail(http.StatusMethodNotAllowed, "UNSUPPORTED", "%s is not possible here", c.r.Method)
 }
 
+// document reads a manifest that is pushed. It has a part of the memory for those that
+// are under way until release is called, and it is this one's turn to be looked at.
+func (c *call) document() (b []byte, release func(), err error) {
+	n := int64(maxManifest)
+	switch {
+	case c.r.ContentLength > n:
+		return nil, nil, errLargeManifest
+	case c.r.ContentLength >= 0:
+		n = c.r.ContentLength
+	}
+	if !c.g.takeMemory(n) {
+		return nil, nil, fail(http.StatusTooManyRequests, "TOOMANYREQUESTS", "too many manifests come at once")
+	}
+	defer func() {
+		if err != nil {
+			c.g.takeMemory(-n)
+		}
+	}()
+	body := c.body()
+	body.until = body.start.Add(slowAfter)
+	b, err = io.ReadAll(http.MaxBytesReader(c.w, io.NopCloser(body), maxManifest))
+	var tooMuch *http.MaxBytesError
+	if errors.As(err, &tooMuch) {
+		return nil, nil, errLargeManifest
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	select {
+	case c.g.parsing <- struct{}{}:
+	case <-c.r.Context().Done():
+		return nil, nil, context.Cause(c.r.Context())
+	}
+	return b, func() { <-c.g.parsing; c.g.takeMemory(-n) }, nil
+}
+
 // maxManifest bounds a manifest that is pushed.
 const maxManifest = 4 << 20
 
-func (c *call) body() io.Reader {
+var errLargeManifest = fail(http.StatusRequestEntityTooLarge, "MANIFEST_INVALID", "a manifest has at most %d bytes", maxManifest)
+
+func (c *call) body() *paced {
 	return &paced{r: c.r.Body, rc: http.NewResponseController(c.w), start: time.Now()}
 }
 

@@ -25,6 +25,7 @@ type Options struct {
 	Users       *Users           // nil: everybody
 	Certificate *tls.Certificate // nil: plain HTTP
 	OnRequest   func(Request)    // as in Config
+	Limits      image.RepositoryLimits
 	Log         *slog.Logger
 }
 
@@ -38,7 +39,7 @@ type Server struct {
 
 // Listen opens the listener of a registry on the store; Serve is to be called.
 // errdefs.ErrInvalidArgument for options that can't be, ErrConflict if the address is
-// in use.
+// in use, ErrUnavailable if this machine does not have it (yet).
 func Listen(ctx context.Context, s *image.Store, o Options) (*Server, error) {
 	if err := CheckExposure(o.Listen, o.Users != nil, o.Certificate != nil, o.ReadOnly); err != nil {
 		return nil, err
@@ -47,6 +48,10 @@ func Listen(ctx context.Context, s *image.Store, o Options) (*Server, error) {
 	l, err := lc.Listen(ctx, "tcp", o.Listen)
 	if errors.Is(err, unix.EADDRINUSE) {
 		return nil, fmt.Errorf("registry: %w: %w", err, errdefs.ErrConflict)
+	}
+	var unknown *net.DNSError
+	if errors.Is(err, unix.EADDRNOTAVAIL) || errors.As(err, &unknown) {
+		return nil, fmt.Errorf("registry: %w: %w", err, errdefs.ErrUnavailable)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("registry: %w: %w", err, errdefs.ErrInvalidArgument)
@@ -66,6 +71,7 @@ func Listen(ctx context.Context, s *image.Store, o Options) (*Server, error) {
 		_ = l.Close() // the error that is returned matters more
 		return nil, err
 	}
+	reps.Limit(o.Limits)
 	srv.reg = New(Config{Repositories: reps, ReadOnly: o.ReadOnly, Users: o.Users, Local: local && o.Users == nil && o.Certificate == nil, OnRequest: o.OnRequest, Log: o.Log})
 	return srv, nil
 }

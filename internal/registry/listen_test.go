@@ -5,7 +5,25 @@ import (
 	"net/http"
 	"testing"
 	"time"
+
+	"github.com/containerd/errdefs"
 )
+
+// An address may come later; another that can't be never does.
+func TestListenTellsWhatPasses(t *testing.T) {
+	s := openStore(t, t.TempDir())
+	defer func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	for addr, passes := range map[string]bool{"192.0.2.1:0": true, "127.0.0.1:70000": false} {
+		_, err := Listen(t.Context(), s, Options{Listen: addr, ReadOnly: true})
+		if err == nil || errdefs.IsUnavailable(err) != passes {
+			t.Errorf("%s: %v", addr, err)
+		}
+	}
+}
 
 // A web page reaches a registry on loopback by a name of its own that it lets point
 // there: that name is none of the registry's.

@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"tenon.dev/tenon/client/registryapi"
 	"tenon.dev/tenon/internal/image"
 )
 
@@ -37,6 +38,9 @@ import (
 const (
 	maxConns     = 512              // connections at once: each may cost a goroutine and buffers
 	maxUploads   = 256              // uploads under way
+	maxEach      = 128              // of connections and uploads: those of one address, or user
+	maxMemory    = 64 << 20         // manifests that are being read
+	parseAtOnce  = 2                // manifests that are being looked at
 	headerTime   = 20 * time.Second // for a request's header: slow clients hold a connection each
 	keepTime     = 2 * time.Minute  // an idle connection
 	stallTime    = time.Minute      // in which a transfer must bring or take something
@@ -48,8 +52,12 @@ const (
 	maxReferrers = 4 << 20
 )
 
-// uploadIdle is how long an upload may rest before it is given up.
-var uploadIdle = 10 * time.Minute
+// uploadIdle is how long an upload may rest before it is given up, uploadAge how long it
+// may take at all.
+var (
+	uploadIdle = 10 * time.Minute
+	uploadAge  = 24 * time.Hour
+)
 
 // Repositories is what a Registry serves; *image.Repositories is one.
 type Repositories = image.Repositories
@@ -72,24 +80,18 @@ type Config struct {
 }
 
 // Request is one request that has been answered.
-type Request struct {
-	Time   time.Time     `json:"time"`
-	Remote string        `json:"remote"`
-	User   string        `json:"user,omitempty"`
-	Method string        `json:"method"`
-	Path   string        `json:"path"`
-	Status int           `json:"status"`
-	Bytes  int64         `json:"bytes"` // of the answer's body
-	Took   time.Duration `json:"took"`  // nanoseconds
-}
+type Request = registryapi.Request
 
 // Registry is an http.Handler. Make it with New.
 type Registry struct {
 	cfg Config
 	log *slog.Logger
 
+	parsing chan struct{} // slots
+
 	mu      sync.Mutex
 	uploads map[string]*upload // by ID
+	memory  int64              // of manifests that are being read
 	closed  bool
 }
 
@@ -98,7 +100,19 @@ func New(cfg Config) *Registry {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Registry{cfg: cfg, log: cfg.Log, uploads: map[string]*upload{}}
+	return &Registry{cfg: cfg, log: cfg.Log, uploads: map[string]*upload{}, parsing: make(chan struct{}, parseAtOnce)}
+}
+
+// takeMemory takes, or with less than nothing gives back, memory for manifests; false if
+// there is not so much.
+func (g *Registry) takeMemory(n int64) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if n > 0 && g.memory+n > maxMemory {
+		return false
+	}
+	g.memory += n
+	return true
 }
 
 // CheckExposure refuses an address that would let others than this machine's users
@@ -129,7 +143,7 @@ func loopback(host string) bool {
 // with uploads given up and connections closed.
 func (g *Registry) Serve(ctx context.Context, l net.Listener, cert *tls.Certificate) error {
 	defer g.Close()
-	l = &limited{Listener: l, slots: make(chan struct{}, maxConns)}
+	l = &limited{Listener: l, from: map[netip.Addr]int{}}
 	srv := &http.Server{
 		Handler: g, ReadHeaderTimeout: headerTime, IdleTimeout: keepTime, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
@@ -166,32 +180,61 @@ func (g *Registry) Close() {
 	}
 }
 
-// limited bounds the connections that are open at once; more wait to be accepted.
+// limited bounds the connections that are open at once, all together and from one
+// address of another machine; more are closed at once.
 type limited struct {
 	net.Listener
-	slots chan struct{}
+
+	mu   sync.Mutex
+	all  int
+	from map[netip.Addr]int
 }
 
 func (l *limited) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	select {
-	case l.slots <- struct{}{}:
-		return &limitedConn{Conn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
-	default:
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		from := address(c.RemoteAddr().String())
+		if l.enter(from) {
+			return &limitedConn{Conn: c, release: sync.OnceFunc(func() { l.leave(from) })}, nil
+		}
 		_ = c.Close() // rather than let those wait who have a connection
-		return nil, errBusy{}
 	}
 }
 
-// errBusy tells the server to go on as after a passing failure.
-type errBusy struct{}
+func (l *limited) enter(from netip.Addr) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.all >= maxConns || l.from[from] >= maxEach && !from.IsLoopback() {
+		return false
+	}
+	l.all++
+	l.from[from]++
+	return true
+}
 
-func (errBusy) Error() string   { return "too many connections" }
-func (errBusy) Timeout() bool   { return true }
-func (errBusy) Temporary() bool { return true } // http.Server waits a moment and accepts again
+func (l *limited) leave(from netip.Addr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all--
+	if l.from[from]--; l.from[from] == 0 {
+		delete(l.from, from)
+	}
+}
+
+// address is that of HOST:PORT, of IPv6 the network: one machine may have all of it.
+func address(hostport string) netip.Addr {
+	ap, _ := netip.ParseAddrPort(hostport)
+	a := ap.Addr().Unmap().WithZone("")
+	if a.Is6() && !a.IsLoopback() {
+		if p, err := a.Prefix(64); err == nil {
+			return p.Addr()
+		}
+	}
+	return a
+}
 
 type limitedConn struct {
 	net.Conn
@@ -218,6 +261,7 @@ type paced struct {
 	r     io.Reader
 	rc    *http.ResponseController
 	start time.Time
+	until time.Time // zero: any
 	n     int64
 }
 
@@ -229,6 +273,9 @@ func (p *paced) Read(b []byte) (int, error) {
 		_ = p.rc.SetReadDeadline(time.Time{}) // what is done with the body may take longer
 	}
 	if t := time.Since(p.start); err == nil && t > slowAfter && p.n/int64(t/time.Second) < slowRate {
+		err = errSlow
+	}
+	if err == nil && !p.until.IsZero() && time.Now().After(p.until) {
 		err = errSlow
 	}
 	return n, err

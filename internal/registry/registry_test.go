@@ -434,7 +434,7 @@ func TestUploads(t *testing.T) {
 
 // fill begins uploads until there may be no more, and returns where to begin one.
 func fill(v *served) string {
-	for v.reg.uploadsUnderWay() < maxUploads {
+	for v.reg.uploadsUnderWay() < maxEach {
 		v.want(202, "", "POST", "/v2/app/blobs/uploads/", nil)
 	}
 	return "/v2/app/blobs/uploads/"

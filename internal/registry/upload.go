@@ -19,6 +19,8 @@ import (
 // upload is one upload under way.
 type upload struct {
 	id, repo string
+	from     string // whose it is
+	until    time.Time
 
 	mu   sync.Mutex // held while a request uses it
 	u    *image.Upload
@@ -42,25 +44,42 @@ var (
 	errBusyPut  = fail(http.StatusRequestedRangeNotSatisfiable, "BLOB_UPLOAD_INVALID", "another request is writing to this upload")
 )
 
-// begin makes an upload.
-func (g *Registry) begin(repo string) (*upload, error) {
+// fullLocked tells whether somebody can't begin an upload; mu must be held.
+func (g *Registry) fullLocked(from string) error {
+	if len(g.uploads) >= maxUploads || g.closed {
+		return fail(http.StatusTooManyRequests, "TOOMANYREQUESTS", "%d uploads are under way", maxUploads)
+	}
+	own := 0
+	for _, u := range g.uploads {
+		if u.from == from {
+			own++
+		}
+	}
+	if own >= maxEach {
+		return fail(http.StatusTooManyRequests, "TOOMANYREQUESTS", "%d uploads of yours are under way", maxEach)
+	}
+	return nil
+}
+
+// begin makes an upload, of somebody's.
+func (g *Registry) begin(repo, from string) (*upload, error) {
 	g.mu.Lock()
-	full := len(g.uploads) >= maxUploads || g.closed
+	err := g.fullLocked(from)
 	g.mu.Unlock()
-	if full {
-		return nil, fail(http.StatusTooManyRequests, "TOOMANYREQUESTS", "%d uploads are under way", maxUploads)
+	if err != nil {
+		return nil, err
 	}
 	w, err := g.cfg.Repositories.NewUpload(repo)
 	if err != nil {
 		return nil, err
 	}
-	u := &upload{id: rand.Text(), repo: repo, u: w}
+	u := &upload{id: rand.Text(), repo: repo, from: from, until: time.Now().Add(uploadAge), u: w}
 	u.idle = time.AfterFunc(uploadIdle, func() { g.forget(u, true) })
 	g.mu.Lock()
-	if len(g.uploads) >= maxUploads || g.closed {
+	if err := g.fullLocked(from); err != nil {
 		g.mu.Unlock()
 		u.end()
-		return nil, fail(http.StatusTooManyRequests, "TOOMANYREQUESTS", "%d uploads are under way", maxUploads)
+		return nil, err
 	}
 	g.uploads[u.id] = u
 	g.mu.Unlock()
@@ -83,6 +102,10 @@ func (c *call) take(id string) (u *upload, release func(), err error) {
 	u = c.g.uploads[id]
 	c.g.mu.Unlock()
 	if u == nil || u.repo != c.repo {
+		return nil, nil, errNoUpload
+	}
+	if time.Now().After(u.until) {
+		c.g.forget(u, true)
 		return nil, nil, errNoUpload
 	}
 	if !u.mu.TryLock() {
@@ -170,7 +193,7 @@ func (c *call) start() error {
 	if whole != "" && digest.Digest(whole).Validate() != nil {
 		return fail(http.StatusBadRequest, "DIGEST_INVALID", "%.100q is not a digest", whole)
 	}
-	u, err := c.g.begin(c.repo)
+	u, err := c.g.begin(c.repo, c.from())
 	if err != nil {
 		return err
 	}
@@ -181,6 +204,14 @@ func (c *call) start() error {
 	c.w.Header().Set("Content-Length", "0")
 	c.w.WriteHeader(http.StatusAccepted)
 	return nil
+}
+
+// from tells clients apart: by their users, or else by their addresses.
+func (c *call) from() string {
+	if c.user != "" {
+		return "user " + c.user
+	}
+	return address(c.r.RemoteAddr).String()
 }
 
 func (c *call) created(d digest.Digest) {
@@ -211,7 +242,9 @@ func (c *call) append(u *upload) error {
 			want = n
 		}
 	}
-	var src io.Reader = c.body()
+	body := c.body()
+	body.until = u.until
+	var src io.Reader = body
 	if want >= 0 {
 		src = io.LimitReader(src, want+1) // one more shows that there is more
 	}

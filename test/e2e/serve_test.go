@@ -18,9 +18,29 @@ import (
 // The engine is a registry: stock clients of another engine push and pull, what is
 // pushed is an image at once, blobs are not kept twice, a push that dies leaves nothing.
 func TestEngineAsRegistry(t *testing.T) {
-	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	other, err := net.Listen("tcp", "127.0.0.1:0") // it has the address when the daemon starts
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := other.Addr().String()
 	a, b := NewDaemon(t, "--registry-listen", addr), NewDaemon(t)
 	b.Busybox(t)
+	if r := a.Docker(t, "info"); !strings.Contains(r.Err, "WARNING: registry: ") {
+		t.Errorf("info does not tell of the registry that is missing: %s", r.Err)
+	}
+	if r := a.Sh(t, "tenon doctor"); !strings.Contains(r.Out, "address already in use") {
+		t.Errorf("doctor does not either:\n%s%s", r.Out, r.Err)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the registry", func() string {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			return err.Error()
+		}
+		return closeErr(c)
+	})
 	ref := addr + "/team/app:1"
 	b.Must(t, "run", "--name", "c1", "busybox", "sh", "-c", "head -c 300000 /dev/urandom >/blob; echo v1 >/version")
 	b.Must(t, "commit", "c1", ref)

@@ -66,7 +66,7 @@ func (a *API) serveRegistry(w http.ResponseWriter, r *http.Request) error {
 	for err == nil {
 		select {
 		case q := <-lines:
-			err = enc.Encode(registryapi.Message{Request: (*registryapi.Request)(&q)})
+			err = enc.Encode(registryapi.Message{Request: &q})
 		case failed := <-done:
 			if failed != nil {
 				_ = enc.Encode(registryapi.Message{Error: failed.Error()}) // the client may be gone
