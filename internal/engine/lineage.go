@@ -94,23 +94,9 @@ func (e *Engine) evidence(ctx context.Context, img *image.Image, def *imageapi.D
 		}
 		out = append(out, ev)
 	}
-	notes := e.cfg.Images.Annotations(img)
-	labels := img.Config.Config.Labels
-	for _, from := range []map[string]string{notes, labels} {
-		b := lineage.Base{Name: from[ocispec.AnnotationBaseImageName], Digest: from[ocispec.AnnotationBaseImageDigest]}
-		if len(b.Name) > 512 || len(b.Digest) > 256 {
-			continue
-		}
-		if b.Name != "" {
-			b.Name = image.Familiar(b.Name)
-		}
-		if b.Name != "" || b.Digest != "" {
-			out = append(out, lineage.Evidence{By: imageapi.ByAnnotation, First: true, Bases: []lineage.Base{b}})
-			break
-		}
-	}
+	out = append(out, annotated(e.cfg.Images.Annotations(img), false)...)
 	st, err := e.cfg.Images.Statements(ctx, img, lineage.SLSA02, lineage.SLSA1)
-	if err != nil {
+	if err != nil && !errdefs.IsNotFound(err) { // the image may be removed meanwhile
 		return nil, err
 	}
 	for _, s := range st {
@@ -123,6 +109,7 @@ func (e *Engine) evidence(ctx context.Context, img *image.Image, def *imageapi.D
 		}
 		out = append(out, lineage.Evidence{By: imageapi.ByProvenance, Bases: bases})
 	}
+	out = append(out, annotated(img.Config.Config.Labels, true)...)
 	if img.Parent != "" {
 		b := lineage.Base{Digest: img.Parent}
 		if p, err := e.cfg.Images.Resolve(ctx, img.Parent, nil); err == nil {
@@ -135,6 +122,18 @@ func (e *Engine) evidence(ctx context.Context, img *image.Image, def *imageapi.D
 		out = append(out, lineage.Evidence{By: imageapi.ByCommit, First: true, Bases: []lineage.Base{b}})
 	}
 	return out, nil
+}
+
+// annotated is what annotations, or labels, say of a base.
+func annotated(from map[string]string, labels bool) []lineage.Evidence {
+	b := lineage.Base{Name: from[ocispec.AnnotationBaseImageName], Digest: from[ocispec.AnnotationBaseImageDigest]}
+	if b == (lineage.Base{}) || len(b.Name) > 512 || len(b.Digest) > 256 {
+		return nil
+	}
+	if b.Name != "" {
+		b.Name = image.Familiar(b.Name)
+	}
+	return []lineage.Evidence{{By: imageapi.ByAnnotation, First: true, Inherited: labels, Bases: []lineage.Base{b}}}
 }
 
 // ownerLabels are the labels that say who is responsible for an image.

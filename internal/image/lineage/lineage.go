@@ -51,6 +51,9 @@ type Evidence struct {
 	// found among them.
 	Bases []Base
 	First bool // the first of Bases is the one stood on
+	// Inherited evidence is what children have from their parents unless they say
+	// otherwise: labels. What the parent says as well is about the parent's parent.
+	Inherited bool
 }
 
 // Base is an image by name (familiar), digest, or both.
@@ -125,6 +128,9 @@ func stackKey(i *Image, n int) string {
 func (g *Graph) find(i *Image, stacks map[string][]*Image) (Parent, bool) {
 	below := g.byLayers(i, stacks)
 	for _, e := range i.Evidence {
+		if e.Inherited && below != nil && slices.ContainsFunc(below.Evidence, func(o Evidence) bool { return o.Inherited && slices.Equal(o.Bases, e.Bases) }) {
+			continue
+		}
 		n := g.pick(i, e, below)
 		if n < 0 {
 			continue

@@ -34,6 +34,8 @@ func show(g *Graph) string {
 func TestParents(t *testing.T) {
 	same := img("same", "", "1 2")
 	same.History = []string{"1", "2", "env"}
+	label := base("annotation", "z:1", "z")
+	label.Inherited = true
 	arm := img("arm", "", "1 9")
 	arm.Platform = "linux/arm64"
 	for _, c := range []struct {
@@ -50,6 +52,9 @@ func TestParents(t *testing.T) {
 		{"under another digest", []*Image{img("a", "a", "1"), img("b", "b", "1 2", base("annotation", "a", "sha256:other"))}, "b<a(annotation)"},
 		{"of materials the base", []*Image{img("a", "a", "1"), img("go", "go", "7"), img("b", "b", "1 2", Evidence{By: "provenance", Bases: []Base{{"go", "go"}, {"a", "a"}}})}, "b<a(provenance)"},
 		{"a lie", []*Image{img("a", "a", "1", base("annotation", "b", "b")), img("b", "b", "1 2", base("annotation", "a", "a"))}, "a<b(annotation)"},
+		{"labels", []*Image{img("a", "a", "1", label)}, "a<z:1(annotation)"},
+		{"labels of the parent's", []*Image{img("a", "a", "1", label), img("b", "b", "1 2", label), img("z", "z", "0")}, "a<z(annotation) b<a(layers)"},
+		{"annotation over layers", []*Image{img("a", "a", "1"), img("b", "b", "1 2"), img("c", "c", "1 2 3", base("annotation", "a", "a"))}, "b<a(layers) c<a(annotation)"},
 		{"itself", []*Image{img("a", "a", "1", base("annotation", "a", "a"))}, ""},
 	} {
 		if got := show(New(c.in)); got != c.want {
