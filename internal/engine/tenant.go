@@ -119,6 +119,9 @@ func (e *Engine) checkTenant(ctx context.Context, name string, r *container.Reco
 	if m == nil || m.record().Name != name {
 		return Denied(name, "isolation %s can't be had here", r.Isolation)
 	}
+	if u, err := spec.ParseUserNS(string(r.HostConfig.UsernsMode)); err == nil && u.Size > spec.UserNSSize {
+		return Denied(name, "a user namespace of more than %d ids can't be had here", spec.UserNSSize)
+	}
 	for i := range r.Mounts {
 		if err := e.checkTenantMount(m.record(), &r.Mounts[i]); err != nil {
 			return err

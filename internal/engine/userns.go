@@ -158,6 +158,9 @@ func (e *Engine) checkUserNS(r *container.Record) error {
 	if onHost(r) {
 		return e.idmaps.checkRoots(e)
 	}
+	if err := userns.OverlayRelease(e.factsOf(r.Isolation).KernelRelease); err != nil {
+		return fmt.Errorf("user namespaces: %w; use --userns host, or another vm.kernel", err)
+	}
 	return e.haveIDs()
 }
 
@@ -186,19 +189,23 @@ func (e *Engine) checkUserNSMounts(r *container.Record) error {
 		if _, err := os.Lstat(m.Source); err != nil {
 			continue // made or refused later
 		}
-		if _, err := e.mapBind(m, m.Source, true); err != nil {
+		if _, err := e.mapBind(r, m, m.Source, true); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// mapBind says by which option the ids of a bind are mapped, "" for none.
-func (e *Engine) mapBind(m *container.Mount, source string, recursive bool) (string, error) {
+// mapBind says by which option the ids of a bind are mapped, "" for none. On a machine
+// whoever serves it maps them, but what the host's kernel can't map is refused there, too.
+func (e *Engine) mapBind(r *container.Record, m *container.Mount, source string, recursive bool) (string, error) {
 	if slices.Contains(strings.Split(m.Mode, ","), "noidmap") {
 		return "", nil
 	}
 	ns, err := e.idmaps.get(e)
+	if err != nil && !onHost(r) { // a host without user namespaces: nobody can ask it
+		return "idmap", nil
+	}
 	if err != nil {
 		return "", err
 	}
@@ -277,7 +284,7 @@ func (e *Engine) mapMounts(r *container.Record, p *prepared) error {
 		s := &p.mounts[i]
 		switch s.Type {
 		case "bind":
-			o, err := e.mapBind(mountOf(r, s), s.Source, slices.Contains(s.Options, "rbind"))
+			o, err := e.mapBind(r, mountOf(r, s), s.Source, slices.Contains(s.Options, "rbind"))
 			if err != nil {
 				return err
 			}
@@ -336,7 +343,7 @@ func (e *Engine) mapMachine(r *container.Record, p *prepared, h *sandbox.Machine
 		if s.Type != "bind" {
 			continue
 		}
-		o, err := e.mapBind(mountOf(r, s), s.Source, slices.Contains(s.Options, "rbind"))
+		o, err := e.mapBind(r, mountOf(r, s), s.Source, slices.Contains(s.Options, "rbind"))
 		if err != nil {
 			return err
 		}

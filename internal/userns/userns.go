@@ -249,8 +249,14 @@ func (n *Namespace) OverlayMappable(dir string) error {
 	if err := unix.Uname(&u); err != nil {
 		return os.NewSyscallError("uname", err)
 	}
+	return OverlayRelease(unix.ByteSliceToString(u.Release[:]))
+}
+
+// OverlayRelease says whether a kernel's release has overlays of idmapped layers, as
+// far as it tells.
+func OverlayRelease(release string) error {
 	var major, minor int
-	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor); err == nil && (major < 5 || major == 5 && minor < 19) {
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err == nil && (major < 5 || major == 5 && minor < 19) {
 		return fmt.Errorf("overlayfs of this kernel (%d.%d) cannot be made of idmapped layers, which needs 5.19: %w", major, minor, errdefs.ErrFailedPrecondition)
 	}
 	return nil

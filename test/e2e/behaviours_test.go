@@ -32,16 +32,18 @@ urun() { tenon run --rm $m --userns auto "$@"; }
 ubg()  { tenon run -d $m --userns auto "$@" >/dev/null; }
 # idle: a container that sleeps, as $c. In a mode where a start is costly there are
 # some that rows take one after the other ($idle is a directory with a lock for each,
-# $letter its mode's): for rows about what is done with it.
-idle() {
+# $letter its mode's): for rows about what is done with it. uidle: one in a user namespace.
+idle() { shared "" bg; }
+uidle() { shared u ubg; }
+shared() {
 	for k in $idles; do
-		if mkdir "$idle/$k" 2>/dev/null; then
-			mine=$k
-			docker rename "idle$letter$k" $c 2>/dev/null || break
+		if mkdir "$idle/$1$k" 2>/dev/null; then
+			mine=$1$k
+			docker rename "idle$letter$1$k" $c 2>/dev/null || break
 			return 0
 		fi
 	done
-	bg --name $c busybox sleep 100000
+	$2 --name $c busybox sleep 100000
 }
 # look COMMAND…: what a plain container's process sees; where a start is costly, one
 # that is executed in an idle container.
@@ -50,6 +52,15 @@ look() {
 		run busybox "$@"
 	else
 		idle
+		docker exec $c "$@"
+	fi
+}
+# ulook COMMAND…: look, in a user namespace.
+ulook() {
+	if [ -z "$idles" ]; then
+		urun busybox "$@"
+	else
+		uidle
 		docker exec $c "$@"
 	fi
 }

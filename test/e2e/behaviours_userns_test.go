@@ -3,73 +3,63 @@ package e2e
 // userNamespaces are rows about --userns; urun and ubg give the container a user
 // namespace of its own, whatever the daemon's default.
 var userNamespaces = []behaviour{
-	{"userns: root is an ordinary user of the host", `urun busybox sh -c 'id -u; cat /proc/self/uid_map /proc/self/gid_map' | awk '{print $1, ($2 >= 65536), $3}'`, "0 0 \n0 1 65536\n0 1 65536", 0},
+	{"userns: root is an ordinary user of the host", `ulook sh -c 'id -u; cat /proc/self/uid_map /proc/self/gid_map' | awk '{print $1, ($2 >= 65536), $3}'`, "0 0 \n0 1 65536\n0 1 65536", 0},
 	{"userns: size", `tenon run --rm $m --userns auto:size=2000 busybox sh -c 'cat /proc/self/uid_map' | awk '{print $3}'`, `2000`, 0},
-	{"userns: private is auto", `tenon run --rm $m --userns private busybox sh -c 'cat /proc/self/uid_map' | awk '{print ($2 >= 65536)}'`, `1`, 0},
-	{"userns: host", `tenon run --rm $m --userns host busybox cat /proc/self/uid_map | xargs`, `0 0 4294967295`, 0},
-	{"userns: two containers have different ids", `
-ubg --name $c-a busybox sleep 1000; ubg --name $c-b busybox sleep 1000
-for x in a b; do docker exec $c-$x cat /proc/self/uid_map; done | awk '{print $2}' | sort -u | wc -l`, `2`, 0},
-	{"userns: the ids stay over a restart and are free after the removal", `
-ubg --name $c busybox sleep 1000; one=$(docker exec $c cat /proc/self/uid_map); docker restart -t 0 $c >/dev/null; two=$(docker exec $c cat /proc/self/uid_map)
-test "$one" = "$two" && echo same; insp $c '{{.HostConfig.UsernsMode}}'`, "same\nauto", 0},
+	{"userns: private is auto; two containers have different ids, which stay over a restart; no network", `
+uidle; one=$(docker exec $c cat /proc/self/uid_map); docker restart -t 0 $c >/dev/null; two=$(docker exec $c cat /proc/self/uid_map)
+test "$one" = "$two" && echo same; insp $c '{{.HostConfig.UsernsMode}}'
+out=$(tenon run --rm $m --userns private --network none busybox sh -c 'cat /proc/self/uid_map; ls /sys/class/net'); test "$one" = "$(echo "$out" | head -n 1)" || echo other; echo "$out" | tail -n +2`, "same\nauto\nother\nlo", 0},
 	{"userns: invalid modes", `for x in keep-id auto:size=1 auto:size=x auto: container: nonsense container:$c; do tenon run --rm $m --userns $x busybox true 2>/dev/null || echo $?; done | xargs`, `125 125 125 125 125 125 125`, 0},
 
-	{"userns: files of the image have their owners", `urun busybox stat -c '%u:%g' /bin/busybox /tmp /root | sort -u`, `0:0`, 0},
-	{"userns: /dev, /proc and /sys are the container's", `urun busybox sh -c 'stat -c %u:%g /dev /dev/null /dev/shm /etc/hosts /etc/resolv.conf | sort -u; ls /sys/class/net | sort | xargs; grep -c " /sys sysfs ro" /proc/mounts; echo x >/dev/null && echo null >/dev/stdout'`, "0:0\neth0 lo\n1\nnull", 0},
-	{"userns: what is committed has plain owners", `
-tenon run $m --userns auto --name $c busybox sh -c 'touch /a; chown 1000:1001 /a; mkdir -m 700 /b; rm -r /var'
-docker diff $c | sort | xargs; docker commit $c $i >/dev/null
-tenon run --rm $m --userns host $i stat -c '%u:%g %a' /a /b; urun $i stat -c '%u:%g' /a`, "A /a A /b D /var\n1000:1001 644\n0:0 700\n1000:1001", 0},
-	{"userns: export of a running and of a stopped container", `
-ubg --name $c busybox sh -c 'touch /a; chown 1000:1001 /a; sleep 1000'
+	{"userns: files of the image have their owners", `ulook stat -c '%u:%g' /bin/busybox /tmp /root | sort -u`, `0:0`, 0},
+	{"userns: /dev, /proc and /sys are the container's", `ulook sh -c 'stat -c %u:%g /dev /dev/null /dev/shm /etc/hosts /etc/resolv.conf | sort -u; ls /sys/class/net | sort | xargs; grep -c " /sys sysfs ro" /proc/mounts; echo x >/dev/null && echo null >/dev/stdout'`, "0:0\neth0 lo\n1\nnull", 0},
+	{"userns: what is exported, running and stopped, and committed has plain owners", `
+ubg --name $c busybox sh -c 'mkdir -m 700 /b; rm -r /var; touch /a; chown 1000:1001 /a; exec sleep 1000'
 until_ok docker exec $c sh -c 'test $(stat -c %u /a) = 1000'
-docker export $c | tar -tvn --wildcards 'a' | awk '{print $2}'; docker stop -t 0 $c >/dev/null; docker export $c | tar -tvn a | awk '{print $2}'`, "1000/1001\n1000/1001", 0},
+docker export $c | tar -tvn a | awk '{print $2}'; docker stop -t 0 $c >/dev/null
+docker diff $c | sort | xargs; docker export $c | tar -tvn a | awk '{print $2}'; docker commit $c $i >/dev/null
+tenon run --rm $m --userns host $i sh -c 'stat -c "%u:%g %a" /a /b; cat /proc/self/uid_map | xargs'; urun $i stat -c '%u:%g' /a`, "1000/1001\nA /a A /b D /var\n1000/1001\n1000:1001 644\n0:0 700\n0 0 4294967295\n1000:1001", 0},
 	{"userns: cp of a running and of a stopped container", `
-ubg --name $c busybox sleep 1000; echo data >$d/f; chown 1000:1001 $d/f
+uidle; echo data >$d/f; chown 1000:1001 $d/f
 docker cp -q $d/f $c:/f; docker cp -qa $d/f $c:/g; docker exec $c stat -c %u:%g /f /g; docker cp -q $c:/g - | tar -tvn | awk '{print $2}'
 docker exec $c chown 7:8 /f; docker stop -t 0 $c >/dev/null; docker cp -q $d/f $c:/h; docker cp -q $c:/f - | tar -tvn | awk '{print $2}'
 docker start $c >/dev/null; docker exec $c stat -c %u:%g /h`, "1000:1001\n1000:1001\n1000/1001\n7/8\n1000:1001", 0},
 	{"userns: a volume shows containers of different ids the same owners", `
 urun -v $v:/v busybox sh -c 'touch /v/r /v/u; chown 33:34 /v/u'; urun -v $v:/v busybox stat -c %u:%g /v/r /v/u
 tenon run --rm $m --userns host -v $v:/v busybox stat -c %u:%g /v/r /v/u`, "0:0\n33:34\n0:0\n33:34", 0},
-	{"userns: a volume takes the image's files", `
+	{"userns: a volume takes the image's files; image mounts", `
 docker create $m --name $c busybox >/dev/null; mkdir $d/x; echo one >$d/x/f; chown -R 33:34 $d/x; docker cp -qa $d/x $c:/x; docker commit $c $i >/dev/null
-urun -v $v:/x $i sh -c 'stat -c %u:%g /x/f; cat /x/f'`, "33:34\none", 0},
-	{"userns: a bind has the owners of the host", `
-touch $d/r $d/u; chown 33:34 $d/u; chmod 600 $d/r; chmod 755 $d
-urun -v $d:/d busybox sh -c 'stat -c %u:%g /d/r /d/u; echo x >/d/r; touch /d/new'; stat -c %u:%g $d/new`, "0:0\n33:34\n0:0", 0},
-	{"userns: a bind without mapping belongs to nobody", `
-echo secret >$d/r; chmod 600 $d/r; chmod 755 $d
-urun -v $d:/d:ro,noidmap busybox sh -c 'stat -c %u /d/r; cat /d/r 2>/dev/null || echo refused'`, "65534\nrefused", 0},
+urun -v $v:/x --mount type=image,source=$i,target=/i $i sh -c 'stat -c %u:%g /x/f; cat /x/f; stat -c %u:%g /i /i/bin /i/x/f; touch /i/y 2>/dev/null || echo ro'`, "33:34\none\n0:0\n0:0\n33:34\nro", 0},
+	{"userns: a bind has the owners of the host, one without mapping belongs to nobody; mount points are made", `
+mkdir $d/b $d/m $d/n; touch $d/b/r $d/b/u; chown 33:34 $d/b/u; chmod 600 $d/b/r; echo secret >$d/n/r; chmod 600 $d/n/r; chmod 755 $d $d/b $d/n
+urun -v $d/b:/d -v $d/n:/n:ro,noidmap -v $d/m:/a/b/c -v $v:/q/w --tmpfs /t/u:uid=5,gid=6 busybox sh -c '
+stat -c %u:%g /d/r /d/u; echo x >/d/r; touch /d/new
+stat -c %u /n/r; cat /n/r 2>/dev/null || echo refused
+stat -c %u:%g /a /a/b /a/b/c /q /t/u | xargs'
+stat -c %u:%g $d/b/new`, "0:0\n33:34\n65534\nrefused\n0:0 0:0 0:0 0:0 5:6\n0:0", 0},
 	{"userns: a file system that cannot be mapped is named", `urun -v /proc/sys:/p busybox true 2>&1 | grep -c 'proc.*--userns host.*noidmap'`, `1`, 0},
-	{"userns: mount points are made", `mkdir $d/m; urun -v $d/m:/a/b/c -v $v:/q/w --tmpfs /t/u:uid=5,gid=6 busybox stat -c %u:%g /a /a/b /a/b/c /q /t/u | xargs`, `0:0 0:0 0:0 0:0 5:6`, 0},
-	{"userns: image mounts", `docker create $m --name $c busybox >/dev/null; docker cp -q /etc/hostname $c:/f; docker commit $c $i >/dev/null
-urun --mount type=image,source=$i,target=/i busybox sh -c 'stat -c %u:%g /i /i/f /i/bin | sort -u; touch /i/x 2>/dev/null || echo ro'`, "0:0\nro", 0},
-	{"userns: read-only root", `urun --read-only busybox sh -c 'touch /x 2>/dev/null || echo ro; touch /dev/shm/x && echo shm'`, "ro\nshm", 0},
 
-	{"userns: user and groups", `urun -u 1000:1001 --group-add 44 busybox id`, `uid=1000 gid=1001 groups=44,1001|uid=1000 gid=1001 groups=1001,44`, 0},
+	{"userns: user and groups; read-only root", `urun --read-only -u 1000:1001 --group-add 44 busybox sh -c 'id; touch /x 2>/dev/null || echo ro; touch /dev/shm/x && echo shm'`, "(uid=1000 gid=1001 groups=44,1001|uid=1000 gid=1001 groups=1001,44)\nro\nshm", 0},
 	{"userns: a user beyond the ids is refused", `urun -u 70000 busybox true 2>&1 | grep -o 'id 70000 has no place.*size=N'`, `id 70000 has no place.*`, 0},
-	{"userns: exec", `ubg --name $c busybox sleep 1000; docker exec $c id -u; docker exec -u 33 $c id -u; test "$(docker exec $c cat /proc/self/uid_map)" = "$(docker exec $c cat /proc/1/uid_map)" && echo same
+	{"userns: exec", `uidle; docker exec $c id -u; docker exec -u 33 $c id -u; test "$(docker exec $c cat /proc/self/uid_map)" = "$(docker exec $c cat /proc/1/uid_map)" && echo same
 docker exec -u 70000 $c true 2>/dev/null || echo refused`, "0\n33\nsame\nrefused", 0},
 	{"userns: a terminal", `urun -t busybox sh -c 'stat -c %u /dev/console; tty; echo x >/dev/tty' | tr -d '\r'`, "0\n/dev/pts/0\nx", 0},
 	{"userns: init, health and logs", `
 ubg --name $c --init --health-cmd 'test $(id -u) = 0' --health-interval 100ms busybox sh -c 'echo out; sleep 1000'
 until_ok sh -c "docker inspect -f '{{.State.Health.Status}}' $c | grep -x healthy"; docker logs $c; docker exec $c cat /proc/1/comm`, "out\n(docker-init|tini|catatonit|init).*", 0},
 	{"userns: top, stats, update, pause", `
-ubg --name $c busybox sleep 1000; docker top $c -o pid,args | grep -c 'sleep 1000'; docker stats --no-stream --format '{{.PIDs}}' $c
+uidle; docker top $c -o pid,args | grep -c 'sleep 1000'; docker stats --no-stream --format '{{.PIDs}}' $c
 docker update --memory 64m --memory-swap 64m $c >/dev/null; docker pause $c >/dev/null; docker unpause $c >/dev/null; docker exec $c cat /proc/1/comm`, "1\n1\nsleep", 0},
-	{"userns: a device", `urun --device /dev/zero:/dev/nought:r busybox sh -c 'head -c 3 /dev/nought | wc -c; stat -c %u /dev/nought'`, "3\n0", 0},
-	{"userns: limits", `urun --memory 64m --pids-limit 10 --ulimit nofile=100:200 busybox sh -c 'ulimit -n; ulimit -Hn'`, "100\n200", 0},
 
-	{"userns: sysctls of its network and ipc", `urun --sysctl net.ipv4.ip_forward=1 --sysctl kernel.msgmax=9000 busybox sh -c 'cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/msgmax'`, "1\n9000", 0},
-	{"userns: the network is its own", `urun --cap-add NET_ADMIN busybox ip link set eth0 down && echo may; urun busybox ip link set eth0 down 2>/dev/null || echo may not`, "may\nmay not", 0},
+	{"userns: a device, limits, sysctls of its network and ipc", `
+urun --device /dev/zero:/dev/nought:r --memory 64m --pids-limit 10 --ulimit nofile=100:200 --sysctl net.ipv4.ip_forward=1 --sysctl kernel.msgmax=9000 busybox sh -c '
+head -c 3 /dev/nought | wc -c; stat -c %u /dev/nought; ulimit -n; ulimit -Hn; cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/msgmax'`, "3\n0\n100\n200\n1\n9000", 0},
+	{"userns: the network is its own", `urun --cap-add NET_ADMIN busybox ip link set eth0 down && echo may; ulook ip link set eth0 down 2>/dev/null || echo may not`, "may\nmay not", 0},
 	{"userns: low ports, names and published ports", `
 docker network create $n >/dev/null; mkdir $d/w; echo hello >$d/w/index.html; chmod 755 $d $d/w
 ubg --name $c --network $n -p 127.0.0.1::80 -u 33 -v $d/w:/w busybox httpd -f -p 80 -h /w
 url=$(docker port $c 80); until_ok curl -sf http://$url/; curl -sf http://$url/; urun --network $n busybox wget -qO- http://$c/`, "hello\nhello", 0},
-	{"userns: networks come and go", `docker network create $n >/dev/null; ubg --name $c busybox sleep 1000; docker network connect $n $c; docker exec $c ls /sys/class/net | xargs; docker network disconnect $n $c; docker exec $c ls /sys/class/net | xargs`, "eth0 eth1 lo\neth0 lo", 0},
-	{"userns: no network", `urun --network none busybox ls /sys/class/net`, `lo`, 0},
+	{"userns: networks come and go", `docker network create $n >/dev/null; uidle; docker network connect $n $c; docker exec $c ls /sys/class/net | xargs; docker network disconnect $n $c; docker exec $c ls /sys/class/net | xargs`, "eth0 eth1 lo\neth0 lo", 0},
 	{"userns: who shares namespaces shares it", `
 ubg --name $c --ipc shareable busybox sleep 1000; map=$(docker exec $c cat /proc/self/uid_map)
 for o in "--network container:$c" "--pid container:$c" "--ipc container:$c"; do test "$(docker run --rm $m $o busybox cat /proc/self/uid_map)" = "$map" && echo same; done
@@ -96,12 +86,11 @@ dmesg -c >/dev/null 2>&1 || echo log
 chmod 0 /proc/1/root/../proc/sys/kernel 2>/dev/null || echo proc
 mount -o remount,rw /sys/fs/cgroup 2>/dev/null && echo 1 >/sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || echo cgroup' | xargs`, `mknod module mount sysctl sysrq log proc cgroup`, 0},
 	{"userns: another container's processes and files are out of reach", `
-ubg --name $c busybox sh -c 'echo secret >/s; chmod 600 /s; exec sleep 4321'; until_ok docker exec $c test -s /s
-start=$(docker exec $c cat /proc/self/uid_map | awk '{print $2}')
+uidle; docker exec $c sh -c 'echo secret >/s; chmod 600 /s'; start=$(docker exec $c cat /proc/self/uid_map | awk '{print $2}')
 tenon run --rm $m --userns host --pid host -e start=$start busybox sh -c '
-for p in /proc/[0-9]*; do case $(tr "\0" " " <$p/cmdline 2>/dev/null) in "sleep 4321 ") break;; esac; p=; done
+for p in /proc/[0-9]*; do test "$(awk "/^Uid:/ {print \$2}" $p/status 2>/dev/null)" != $start || break; p=; done
 test -z "$p" && echo out of reach && exit # on another kernel
-test $(awk "/^Uid:/ {print \$2}" $p/status) = $start || echo not mapped
+test "$(cat $p/root/s)" = secret || echo not found
 adduser -D -u $((start+65536)) other 2>/dev/null
 su other -c "cat $p/root/s || kill -9 ${p#/proc/}" 2>/dev/null || echo out of reach'`, "out of reach", 0},
 }
