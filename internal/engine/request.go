@@ -72,8 +72,9 @@ func (e *Engine) specInput(r *container.Record, p *prepared) (spec.Input, error)
 	h.Resources = *res
 	facts, kernel := e.factsOf(r.Isolation), p.on
 	in := spec.Input{
-		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.defaultsOf(r.Isolation), LinkEnv: e.linkEnv(r), NetReady: p.ns.Path != "",
-		Mounts: append(p.files, p.mounts...), NetNS: p.kernel.NetNS, ShmSource: p.shm,
+		ID: r.ID, Config: r.Config, HostConfig: &h, Defaults: e.defaultsOf(r.Isolation), LinkEnv: e.linkEnv(r),
+		NetReady: p.ns.Path != "" || !onHost(r) && p.kernel.NetNS != "",
+		Mounts:   append(p.files, p.mounts...), NetNS: p.kernel.NetNS, ShmSource: p.shm,
 		CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
 	}
 	if !h.UTSMode.IsHost() {

@@ -82,7 +82,7 @@ func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Ex
 	}
 	facts := g.machine.Facts()
 	in := spec.Input{
-		ID: st.ID, Config: st.Config, HostConfig: st.HostConfig, Defaults: e.defaultsOf(sandbox.VM), NetReady: ns.Path != "", Hostname: st.Config.Hostname,
+		ID: st.ID, Config: st.Config, HostConfig: st.HostConfig, Defaults: e.defaultsOf(sandbox.VM), NetReady: kernel.NetNS != "", Hostname: st.Config.Hostname,
 		Mounts: withoutShadowed(append(files, mounts...), mounts), NetNS: kernel.NetNS, CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
 	}
 	if in.User, err = e.resolveUser(e.stepRoot(st), nil, st.Config.User, nil); err != nil {

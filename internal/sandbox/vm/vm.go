@@ -8,7 +8,6 @@ package vm
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -26,7 +25,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
 	"github.com/moby/moby/api/types/container"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"tenon.dev/tenon/internal/aside"
 	"tenon.dev/tenon/internal/sandbox"
@@ -61,6 +59,9 @@ type Config struct {
 	// HangTime is how long a guest may not answer before its machine is ended; 0:
 	// tenon-vmm's own default.
 	HangTime time.Duration
+	// IdleTrim is how long an emulated machine has stood still before it gives the
+	// memory of its translated code back; 0: never.
+	IdleTrim time.Duration
 	Log      *slog.Logger
 }
 
@@ -336,7 +337,8 @@ func (v *VMs) start(ctx context.Context) error {
 	cmd := exec.Command(v.cfg.Program, "serve", "--socket", v.Socket(), "--run-dir", filepath.Join(v.cfg.RunRoot, "vms"),
 		"--state-dir", filepath.Join(v.cfg.Root, "vm"), "--name", v.cfg.Name, "--shim", v.cfg.Shim, "--ready-fd", "3", "--log", logPath)
 	for flag, value := range map[string]string{"--accel": v.cfg.Accel, "--kernel": v.cfg.Kernel, "--kernel-dir": v.cfg.KernelDir, "--memory": number(v.cfg.Memory),
-		"--cpus": number(int64(v.cfg.CPUs)), "--pool": number(int64(v.cfg.Pool)), "--pool-memory": number(v.cfg.PoolMemory), "--hang-time": duration(v.cfg.HangTime)} {
+		"--cpus": number(int64(v.cfg.CPUs)), "--pool": number(int64(v.cfg.Pool)), "--pool-memory": number(v.cfg.PoolMemory), "--hang-time": duration(v.cfg.HangTime),
+		"--idle-trim": duration(v.cfg.IdleTrim)} {
 		if value != "" {
 			cmd.Args = append(cmd.Args, flag, value)
 		}
@@ -379,14 +381,20 @@ func (v *VMs) start(ctx context.Context) error {
 	return nil
 }
 
-// writeDefaults writes what containers have that ask for nothing, and what takes a
-// guest long to get ready: the seccomp profile, the rules for devices.
+// writeDefaults writes the specification of a container that asks for nothing: what
+// every machine runs once before it waits.
 func writeDefaults(path string) error {
-	s, err := spec.Build(spec.Input{Config: &container.Config{Cmd: []string{"true"}}, HostConfig: &container.HostConfig{}, CgroupV2: true})
+	pids := int64(4096)
+	s, err := spec.Build(spec.Input{
+		Config:     &container.Config{Cmd: []string{"true"}},
+		HostConfig: &container.HostConfig{NetworkMode: "bridge", IpcMode: "private", CgroupnsMode: "private", Resources: container.Resources{PidsLimit: &pids}},
+		User:       spec.User{Additional: []uint32{0, 10}, Home: "/root"},
+		Hostname:   "warm", NetNS: "/", NetReady: true, CgroupV2: true, Capabilities: spec.CapabilityNames(1<<41 - 1),
+	})
 	if err != nil {
 		return err
 	}
-	b, err := json.Marshal(specs.Linux{Seccomp: s.Linux.Seccomp, Resources: &specs.LinuxResources{Devices: s.Linux.Resources.Devices}})
+	b, err := spec.Encode(s)
 	if err != nil {
 		return err
 	}

@@ -23,7 +23,7 @@ func benchmark(b *testing.B, pool int) {
 	c := config(b)
 	c.Pool = pool
 	e := start(b, c)
-	spec := warmSpec()
+	spec := plainSpec()
 	spec.Linux.Namespaces = spec.Linux.Namespaces[:5]
 	spec.Process.Args = []string{"/bin/echo", "x"}
 	text, err := json.Marshal(spec)

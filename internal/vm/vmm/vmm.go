@@ -7,6 +7,7 @@
 //	machine.go   one QEMU and its guest, from birth to end
 //	warm.go      what runs in a guest before it is saved or waits
 //	pool.go      clones that wait
+//	rest.go      machines that stand still
 //	service.go   the service's calls; devices.go: those about disks, NICs, memory
 //	streams.go   the shim's socket, streams that guests open
 //	share.go     host directories
@@ -68,12 +69,12 @@ type Config struct {
 	Pool       int   // clones that wait for use; 0: none
 	PoolMemory int64 // bytes that they may cost together; 0: unbounded
 
-	// Defaults are the seccomp profile and the rules for devices that containers have
-	// by default, in an OCI specification's linux (JSON), as the engine writes it:
-	// machines that wait know them. Empty: others.
+	// Defaults is the OCI specification of a container that asks for nothing, as the
+	// engine writes it: machines that wait have run one like it. Empty: another.
 	Defaults []byte
 
 	HangTime time.Duration // a guest that does not answer for so long is ended; 0: three minutes
+	IdleTrim time.Duration // an emulated machine that rests for so long gives up its translated code; 0: none does
 
 	Log *slog.Logger
 }
@@ -103,6 +104,8 @@ type Manager struct {
 	setup sync.Mutex        // held while found is found, and for empty
 	empty map[bool]*os.File // see emptyFS; with a journal, and without
 	found atomic.Pointer[platform]
+
+	trimWarned atomic.Bool
 
 	mu       sync.Mutex
 	machines map[string]*machine

@@ -304,7 +304,7 @@ func (e *engine) run(v *vmv1.Machine, script string, mounts ...specs.Mount) (uin
 		e.t.Fatal(err)
 	}
 	defer c.Close()
-	s := warmSpec()
+	s := plainSpec()
 	s.Linux.Namespaces = s.Linux.Namespaces[:5] // the machine's network
 	s.Process.Args = []string{"/bin/sh", "-c", script}
 	s.Mounts = append(s.Mounts, mounts...)

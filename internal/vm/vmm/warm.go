@@ -25,19 +25,22 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "7"
+const warmVersion = "8"
 
 const (
 	// A turn in a copy leads an emulator to translate some 90 percent of what a
 	// container needs; further ones take half as long each, and gain nothing.
 	templateTurns = 3
 	cloneTurns    = 1
+	warmExecs     = 3 // further processes in a turn
 
-	warmID   = "warm"
-	warmDir  = "/run/tenon/warm"
-	warmNet  = "/run/tenon/netns/warm"
-	warmMAC  = "52:54:00:74:6e:ff"
-	warmTime = 5 * time.Minute // on a busy host, emulated
+	warmID  = "warm"
+	warmDir = "/run/tenon/warm"
+	warmNet = "/run/tenon/netns/warm"
+	// guestBase is the lowest layer of all roots, which the guest makes (shim/guest's Base).
+	guestBase = "/run/tenon/base"
+	warmMAC   = "52:54:00:74:6e:ff"
+	warmTime  = 5 * time.Minute // on a busy host, emulated
 )
 
 // warm runs what every container does: its code is then in memory, in the state
@@ -246,12 +249,7 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 		return err
 	}
 	defer c.Close()
-	sp := warmSpec()
-	sp.Process.Args = append(sp.Process.Args, "wait")
-	for _, name := range []string{"hosts", "hostname", "resolv.conf"} {
-		sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: warmDir + "/" + name, Options: []string{"rbind", "rprivate"}})
-	}
-	spec, err := encodeSpec(sp, v.m.cfg.Defaults)
+	spec, process, err := v.m.warmSpec()
 	if err != nil {
 		return err
 	}
@@ -274,7 +272,7 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	if _, err := c.Create(ctx, task.CreateRequest{
 		ID: warmID, Spec: spec, Log: &taskv1.Log{Driver: logs.Local, Path: "/dev/null"},
 		Rootfs: []task.Mount{{Type: "overlay", Source: "overlay", Options: []string{
-			"lowerdir=" + warmDir + "/lower", "upperdir=" + warmDir + "/rw/upper", "workdir=" + warmDir + "/rw/work", "index=off"}}},
+			"lowerdir=" + warmDir + "/lower:" + guestBase, "upperdir=" + warmDir + "/rw/upper", "workdir=" + warmDir + "/rw/work", "index=off"}}},
 	}); err != nil {
 		return err
 	}
@@ -286,8 +284,17 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	if _, err := c.Start(ctx, warmID, ""); err != nil {
 		return err
 	}
-	if err := warmExec(ctx, c); err != nil {
-		return err
+	// Read from the disk each time. A kernel that an emulator translates for the first
+	// time is interrupted by its clock before it has done what it was asked for, and
+	// goes on in another state of the processor, for which it is translated, too.
+	for range warmExecs {
+		if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{
+			{Kind: &taskv1.Step_Sysctl{Sysctl: &taskv1.Sysctl{Name: "vm.drop_caches", Value: "1"}}}}}); err != nil {
+			return err
+		}
+		if err := warmExec(ctx, c, process); err != nil {
+			return err
+		}
 	}
 	if !copied { // by a program of its own
 		if err := warmRead(ctx, c); err != nil {
@@ -310,45 +317,53 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 // errWarmExit ends the following of events.
 var errWarmExit = errors.New("the container has ended")
 
-// encodeSpec is the specification with what containers have by default (Config.Defaults),
-// the seccomp profile where the engine writes it: shims keep what they make of one by
-// its text.
-func encodeSpec(sp *specs.Spec, defaults []byte) ([]byte, error) {
-	if len(defaults) == 0 {
-		return json.Marshal(sp)
+// warmSpec is the specification of a container that asks for nothing
+// (Config.Defaults) and runs the small program, which waits; and what a further
+// process of it is. The seccomp profile stands where the engine writes it: shims keep
+// what they make of one by its text.
+func (m *Manager) warmSpec() (container, process []byte, err error) {
+	sp, seccomp := plainSpec(), json.RawMessage(nil)
+	if len(m.cfg.Defaults) > 0 {
+		var d struct {
+			Linux struct{ Seccomp json.RawMessage }
+		}
+		sp = new(specs.Spec)
+		if err = errors.Join(json.Unmarshal(m.cfg.Defaults, sp), json.Unmarshal(m.cfg.Defaults, &d)); err == nil && (sp.Process == nil || sp.Linux == nil) {
+			err = errors.New("no process")
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("containers' defaults: %w", err)
+		}
+		seccomp, sp.Linux.Seccomp = d.Linux.Seccomp, nil
 	}
-	var d struct {
-		Seccomp   json.RawMessage
-		Resources struct{ Devices []specs.LinuxDeviceCgroup }
+	sp.Hostname, sp.Linux.CgroupsPath = warmID, "/"+m.cfg.Name+"/"+warmID
+	for i, ns := range sp.Linux.Namespaces {
+		if ns.Type == specs.NetworkNamespace {
+			sp.Linux.Namespaces[i].Path = warmNet
+		}
 	}
-	if err := json.Unmarshal(defaults, &d); err != nil {
-		return nil, fmt.Errorf("containers' defaults: %w", err)
+	for _, name := range []string{"resolv.conf", "hostname", "hosts"} {
+		sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: warmDir + "/" + name, Options: []string{"rbind", "rprivate"}})
 	}
-	if len(d.Resources.Devices) > 0 {
-		sp.Linux.Resources.Devices = d.Resources.Devices
+	sp.Process.Args = []string{"y"}
+	if process, err = json.Marshal(sp.Process); err != nil {
+		return nil, nil, err
 	}
-	if len(d.Seccomp) == 0 {
-		return json.Marshal(sp)
-	}
-	sp.Linux.Seccomp = nil
+	sp.Process.Args = []string{"x", "wait"}
 	b, err := json.Marshal(sp)
-	if err != nil {
-		return nil, err
+	if err != nil || len(seccomp) == 0 {
+		return b, process, err
 	}
 	const at = `,"linux":{`
 	before, after, ok := bytes.Cut(b, []byte(at))
 	if !ok {
-		return nil, errors.New("a specification without linux")
+		return nil, nil, errors.New("a specification without linux")
 	}
-	return slices.Concat(before, []byte(at+`"seccomp":`), d.Seccomp, []byte{','}, after), nil
+	return slices.Concat(before, []byte(at+`"seccomp":`), seccomp, []byte{','}, after), process, nil
 }
 
 // warmExec runs a further process.
-func warmExec(ctx context.Context, c *task.Client) error {
-	process, err := json.Marshal(warmSpec().Process)
-	if err != nil {
-		return err
-	}
+func warmExec(ctx context.Context, c *task.Client, process []byte) error {
 	const id = "exec"
 	a, _, err := c.Execute(ctx, task.ExecRequest{ID: warmID, ExecID: id, Process: process}, task.Stdio{Stdout: discard{}, Stderr: discard{}})
 	if err != nil {
@@ -426,7 +441,7 @@ const (
 )
 
 // warmSpec is a container as the engine makes them by default.
-func warmSpec() *specs.Spec {
+func plainSpec() *specs.Spec {
 	caps := []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
 		"CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE"}
 	no := uint(1)

@@ -23,8 +23,8 @@ const (
 func tinyProgram() []byte {
 	const headers = 64 + 2*56
 	code := []byte{
-		// brk twice, arch_prctl, set_tid_address, prlimit64, readlink, getrandom and
-		// mprotect; pages of the text are read, and some of data and bss written.
+		// brk twice, arch_prctl, set_tid_address, set_robust_list, rseq, prlimit64, readlink,
+		// getrandom and mprotect; pages of the text are read, and some of data and bss written.
 		0xb8, 0x0c, 0x00, 0x00, 0x00, // mov $0xc,%eax
 		0x31, 0xff, // xor %edi,%edi
 		0x0f, 0x05, // syscall
@@ -38,6 +38,16 @@ func tinyProgram() []byte {
 		0x0f, 0x05, // syscall
 		0xb8, 0xda, 0x00, 0x00, 0x00, // mov $0xda,%eax
 		0xbf, 0x00, 0x01, 0x50, 0x00, // mov $0x500100,%edi
+		0x0f, 0x05, // syscall
+		0xb8, 0x11, 0x01, 0x00, 0x00, // mov $0x111,%eax
+		0xbf, 0x00, 0x0b, 0x50, 0x00, // mov $0x500b00,%edi
+		0xbe, 0x18, 0x00, 0x00, 0x00, // mov $0x18,%esi
+		0x0f, 0x05, // syscall
+		0xb8, 0x4e, 0x01, 0x00, 0x00, // mov $0x14e,%eax
+		0xbf, 0x00, 0x1a, 0x50, 0x00, // mov $0x501a00,%edi
+		0xbe, 0x20, 0x00, 0x00, 0x00, // mov $0x20,%esi
+		0x31, 0xd2, // xor %edx,%edx
+		0x41, 0xba, 0x53, 0x30, 0x05, 0x53, // mov $0x53053053,%r10d
 		0x0f, 0x05, // syscall
 		0xb8, 0x2e, 0x01, 0x00, 0x00, // mov $0x12e,%eax
 		0x31, 0xff, // xor %edi,%edi
@@ -110,44 +120,68 @@ func tinyProgram() []byte {
 }
 
 // tinyImage is a file system (Linux's Documentation/filesystems/erofs.rst) with the
-// tiny program in its root, as /w: one block, and the program's.
+// tiny program as /bin/w, once more as /bin/y, with a link /bin/x to w, as images of
+// BusyBox have, and two empty directories: one block, and the program's.
 func tinyImage() []byte {
 	const (
 		block, super, slot = 4096, 1024, 32
-		root               = super + 128 // behind the super block
-		file               = root + 3*slot
 		plain, inline      = 0 << 1, 2 << 1 // small inodes: their data in blocks, or behind them
 	)
 	program := tinyProgram()
 	le := binary.LittleEndian
 	b := make([]byte, block, block+len(program))
-	le.PutUint32(b[super:], 0xe0f5e1e2)
-	b[super+12] = 12 // the block's bits
-	le.PutUint16(b[super+14:], root/slot)
-	le.PutUint64(b[super+16:], 2)                            // inodes
-	le.PutUint32(b[super+36:], uint32(1+len(program)/block)) // blocks
-	inode := func(at int, layout, mode, links uint16, size int) {
+	type entry struct {
+		name string
+		kind byte // 1: file, 2: directory, 7: symbolic link
+		nid  uint64
+	}
+	const first = super + 128 // behind the super block
+	const (
+		root = first / slot // each inode takes one slot, and those of its data
+		bin  = root + 4
+		etc  = bin + 4
+		usr  = etc + 2
+		link = usr + 2
+		file = link + 2
+		more = file + 1
+	)
+	inode := func(nid int, layout, mode, links uint16, size int, data []byte) {
+		at := nid * slot
 		le.PutUint16(b[at:], layout)
 		le.PutUint16(b[at+4:], mode)
 		le.PutUint16(b[at+6:], links)
 		le.PutUint32(b[at+8:], uint32(size))
-		le.PutUint32(b[at+20:], uint32(at/slot))
+		le.PutUint32(b[at+20:], uint32(nid-root+1))
+		copy(b[at+slot:], data)
 	}
-	var dir []byte
-	names := ". .. w"
-	for i, e := range []struct {
-		nid  uint64
-		kind byte
-	}{{root / slot, 2}, {root / slot, 2}, {file / slot, 1}} {
-		dir = le.AppendUint64(dir, e.nid)
-		dir = le.AppendUint16(dir, uint16(3*12+i)) // after ".", ".."
-		dir = append(dir, e.kind, 0)
+	directory := func(nid int, links uint16, list ...entry) {
+		list = append([]entry{{".", 2, uint64(nid)}, {"..", 2, root}}, list...)
+		names := 12 * len(list)
+		var dir []byte
+		var text strings.Builder
+		for _, e := range list {
+			dir = le.AppendUint64(dir, e.nid)
+			dir = le.AppendUint16(dir, uint16(names+text.Len()))
+			dir = append(dir, e.kind, 0)
+			text.WriteString(e.name)
+		}
+		dir = append(dir, text.String()...)
+		inode(nid, inline, unix.S_IFDIR|0o755, links, len(dir), dir)
 	}
-	le.PutUint16(dir[2*12+8:], 3*12+3)
-	dir = append(dir, strings.ReplaceAll(names, " ", "")...)
-	inode(root, inline, unix.S_IFDIR|0o755, 2, len(dir))
-	copy(b[root+slot:], dir)
-	inode(file, plain, unix.S_IFREG|0o755, 1, len(program))
-	le.PutUint32(b[file+16:], 1) // its first block
+	directory(root, 5, entry{"bin", 2, bin}, entry{"etc", 2, etc}, entry{"usr", 2, usr})
+	directory(bin, 2, entry{"w", 1, file}, entry{"x", 7, link}, entry{"y", 1, more})
+	directory(etc, 2)
+	directory(usr, 2)
+	inode(link, inline, unix.S_IFLNK|0o777, 1, 1, []byte("w"))
+	for _, nid := range []int{file, more} {
+		inode(nid, plain, unix.S_IFREG|0o755, 1, len(program), nil)
+		le.PutUint32(b[nid*slot+16:], 1) // its first block
+	}
+
+	le.PutUint32(b[super:], 0xe0f5e1e2)
+	b[super+12] = 12 // the block's bits
+	le.PutUint16(b[super+14:], root)
+	le.PutUint64(b[super+16:], 7)                            // inodes
+	le.PutUint32(b[super+36:], uint32(1+len(program)/block)) // blocks
 	return append(b, program...)
 }
