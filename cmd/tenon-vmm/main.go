@@ -76,6 +76,7 @@ func serve(args []string) error {
 	fs.IntVar(&c.Pool, "pool", 0, "machines that wait for containers")
 	fs.Int64Var(&c.PoolMemory, "pool-memory", 0, "bytes that they may cost together (default: any)")
 	fs.DurationVar(&c.HangTime, "hang-time", 0, "a machine whose guest has not answered for this long is ended (default: 3m)")
+	fs.DurationVar(&c.IdleTrim, "idle-trim", 0, "an emulated machine that has stood still for this long gives its translated code's memory back (default: none)")
 	defaults := fs.String("defaults", "", "file with what containers have by default: an OCI specification's linux (JSON), of which seccomp and resources.devices count")
 	logFile := fs.String("log", "", "file for messages (default: standard error)")
 	debugLog := fs.Bool("debug", false, "log more")

@@ -181,7 +181,7 @@ func (d *daemon) newMachines(shim string) (*vm.VMs, error) {
 	return vm.New(vm.Config{
 		Program: filepath.Join(filepath.Dir(self), "tenon-vmm"), Shim: shim, RunRoot: d.cfg.RunRoot, Root: d.cfg.Root, Name: d.cfg.Name,
 		Accel: c.Accel, Kernel: c.Kernel, KernelDir: c.KernelDir, Memory: config.Bytes(c.Memory), CPUs: c.CPUs, Pool: c.Pool, PoolMemory: config.Bytes(c.PoolMemory),
-		HangTime: config.Duration(c.HangTime), Log: d.log,
+		HangTime: config.Duration(c.HangTime), IdleTrim: config.Duration(c.IdleTrim), Log: d.log,
 	}), nil
 }
 

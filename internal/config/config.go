@@ -75,6 +75,7 @@ type VM struct {
 	Pool       int    `toml:"pool" comment:"machines that wait for the next containers"`
 	PoolMemory string `toml:"pool-memory" comment:"what they may cost together; 0 unbounded"`
 	HangTime   string `toml:"hang-time" comment:"a machine whose guest has not answered for this long is ended"`
+	IdleTrim   string `toml:"idle-trim" comment:"an emulated machine that has stood still for this long, and longer each time, gives back the memory of its translated code; 0 never"`
 }
 
 // Tenants bounds how many clients of a machine's own socket can make of what they share
@@ -181,7 +182,7 @@ func Default() *Config {
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
 			Ready:         4,
 		},
-		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0", HangTime: "3m"},
+		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0", HangTime: "3m", IdleTrim: "2s"},
 		Tenants:    Tenants{Containers: 250, Networks: 16, Volumes: 250},
 		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
 		Runtimes:   map[string]Runtime{},
@@ -274,6 +275,9 @@ func (c *Config) Validate() error {
 	}
 	if d, err := time.ParseDuration(c.VM.HangTime); err != nil || d < time.Second {
 		bad("vm.hang-time %q: give at least a second (such as 3m)", c.VM.HangTime)
+	}
+	if d, err := time.ParseDuration(c.VM.IdleTrim); err != nil || d < 0 || d > 0 && d < 100*time.Millisecond {
+		bad("vm.idle-trim %q: give at least 100ms (such as 2s), or 0 for never", c.VM.IdleTrim)
 	}
 	switch c.UserNS.Default {
 	case "host", "auto":

@@ -316,6 +316,7 @@ func (m *Manager) add(v *machine) error {
 	m.mu.Unlock()
 	m.events.Publish(&vmv1.Event{Type: vmv1.Event_CREATED, Id: v.id})
 	go v.heed()
+	go v.rests()
 	return nil
 }
 
