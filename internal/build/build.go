@@ -40,7 +40,6 @@ import (
 
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/errdefs"
-	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -135,6 +134,7 @@ func (b *Builder) start(context.Context) (*running, error) {
 		if err := r.worker.GarbageCollect(b.ctx); err != nil && b.ctx.Err() == nil {
 			b.log.Warn("garbage of builds not collected", "err", err)
 		}
+		b.keep(r)
 	}()
 	b.log.Info("builder started", "took", time.Since(began))
 	return r, nil
@@ -224,7 +224,7 @@ func (b *Builder) Serve(ctx context.Context, conn net.Conn) error {
 		return errors.Join(err, conn.Close())
 	}
 	srv := grpc.NewServer(
-		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor, releasing), grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
+		grpc.ChainUnaryInterceptor(placing, grpcerrors.UnaryServerInterceptor, r.releasing), grpc.StreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 		grpc.WaitForHandlers(true), // by Stop: whoever closes the builder closes what they use
 	)
@@ -279,30 +279,6 @@ type closeTold struct {
 func (c *closeTold) Close() error {
 	defer c.closed()
 	return c.Conn.Close()
-}
-
-// defaultCacheSize is what the build cache may take where nobody says.
-const (
-	maxCacheSize   = 20 << 30
-	cacheDiskShare = 10
-)
-
-// gcPolicy keeps the cache to its size: what can be had again cheaply goes first.
-func (b *Builder) gcPolicy() []client.PruneInfo {
-	size := b.opt.CacheSize
-	if size <= 0 {
-		size = maxCacheSize
-		var st unix.Statfs_t
-		if err := unix.Statfs(b.opt.Dir, &st); err == nil {
-			size = min(size, int64(st.Blocks)*st.Bsize/cacheDiskShare)
-		}
-	}
-	return []client.PruneInfo{
-		{Filter: []string{"type==source.local,type==exec.cachemount,type==source.git.checkout"}, KeepDuration: 48 * time.Hour, MaxUsedSpace: min(size, 512<<20)},
-		{KeepDuration: 60 * 24 * time.Hour, MaxUsedSpace: size},
-		{MaxUsedSpace: size},
-		{All: true, MaxUsedSpace: size},
-	}
 }
 
 // bootFile says in which boot of the machine the databases were opened.

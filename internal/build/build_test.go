@@ -309,7 +309,7 @@ func (cutOff) ExecStep(context.Context, string, string, *engine.Step) (task.Exit
 	return task.Exit{}, errdefs.ErrNotFound
 }
 
-func (cutOff) StepIsolation(string) (string, error) { return sandbox.Process, nil }
+func (cutOff) StepIsolation(context.Context, string) (string, error) { return sandbox.Process, nil }
 
 // A build that is cancelled in a step holds nothing of the cache, and what the step
 // has written is not in it.

@@ -106,7 +106,7 @@ func (b *builds) receive(ctx context.Context, id string) (r io.Reader, done func
 	defer forget()
 	select {
 	case u := <-ch:
-		return u.r, func() { close(u.done) }, nil
+		return u.r, sync.OnceFunc(func() { close(u.done) }), nil
 	case <-ctx.Done():
 		return nil, nil, context.Cause(ctx)
 	}

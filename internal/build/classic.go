@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"os"
@@ -64,12 +65,13 @@ func (b *Builder) Build(ctx context.Context, req api.Request, p api.Printer) (_ 
 		return api.Result{}, err
 	}
 	defer done()
+	read := func() {}
 	if req.Remote == uploadRequest {
-		r, read, err := b.builds.receive(ctx, req.ID)
-		if err != nil {
+		var r io.Reader
+		if r, read, err = b.builds.receive(ctx, req.ID); err != nil {
 			return api.Result{}, err
 		}
-		defer read()
+		defer func() { read() }()
 		req.Remote, req.Context = "", r
 	}
 	solve, err := solveRequest(&req)
@@ -85,6 +87,7 @@ func (b *Builder) Build(ctx context.Context, req api.Request, p api.Printer) (_ 
 	shared := ""
 	if req.Remote == "" {
 		u, err := unpackContext(ctx, filepath.Join(b.opt.Dir, contextDir), req.Context)
+		read() // the request that brought it ends
 		if err != nil {
 			return api.Result{}, err
 		}
@@ -347,6 +350,7 @@ func (r *running) solve(ctx context.Context, req *controlapi.SolveRequest, steps
 	g.Go(func() error {
 		resp, solveErr = r.ctl.Solve(ctx, req)
 		releaseFailed(ctx, solveErr)
+		r.built()
 		if solveErr != nil {
 			// The status ends with the build; of one that has not begun nobody knows.
 			time.AfterFunc(statusGrace, stop)

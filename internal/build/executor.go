@@ -36,7 +36,7 @@ import (
 type Steps interface {
 	RunStep(ctx context.Context, st *engine.Step) (task.Exit, error)
 	ExecStep(ctx context.Context, id, execID string, x *engine.Step) (task.Exit, error)
-	StepIsolation(asked string) (string, error)
+	StepIsolation(ctx context.Context, asked string) (string, error)
 }
 
 // hostname is what steps see that ask for none: as BuildKit's own workers have it.
@@ -106,11 +106,11 @@ func (x *executor) Run(ctx context.Context, id string, root bkexecutor.Mount, mo
 	}
 	st.HostConfig.ReadonlyRootfs = root.Readonly || p.Meta.ReadonlyRootFS
 	st.Started = begin
-	if st.Isolation, err = x.steps.StepIsolation(st.Isolation); err != nil {
+	if st.Isolation, err = x.steps.StepIsolation(ctx, st.Isolation); err != nil {
 		return nil, err
 	}
 	translate := x.mount
-	if st.Isolation == sandbox.VM {
+	if st.Isolation != sandbox.Process {
 		x.onMachine(st)
 		translate = x.machineMount
 	}
@@ -390,6 +390,12 @@ func (x *executor) mount(ctx context.Context, m bkexecutor.Mount, tmp string, he
 	}
 	switch mm.Type {
 	case "bind", "rbind":
+		if out.ReadOnly && sub != "" && x.isSnapshot(mm.Source) { // an image of one layer
+			return merged(out, []string{mm.Source}, sub)
+		}
+		if sub != "" {
+			sub = resolved([]string{mm.Source}, sub)
+		}
 		out.Type, out.Source, out.Options, out.Recursive, out.Beneath = "bind", mm.Source, []string{"rbind"}, true, sub
 		return out, nil
 	case "tmpfs":
@@ -406,17 +412,7 @@ func (x *executor) mount(ctx context.Context, m bkexecutor.Mount, tmp string, he
 	}
 	lower, upper, _ := overlayDirs(mm)
 	if upper == "" && sub != "" {
-		paths, dir, err := layered.Stack(lower).Sub(sub)
-		if err != nil {
-			return out, err
-		}
-		out.ReadOnly = true
-		if !dir || len(paths) == 1 {
-			out.Type, out.Source, out.Options, out.Recursive = "bind", paths[0], []string{"rbind"}, true
-			return out, nil
-		}
-		out.Type, out.Source, out.Options = "overlay", "overlay", []string{"index=off", "lowerdir=" + strings.Join(paths, ":")}
-		return out, nil
+		return merged(out, lower, sub)
 	}
 	if sub == "" {
 		out.Type, out.Source = "overlay", "overlay"
@@ -435,6 +431,37 @@ func (x *executor) mount(ctx context.Context, m bkexecutor.Mount, tmp string, he
 		return out, err
 	}
 	held.add(func() error { return mount.UnmountAll(tmp, syscall.MNT_DETACH) })
-	out.Type, out.Source, out.Options, out.Beneath = "bind", tmp, []string{"rbind"}, sub
+	out.Type, out.Source, out.Options, out.Beneath = "bind", tmp, []string{"rbind"}, resolved(append([]string{upper}, lower...), sub)
+	return out, nil
+}
+
+// resolved is what sub leads to in a stack of directories, as a path without links, which
+// may be absolute. Whoever mounts it looks it up again, and never out of the root: another
+// step may change a cache meanwhile. What leads nowhere is as it was.
+func resolved(stack []string, sub string) string {
+	paths, _, err := layered.Stack(stack).Sub(sub)
+	if err != nil || len(paths) == 0 {
+		return sub
+	}
+	for _, dir := range stack {
+		if rel, err := filepath.Rel(dir, paths[0]); err == nil && filepath.IsLocal(rel) {
+			return rel
+		}
+	}
+	return sub
+}
+
+// merged is a read-only mount of what sub leads to in a stack of layers, topmost first.
+func merged(out spec.Mount, lower []string, sub string) (spec.Mount, error) {
+	paths, dir, err := layered.Stack(lower).Sub(sub)
+	if err != nil {
+		return out, err
+	}
+	out.ReadOnly = true
+	if !dir || len(paths) == 1 {
+		out.Type, out.Source, out.Options, out.Recursive = "bind", paths[0], []string{"rbind"}, true
+		return out, nil
+	}
+	out.Type, out.Source, out.Options = "overlay", "overlay", []string{"index=off", "lowerdir=" + strings.Join(paths, ":")}
 	return out, nil
 }

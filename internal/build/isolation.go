@@ -70,8 +70,11 @@ func cutIsolation(cgroupParent string) (isolation, parent string) {
 	return isolation, parent
 }
 
-// isolating is a frontend that knows the attribute.
-type isolating struct{ frontend.Frontend }
+// isolating is a frontend that knows the attribute. check says early what can't be had.
+type isolating struct {
+	frontend.Frontend
+	check func(ctx context.Context, isolation string) (string, error)
+}
 
 // Solve runs the frontend.
 func (f isolating) Solve(ctx context.Context, llb frontend.FrontendLLBBridge, exec bkexecutor.Executor, opt map[string]string, inputs map[string]*pb.Definition, sid string, sm *session.Manager) (*frontend.Result, error) {
@@ -79,5 +82,12 @@ func (f isolating) Solve(ctx context.Context, llb frontend.FrontendLLBBridge, ex
 	if err != nil {
 		return nil, err
 	}
-	return f.Frontend.Solve(ctx, llb, exec, opt, inputs, sid, sm)
+	if asked, _ := cutIsolation(opt[cgroupAttr]); asked != "" {
+		if _, err := f.check(ctx, asked); err != nil {
+			return nil, err
+		}
+	}
+	res, err := f.Frontend.Solve(ctx, llb, exec, opt, inputs, sid, sm)
+	noteBases(res)
+	return res, err
 }

@@ -4,16 +4,27 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"syscall"
 
+	"github.com/containerd/platforms"
+	controlapi "github.com/moby/buildkit/api/services/control"
 	"github.com/moby/buildkit/cache"
+	bkexecutor "github.com/moby/buildkit/executor"
+	resourcestypes "github.com/moby/buildkit/executor/resources/types"
 	"github.com/moby/buildkit/frontend"
+	gatewaypb "github.com/moby/buildkit/frontend/gateway/pb"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/solver"
 	"github.com/moby/buildkit/solver/llbsolver/linuxresources"
 	"github.com/moby/buildkit/solver/llbsolver/ops"
 	"github.com/moby/buildkit/solver/pb"
+	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/moby/buildkit/worker"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	"tenon.dev/tenon/internal/build/where"
 )
 
 // releaseFailed lets go what the error of a build holds: BuildKit's solver keeps the
@@ -36,9 +47,30 @@ func releaseFailed(ctx context.Context, err error) {
 }
 
 // releasing is a server's interceptor that does so for clients' builds.
-func releasing(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (r *running) releasing(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	resp, err := handler(ctx, req)
 	releaseFailed(ctx, err)
+	if _, ok := req.(*controlapi.SolveRequest); ok {
+		r.built()
+	}
+	return resp, err
+}
+
+// placing is a server's interceptor that has errors say where in the Dockerfile they are:
+// Docker's clients show the lines that BuildKit names, and no column. A command that has
+// failed is named by itself.
+func placing(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	resp, err := handler(ctx, req)
+	if err == nil {
+		return resp, nil
+	}
+	plain := grpcerrors.FromGRPC(err) // as the client reads it
+	var exit *gatewaypb.ExitError
+	if p, ok := where.Find(plain); ok && !errors.As(plain, &exit) && !strings.Contains(err.Error(), p.String()) {
+		st := status.Convert(err).Proto()
+		st.Message += " (" + p.String() + ")"
+		err = status.ErrorProto(st)
+	}
 	return resp, err
 }
 
@@ -59,7 +91,28 @@ func (w *tenonWorker) ResolveOp(v solver.Vertex, s frontend.FrontendLLBBridge, s
 	if m, ok := v.Options().Metadata.(*linuxresources.Metadata); ok && m != nil {
 		limits = m.LinuxResources
 	}
-	return ops.NewExecOp(v, op, base.Platform, heedingCache{w.CacheMgr}, w.ParallelismSem, sm, w.r.executor, w.Worker, limits, false)
+	return ops.NewExecOp(v, op, base.Platform, heedingCache{w.CacheMgr}, w.ParallelismSem, sm, platformExecutor{w.r.executor, base.Platform}, w.Worker, limits, false)
+}
+
+// platformExecutor runs steps for a platform.
+type platformExecutor struct {
+	*executor
+	platform *pb.Platform
+}
+
+// Run runs a process; of one that this kernel can't execute it says why.
+func (x platformExecutor) Run(ctx context.Context, id string, root bkexecutor.Mount, mounts []bkexecutor.Mount, p bkexecutor.ProcessInfo, started chan<- struct{}) (resourcestypes.Recorder, error) {
+	rec, err := x.executor.Run(ctx, id, root, mounts, p, started)
+	var exit *gatewaypb.ExitError
+	if x.platform == nil || !errors.As(err, &exit) || exit.Err == nil || !strings.Contains(exit.Err.Error(), syscall.ENOEXEC.Error()) {
+		return rec, err
+	}
+	want, here := platforms.Normalize(x.platform.Spec()), platforms.Normalize(platforms.DefaultSpec())
+	if want.Architecture == here.Architecture {
+		return rec, err
+	}
+	return rec, &gatewaypb.ExitError{ExitCode: exit.ExitCode, Err: fmt.Errorf("the step is for %s, and this host runs programs for %s (builds don't emulate; COPY and the like work for any platform): %w",
+		platforms.Format(want), platforms.Format(here), exit.Err)}
 }
 
 // heedingCache is the cache as steps see it.

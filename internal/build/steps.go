@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 
 	errcode "github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -327,7 +328,7 @@ func explain(err error, classic bool) error {
 		if !classic {
 			return err // its client shows the line
 		}
-		if exit.Err != nil && exit.ExitCode == gatewaypb.UnknownExitStatus {
+		if exit.Err != nil && (exit.ExitCode == gatewaypb.UnknownExitStatus || strings.Contains(exit.Err.Error(), syscall.ENOEXEC.Error())) {
 			return err // it could not be run: that says why
 		}
 		e := &api.StepError{Code: int(exit.ExitCode), Command: "?", Place: at}

@@ -31,8 +31,8 @@ type stacks struct {
 
 	mu    sync.Mutex
 	users map[string]int
-	last  []string // most recently used last
-	locks map[string]*sync.Mutex
+	last  []string                 // most recently used last
+	locks map[string]chan struct{} // one place: whoever makes the file has it
 }
 
 // keptStacks is how many files are kept that nobody uses.
@@ -42,7 +42,7 @@ func newStacks(images *image.Store, dir string) (*stacks, error) {
 	if err := os.RemoveAll(dir); err != nil {
 		return nil, err
 	}
-	return &stacks{images: images, dir: dir, users: map[string]int{}, locks: map[string]*sync.Mutex{}}, nil
+	return &stacks{images: images, dir: dir, users: map[string]int{}, locks: map[string]chan struct{}{}}, nil
 }
 
 // get finds or makes the file of a stack, topmost directory first.
@@ -57,13 +57,18 @@ func (s *stacks) get(ctx context.Context, stack []string) (path string, release 
 	s.users[name]++
 	l := s.locks[name]
 	if l == nil {
-		l = new(sync.Mutex)
+		l = make(chan struct{}, 1)
 		s.locks[name] = l
 	}
 	s.mu.Unlock()
 	release = sync.OnceFunc(func() { s.release(name) })
-	l.Lock()
-	defer l.Unlock()
+	select {
+	case l <- struct{}{}:
+		defer func() { <-l }()
+	case <-ctx.Done(): // of a build that waits for another's
+		release()
+		return "", nil, context.Cause(ctx)
+	}
 	if _, err = os.Lstat(path); err != nil {
 		tmp := path + ".tmp"
 		_ = os.Remove(tmp) // of an attempt that has failed

@@ -61,6 +61,8 @@ type running struct {
 	executor  *executor
 	worker    *tenonWorker
 	closers   []func() error
+
+	ended chan struct{} // has one while a build has ended that keep has not seen
 }
 
 // snapshotStat finds a snapshot by BuildKit's name for it.
@@ -84,6 +86,9 @@ func (w *tenonWorker) Exporter(name string, sm *session.Manager) (exporter.Expor
 		name = client.ExporterImage
 	}
 	x, err := w.Worker.Exporter(name, sm)
+	if err == nil && annotates(name) {
+		x = annotating{x}
+	}
 	if err != nil || name != client.ExporterImage {
 		return x, err
 	}
@@ -111,7 +116,7 @@ func noSync(path string) (*bolt.DB, error) {
 
 // open puts BuildKit together.
 func (b *Builder) open(ctx context.Context) (_ *running, err error) {
-	r := &running{images: b.opt.Images}
+	r := &running{images: b.opt.Images, ended: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("build: %w", err), r.close())
@@ -187,6 +192,9 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, errors.Join(err, md.Close())
 	}
+	if err := r.checkShared(w.CacheMgr); err != nil {
+		return nil, err
+	}
 	w.SourceManager.Register(localFirst{w.ImageSource})
 	r.worker = &tenonWorker{Worker: w, r: r}
 	wc := &worker.Controller{}
@@ -200,6 +208,7 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 	if err != nil {
 		return nil, err
 	}
+	isolation := func(ctx context.Context, asked string) (string, error) { return b.opt.Steps.StepIsolation(ctx, asked) }
 	builtin := forwarder.NewGatewayForwarder(wc.Infos(), dockerfile.Build)
 	cacheDB, err := bboltcachestorage.NewStore(filepath.Join(dir, "cache.db"))
 	if err != nil {
@@ -214,8 +223,8 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 		SessionManager:   r.sessions,
 		WorkerController: wc,
 		Frontends: map[string]frontend.Frontend{
-			"dockerfile.v0": isolating{builtin},
-			"gateway.v0":    isolating{ownSyntax{Frontend: gw, own: builtin, log: b.log}},
+			"dockerfile.v0": isolating{builtin, isolation},
+			"gateway.v0":    isolating{ownSyntax{Frontend: gw, own: builtin, log: b.log}, isolation},
 		},
 		CacheManager: solver.NewCacheManager(ctx, "local", cacheDB, worker.NewCacheResultStorage(wc)),
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{

@@ -37,14 +37,41 @@ func (e *Engine) again(what string, f func(context.Context) error) {
 	})
 }
 
-// freeLater frees what a --rm container that is gone for every client has left.
-func (e *Engine) freeLater(c *ctr, r *container.Record) {
+// freeLater frees what a --rm container that is gone for every client has left; before
+// that it ends what its kernel still has of it.
+func (e *Engine) freeLater(c *ctr, r *container.Record, end func(context.Context) error) {
 	e.again("files of container "+c.id, func(ctx context.Context) error {
+		if err := end(ctx); err != nil {
+			return err
+		}
 		if err := e.free(ctx, c); err != nil {
 			return err
 		}
 		return e.saver.remove(r)
 	})
+}
+
+// dropTask ends what a kernel still has of a container that has ended; g is its
+// machine, if it had one.
+func (e *Engine) dropTask(ctx context.Context, c *ctr, g *guest) error {
+	if g != nil && !g.machine.Lasting() {
+		return g.machine.Remove(ctx)
+	}
+	if g != nil && (isClosed(g.over) || isClosed(g.machine.Ended())) {
+		return nil // it went with the machine
+	}
+	shim := e.shim
+	if g != nil {
+		shim = g.link
+	}
+	client, err := shim.get(ctx)
+	if err != nil {
+		return err
+	}
+	if err := deleteTask(ctx, client, c.id); err != nil || g == nil {
+		return err
+	}
+	return e.leaveMachine(ctx, c, g)
 }
 
 // removeLater goes on with a removal that was begun. One that somebody else has

@@ -152,11 +152,18 @@ func (e *Engine) vanish(ctx context.Context, client *task.Client, c *ctr, rn *ru
 	c.publish(func(r *container.Record) { r.Facts.Removing = true })
 	e.emit(c, events.ActionDestroy, nil)
 	e.unregister(c)
-	errs := []error{e.endTask(ctx, client, c), e.free(ctx, c)}
+	g := c.onMachine()
+	taskErr := e.endTask(ctx, client, c)
+	freeErr := e.free(ctx, c)
 	close(rn.done)
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(taskErr, freeErr); err != nil {
 		e.log.Error("something of an ended container is left for now", "container", c.id, "err", err)
-		e.freeLater(c, r)
+		e.freeLater(c, r, func(ctx context.Context) error {
+			if taskErr != nil {
+				taskErr = e.dropTask(ctx, c, g)
+			}
+			return taskErr
+		})
 		return true
 	}
 	if err := e.saver.remove(r); err != nil {

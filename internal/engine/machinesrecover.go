@@ -63,7 +63,7 @@ func (e *Engine) findGuests(ctx context.Context, m *mach, vm sandbox.Machine, a 
 func (e *Engine) dropTasks(ctx context.Context, client *task.Client, tasks map[string]*taskv1.Process) {
 	for id := range tasks {
 		e.mu.Lock()
-		known := e.ctrs[id] != nil
+		known := e.ctrs[id] != nil || e.steps.get(id) != nil
 		e.mu.Unlock()
 		if known {
 			continue

@@ -42,7 +42,7 @@ type Step struct {
 	Isolation string
 	// Image makes the file with what is in Lower as a file system for virtual machines;
 	// release is called when it is not needed any more. Apply unpacks what a step on
-	// one has changed into Upper. Only for isolation "vm".
+	// one has changed into Upper. Not for isolation "process".
 	Image func(ctx context.Context) (path string, release func(), err error)
 	Apply func(ctx context.Context, tar io.Reader) error
 
@@ -126,7 +126,7 @@ func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err err
 			e.log.Warn("something of a build's step is left", "step", st.ID, "err", uerr)
 		}
 	}()
-	if st.Isolation == sandbox.VM {
+	if st.Isolation != sandbox.Process && st.Isolation != "" {
 		return e.runStepVM(ctx, st, &u)
 	}
 	client, err := e.shim.get(ctx)
@@ -147,11 +147,11 @@ func (e *Engine) runStepOn(ctx context.Context, client *task.Client, st *Step, r
 		return exit, err
 	}
 	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, st.ID) })
-	// The host's shim goes on with what it was asked for, and what it has not made yet
-	// can't be deleted: a build that is cancelled waits for that. A machine of the step's
-	// own ends with all that it has.
+	// A shim goes on with what it was asked for, and what it has not made yet can't be
+	// deleted: a build that is cancelled waits for that. A machine of the step's own
+	// ends with all that it has.
 	sctx, cancel := context.WithCancel(ctx)
-	if ended == nil {
+	if st.Isolation != sandbox.VM {
 		cancel()
 		sctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), startTime)
 	}
@@ -230,55 +230,72 @@ func (e *Engine) waitStep(ctx context.Context, client *task.Client, id, execID s
 	}
 }
 
-// prepareStep makes the step's network, files and specification.
-func (e *Engine) prepareStep(ctx context.Context, st *Step, u *undo) (task.CreateRequest, error) {
-	var req task.CreateRequest
-	r := &container.Record{ID: st.ID, Name: "build-" + st.ID, Config: st.Config, HostConfig: st.HostConfig}
-	q := network.Request{ContainerID: st.ID, Name: r.Name, Hostname: st.Config.Hostname, Mode: network.ModeBridge, ExtraHosts: st.HostConfig.ExtraHosts}
-	switch m := st.HostConfig.NetworkMode; {
+// stepRecord is a step as those see it who know containers.
+func stepRecord(st *Step) *container.Record {
+	return &container.Record{ID: st.ID, Name: "build-" + st.ID, Config: st.Config, HostConfig: st.HostConfig, Isolation: st.Isolation}
+}
+
+// stepNetwork makes the step's network, and the files that go with it.
+func (e *Engine) stepNetwork(ctx context.Context, r *container.Record, plumbing network.Plumbing, u *undo) (ns *network.Namespace, files []spec.Mount, err error) {
+	q := network.Request{ContainerID: r.ID, Name: r.Name, Hostname: r.Config.Hostname, Mode: network.ModeBridge, Plumbing: plumbing, ExtraHosts: r.HostConfig.ExtraHosts}
+	switch m := r.HostConfig.NetworkMode; {
 	case m.IsHost():
 		q.Mode = network.ModeHost
 	case m.IsNone():
 		q.Mode = network.ModeNone
 	}
-	u.add("network", func(ctx context.Context) error { return e.cfg.Networks.Disconnect(ctx, st.ID) })
-	ns, err := e.cfg.Networks.Connect(ctx, q)
-	if err != nil {
-		return req, fmt.Errorf("step's network: %w", err)
+	u.add("network", func(ctx context.Context) error { return e.cfg.Networks.Disconnect(ctx, r.ID) })
+	if ns, err = e.cfg.Networks.Connect(ctx, q); err != nil {
+		return nil, nil, fmt.Errorf("step's network: %w", err)
 	}
-	u.add("files", func(context.Context) error { return removeDir(e.runDir(st.ID)) })
-	if err := writeNetworkFiles(e.runDir(st.ID), r, ns); err != nil {
-		return req, err
+	u.add("files", func(context.Context) error { return removeDir(e.runDir(r.ID)) })
+	if err := writeNetworkFiles(e.runDir(r.ID), r, ns); err != nil {
+		return nil, nil, err
 	}
-	mounts := slices.Clone(st.Mounts)
 	for _, name := range networkFiles {
-		mounts = append(mounts, spec.Mount{Type: "bind", Source: filepath.Join(e.runDir(st.ID), name), Destination: "/etc/" + name, ReadOnly: st.HostConfig.ReadonlyRootfs, Engine: true})
+		files = append(files, spec.Mount{Type: "bind", Source: filepath.Join(e.runDir(r.ID), name), Destination: "/etc/" + name, ReadOnly: r.HostConfig.ReadonlyRootfs, Engine: true})
 	}
-	root := e.stepRoot(st)
-	u.add("kernel", func(ctx context.Context) error { return e.cfg.Kernel.Release(ctx, st.ID) })
-	kernel, err := e.cfg.Kernel.Prepare(ctx, sandbox.Handover{ID: st.ID, Root: taskMounts(root), NetNS: ns.Path})
+	return ns, files, nil
+}
+
+// prepareStep makes the step's network, files and specification.
+func (e *Engine) prepareStep(ctx context.Context, st *Step, u *undo) (task.CreateRequest, error) {
+	var req task.CreateRequest
+	r := stepRecord(st)
+	ns, files, err := e.stepNetwork(ctx, r, "", u)
 	if err != nil {
 		return req, err
 	}
-	facts := e.cfg.Kernel.Facts()
-	in := spec.Input{
-		ID: st.ID, Config: st.Config, HostConfig: st.HostConfig, Defaults: e.def, NetReady: ns.Path != "", Hostname: st.Config.Hostname,
-		Mounts: withoutShadowed(mounts, st.Mounts), NetNS: kernel.NetNS, CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
-	}
-	if in.User, err = e.resolveUser(root, nil, st.Config.User, nil); err != nil {
+	u.add("kernel", func(ctx context.Context) error { return e.cfg.Kernel.Release(ctx, st.ID) })
+	kernel, err := e.cfg.Kernel.Prepare(ctx, sandbox.Handover{ID: st.ID, Root: taskMounts(e.stepRoot(st)), NetNS: ns.Path})
+	if err != nil {
 		return req, err
 	}
-	if st.HostConfig.Privileged {
-		if in.AllDevices, err = e.cfg.Kernel.AllDevices(); err != nil {
-			return req, err
-		}
+	return e.stepRequest(st, r, stepKernel{kernel, e.cfg.Kernel.Facts(), e.def}, files, st.Mounts)
+}
+
+// stepKernel is what a step runs on.
+type stepKernel struct {
+	sandbox.Prepared
+	facts    sandbox.Facts
+	defaults spec.Defaults
+}
+
+// stepRequest is what the shim is asked; files and mounts are as its kernel sees them.
+func (e *Engine) stepRequest(st *Step, r *container.Record, k stepKernel, files, mounts []spec.Mount) (req task.CreateRequest, err error) {
+	in := spec.Input{
+		ID: st.ID, Config: st.Config, HostConfig: st.HostConfig, Defaults: k.defaults, NetReady: k.NetNS != "", Hostname: st.Config.Hostname,
+		Mounts: withoutShadowed(append(slices.Clone(mounts), files...), mounts), NetNS: k.NetNS, CgroupPath: e.cgroupPath(r), CgroupV2: k.facts.CgroupV2, Capabilities: k.facts.Capabilities,
+	}
+	if in.User, err = e.resolveUser(e.stepRoot(st), nil, st.Config.User, nil); err != nil {
+		return req, err
 	}
 	s, err := spec.Build(in)
 	if err != nil {
 		return req, err
 	}
 	s.Process.Env = stepEnv(st.Config.Env, in.User.Home)
-	req = task.CreateRequest{ID: st.ID, Rootfs: kernel.Rootfs, Terminal: st.Config.Tty, Stdin: st.Stdin != nil, StdinOnce: true, Owner: "build"}
+	req = task.CreateRequest{ID: st.ID, Rootfs: k.Rootfs, Terminal: st.Config.Tty, Stdin: st.Stdin != nil, StdinOnce: true, Owner: "build"}
 	req.Spec, err = spec.Encode(s)
 	return req, err
 }
@@ -312,7 +329,7 @@ func (e *Engine) ExecStep(ctx context.Context, id, execID string, x *Step) (exit
 	if st == nil {
 		return exit, errdefs.ErrNotFound.WithMessage("no such step: " + id)
 	}
-	if st.Isolation == sandbox.VM {
+	if st.Isolation != sandbox.Process && st.Isolation != "" {
 		return exit, errdefs.ErrNotImplemented.WithMessage("a step on a virtual machine runs one process only")
 	}
 	client, err := e.shim.get(ctx)

@@ -4,12 +4,12 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
 
 	"tenon.dev/tenon/internal/container"
+	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/sandbox"
@@ -18,27 +18,29 @@ import (
 )
 
 // StepIsolation says what a step runs in that asks for this, with the daemon's
-// default. A step has a machine of its own or none.
-func (e *Engine) StepIsolation(asked string) (string, error) {
-	if asked == "" {
-		asked = firstOf(e.cfg.DefaultIsolation, sandbox.Process)
+// default. Errors: InvalidArgument, FailedPrecondition (no virtual machines here),
+// Conflict (the machine does not run).
+func (e *Engine) StepIsolation(ctx context.Context, asked string) (string, error) {
+	iso, _, err := e.isolation(ctx, mobycontainer.Isolation(asked))
+	if err != nil || machine.Named(iso) == "" {
+		return iso, err
 	}
-	level, err := spec.Isolation(mobycontainer.Isolation(asked))
-	if err != nil {
-		return "", err
-	}
-	if level == "" {
-		level = sandbox.Process
-	}
-	if level != sandbox.Process && level != sandbox.VM {
-		return "", errdefs.ErrNotImplemented.WithMessage("steps of builds run in isolation process or vm, not " + level)
-	}
-	return level, nil
+	_, err = e.stepKernelOn(ctx, iso)
+	return iso, err
 }
 
-// runStepVM runs a step on a machine of its own. The machine gets the layers as one
-// read-only file system and a writable disk, and tells in the end what has changed,
-// as a tar: the host mounts nothing that a guest has written.
+// stepKernelOn is the machine that lasts which a step is to run on.
+func (e *Engine) stepKernelOn(ctx context.Context, isolation string) (*kernel, error) {
+	m := e.machOf(&container.Record{Isolation: isolation})
+	if m == nil {
+		return nil, notFound("there is no machine %s", machine.Named(isolation))
+	}
+	return m.started(ctx)
+}
+
+// runStepVM runs a step on a machine of its own, or one that lasts. The machine gets
+// the layers as one read-only file system and a place to write, and tells in the end
+// what has changed, as a tar: the host mounts nothing that a guest has written.
 func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Exit, err error) {
 	if st.HostConfig.NetworkMode.IsHost() {
 		return exit, errdefs.ErrNotImplemented.WithMessage("a step on a virtual machine can't have the host's network")
@@ -49,18 +51,9 @@ func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Ex
 	if _, err := e.machines(ctx); err != nil {
 		return exit, err
 	}
-	r := &container.Record{ID: st.ID, Name: "build-" + st.ID, Config: st.Config, HostConfig: st.HostConfig, Isolation: sandbox.VM}
-	q := network.Request{ContainerID: st.ID, Name: r.Name, Hostname: st.Config.Hostname, Mode: network.ModeBridge, Plumbing: network.PlumbVM, ExtraHosts: st.HostConfig.ExtraHosts}
-	if st.HostConfig.NetworkMode.IsNone() {
-		q.Mode = network.ModeNone
-	}
-	u.add("network", func(ctx context.Context) error { return e.cfg.Networks.Disconnect(ctx, st.ID) })
-	ns, err := e.cfg.Networks.Connect(ctx, q)
+	r := stepRecord(st)
+	ns, files, err := e.stepNetwork(ctx, r, network.PlumbVM, u)
 	if err != nil {
-		return exit, fmt.Errorf("step's network: %w", err)
-	}
-	u.add("files", func(context.Context) error { return removeDir(e.runDir(st.ID)) })
-	if err := writeNetworkFiles(e.runDir(st.ID), r, ns); err != nil {
 		return exit, err
 	}
 	g, disks, err := e.stepMachine(ctx, st, u)
@@ -72,40 +65,33 @@ func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Ex
 			err = fmt.Errorf("the step's virtual machine ended (%s): %w", g.machine.End(), err)
 		}
 	}()
-	mounts, files, kernel, err := e.stepHandover(ctx, st, g, disks, ns)
+	mounts, kernel, err := e.stepHandover(ctx, st, g, disks, ns, files)
 	if err != nil {
 		return exit, err
 	}
-	client, _, err := g.connect(ctx)
+	var client *task.Client
+	ending := u
+	if g.machine.Lasting() {
+		client, err = g.link.get(ctx)
+	} else {
+		ending = new(undo) // the machine's end is the task's
+		client, _, err = g.connect(ctx)
+	}
 	if err != nil {
 		return exit, err
 	}
-	facts := g.machine.Facts()
-	in := spec.Input{
-		ID: st.ID, Config: st.Config, HostConfig: st.HostConfig, Defaults: e.defaultsOf(sandbox.VM), NetReady: kernel.NetNS != "", Hostname: st.Config.Hostname,
-		Mounts: withoutShadowed(append(files, mounts...), mounts), NetNS: kernel.NetNS, CgroupPath: e.cgroupPath(r), CgroupV2: facts.CgroupV2, Capabilities: facts.Capabilities,
-	}
-	if in.User, err = e.resolveUser(e.stepRoot(st), nil, st.Config.User, nil); err != nil {
-		return exit, err
-	}
-	s, err := spec.Build(in)
+	req, err := e.stepRequest(st, r, stepKernel{kernel, g.machine.Facts(), e.defaultsOf(st.Isolation)}, files, mounts)
 	if err != nil {
 		return exit, err
 	}
-	s.Process.Env = stepEnv(st.Config.Env, in.User.Home)
-	req := task.CreateRequest{ID: st.ID, Rootfs: kernel.Rootfs, Terminal: st.Config.Tty, Stdin: st.Stdin != nil, StdinOnce: true, Owner: "build"}
-	if req.Spec, err = spec.Encode(s); err != nil {
-		return exit, err
-	}
-	var ending undo // the machine's end is the task's
-	exit, err = e.runStepOn(ctx, client, st, req, g.machine.Ended(), &ending)
+	exit, err = e.runStepOn(ctx, client, st, req, g.machine.Ended(), ending)
 	if err != nil || exit.Status != 0 {
 		return exit, err // what a step that has failed has written is not wanted
 	}
 	return exit, e.stepChanges(ctx, client, st, g, disks)
 }
 
-// stepMachine makes a step's machine with its disks.
+// stepMachine makes a step's machine with its disks, or takes the one that lasts.
 func (e *Engine) stepMachine(ctx context.Context, st *Step, u *undo) (*guest, sandbox.Disks, error) {
 	disks := sandbox.Disks{Volatile: true}
 	if len(st.Lower) > 0 {
@@ -115,6 +101,15 @@ func (e *Engine) stepMachine(ctx context.Context, st *Step, u *undo) (*guest, sa
 		}
 		u.add("image", func(context.Context) error { release(); return nil })
 		disks.Image = path
+	}
+	if machine.Named(st.Isolation) != "" {
+		k, err := e.stepKernelOn(ctx, st.Isolation)
+		if err != nil {
+			return nil, disks, err
+		}
+		g := &guest{kernel: k}
+		u.add("place on the machine", func(ctx context.Context) error { return e.leaveStep(ctx, st.ID, g) })
+		return g, disks, nil
 	}
 	u.add("disk", func(context.Context) error { return e.cfg.Roots.Remove(st.ID) })
 	var err error
@@ -136,42 +131,65 @@ func (e *Engine) stepMachine(ctx context.Context, st *Step, u *undo) (*guest, sa
 	return g, disks, nil
 }
 
-// stepHandover gives the machine what the step needs and returns the step's mounts and
-// the engine's files as the machine sees them.
-func (e *Engine) stepHandover(ctx context.Context, st *Step, g *guest, disks sandbox.Disks, ns *network.Namespace) (mounts, files []spec.Mount, kernel sandbox.Prepared, err error) {
+// leaveStep takes back what a step had of a machine that lasts, and what it wrote there.
+func (e *Engine) leaveStep(ctx context.Context, id string, g *guest) error {
+	if err := e.cfg.Networks.Disconnect(ctx, id); err != nil { // before its interfaces are another's
+		return err
+	}
+	if isClosed(g.over) || isClosed(g.machine.Ended()) {
+		return nil // it went with the machine
+	}
+	err := g.machine.Release(ctx, id)
+	if err == nil {
+		err = g.machine.Discard(ctx, id)
+	}
+	if err != nil && isClosed(g.machine.Ended()) {
+		return nil
+	}
+	return err
+}
+
+// stepHandover gives the machine what the step needs and returns the step's mounts as
+// the machine sees them; the sources of files are changed to that.
+func (e *Engine) stepHandover(ctx context.Context, st *Step, g *guest, disks sandbox.Disks, ns *network.Namespace, files []spec.Mount) (mounts []spec.Mount, kernel sandbox.Prepared, err error) {
 	h := sandbox.MachineHandover{ID: st.ID, Disks: disks}
+	if g.machine.Lasting() {
+		h.SizeLimit = e.cfg.DiskLimit
+	}
 	taps := g.machine.Taps(st.ID)
-	for i, ep := range ns.Endpoints {
+	for _, ep := range ns.Endpoints {
 		if ep.HostInterface == "" {
 			continue
 		}
-		if i >= len(taps) {
-			return nil, nil, kernel, errdefs.ErrResourceExhausted.WithMessage("the step's virtual machine has no interface left")
+		i := len(h.NICs)
+		if i == len(taps) {
+			tap, err := g.machine.AddTap(ctx, st.ID)
+			if err != nil {
+				return nil, kernel, err
+			}
+			taps = append(taps, tap)
 		}
 		plug, err := e.cfg.Networks.PlugTap(ctx, st.ID, ep.NetworkID, taps[i])
 		if err != nil {
-			return nil, nil, kernel, err
+			return nil, kernel, err
 		}
 		h.NICs = append(h.NICs, sandbox.NIC{Tap: taps[i], Plug: plug})
 	}
-	for _, name := range networkFiles {
-		files = append(files, spec.Mount{Type: "bind", Source: filepath.Join(e.runDir(st.ID), name), Destination: "/etc/" + name, ReadOnly: st.HostConfig.ReadonlyRootfs, Engine: true})
-	}
 	if h.Files, err = machineFiles(files); err != nil {
-		return nil, nil, kernel, err
+		return nil, kernel, err
 	}
 	mounts = append(mounts, st.Mounts...)
 	for i := range mounts {
 		if mounts[i].Type == "bind" && mounts[i].Beneath != "" {
-			return nil, nil, kernel, errdefs.ErrInvalidArgument.WithMessage("mount on " + mounts[i].Destination + ": its directory was not looked up")
+			return nil, kernel, errdefs.ErrInvalidArgument.WithMessage("mount on " + mounts[i].Destination + ": its directory was not looked up")
 		}
 	}
 	if h.Shares, err = machineShares(mounts); err != nil {
-		return nil, nil, kernel, err
+		return nil, kernel, err
 	}
 	mp, err := g.machine.Handover(ctx, h)
 	if err != nil {
-		return nil, nil, kernel, err
+		return nil, kernel, err
 	}
 	for i := range files {
 		files[i].Source = mp.Files[i]
@@ -182,7 +200,7 @@ func (e *Engine) stepHandover(ctx context.Context, st *Step, g *guest, disks san
 			mounts[i].Source, shares = shares[0], shares[1:]
 		}
 	}
-	return mounts, files, mp.Prepared, nil
+	return mounts, mp.Prepared, nil
 }
 
 // stepChanges brings what a step has written to the host.

@@ -160,7 +160,7 @@ type Machine interface {
 	// Written is how much a container has written, in bytes. NotFound if it has had
 	// no Handover.
 	Written(ctx context.Context, id string) (int64, error)
-	// Keep removes what is of no container that is listed.
+	// Keep takes back and removes what is of no container that is listed.
 	Keep(ctx context.Context, ids []string) error
 	// Resize gives the machine this much memory (bytes; less is taken back as far
 	// as the guest can do without) and these processors, of which none can be

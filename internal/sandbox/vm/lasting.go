@@ -418,7 +418,7 @@ func (m *machine) Keep(ctx context.Context, ids []string) error {
 	if m.lasting == nil {
 		return errOnlyLasting
 	}
-	return m.apply(ctx, []*taskv1.Step{keepStep(ids)})
+	return errors.Join(m.releaseOthers(ctx, ids), m.apply(ctx, []*taskv1.Step{keepStep(ids)}))
 }
 
 // Resize gives the machine another size.
