@@ -17,7 +17,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "tenon-build is run by `tenon build`; see `tenon build --help`")
 		os.Exit(125)
 	}
-	o, err := buildopts.Decode(os.Args[1])
+	o, err := buildopts.Take(os.Args[1])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "tenon-build:", err)
 		os.Exit(125)

@@ -13,7 +13,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
 	"strings"
@@ -40,12 +39,12 @@ const (
 	freeBytes = 256 << 20
 	// freeEvery is how much is written between two looks at that.
 	freeEvery = 16 << 20
+	// maxDirBytes bounds what is remembered of directories until all is unpacked.
+	maxDirBytes = 32 << 20
 	// maxDockerfile bounds a Dockerfile that is sent instead of an archive.
 	maxDockerfile = 1 << 20
 	// maxWindow is the largest window of a zstd frame that is read, in bytes.
 	maxWindow = 128 << 20
-	// xzMemory is what the xz program may use.
-	xzMemory = "--memlimit-decompress=128MiB"
 )
 
 // unpackedContext is a context that a client sent, as a directory.
@@ -114,6 +113,7 @@ type unpacker struct {
 	bytes   int64
 	unseen  int64 // bytes since the last look at the disk
 	dirs    []dirTime
+	kept    int // bytes that dirs takes, about
 }
 
 type dirTime struct {
@@ -158,10 +158,7 @@ func (u *unpacker) unpack(ctx context.Context, r io.Reader) (loose bool, err err
 		}
 	}
 	for i := len(u.dirs) - 1; i >= 0; i-- {
-		d := u.dirs[i]
-		// Gone or replaced by a later entry: it has no time then.
-		_ = u.root.Chmod(d.name, d.mode)
-		_ = u.root.Chtimes(d.name, d.at, d.at)
+		u.finish(u.dirs[i])
 	}
 	if _, err := io.Copy(io.Discard, br); err != nil { // padding behind the archive's end
 		return false, readError(err)
@@ -263,8 +260,23 @@ func (u *unpacker) mkdir(name string, h *tar.Header) error {
 		return err
 	}
 	mode := h.FileInfo().Mode()
-	u.dirs = append(u.dirs, dirTime{name, h.ModTime, mode.Perm() | 0o700 | mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)})
+	d := dirTime{name, h.ModTime, mode.Perm() | 0o700 | mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)}
+	if u.kept += len(name) + dirTimeBytes; u.kept > maxDirBytes {
+		u.finish(d) // what comes into it changes its time again
+		return nil
+	}
+	u.dirs = append(u.dirs, d)
 	return nil
+}
+
+// dirTimeBytes is about what a dirTime takes.
+const dirTimeBytes = 64
+
+// finish gives a directory its mode and time. One that is gone, or was replaced by a
+// later entry, has none.
+func (u *unpacker) finish(d dirTime) {
+	_ = u.root.Chmod(d.name, d.mode)
+	_ = u.root.Chtimes(d.name, d.at, d.at)
 }
 
 func (u *unpacker) file(name string, h *tar.Header, r io.Reader) error {
@@ -339,40 +351,6 @@ func decompress(ctx context.Context, r io.Reader) (plain io.Reader, closed func(
 		return unxz(ctx, br)
 	}
 	return br, nothing, nil
-}
-
-// unxz decompresses by the xz program: formats with dictionaries of gigabytes are
-// better read by something that has limits and a process of its own.
-func unxz(ctx context.Context, r io.Reader) (io.Reader, func() error, error) {
-	prog, err := exec.LookPath("xz")
-	if err != nil {
-		return nil, nil, invalid("the build context is compressed by xz, and the host has no program xz: install it (xz-utils), or compress with gzip or zstd")
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	cmd := exec.CommandContext(ctx, prog, "-dc", "-T1", xzMemory)
-	cmd.WaitDelay = 5 * time.Second
-	cmd.Stdin = r
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	out, err := cmd.StdoutPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		cancel()
-		return nil, nil, fmt.Errorf("build context: xz: %w", err)
-	}
-	return out, func() error {
-		if n, err := io.Copy(io.Discard, io.LimitReader(out, 1<<20)); err != nil || n == 1<<20 {
-			cancel() // what was read is wrong already
-		}
-		err := cmd.Wait()
-		cancel()
-		if err != nil {
-			return invalid("the build context can't be read: xz: %s", clip(strings.TrimSpace(said.String()+" "+err.Error())))
-		}
-		return nil
-	}, nil
 }
 
 // sweepContexts removes what builds of a daemon that was killed have left.

@@ -238,7 +238,7 @@ func Report(stderr io.Writer, err error) int {
 	}
 	msg := where.Plain(err.Error())
 	if p, ok := where.Find(err); ok {
-		_, _ = fmt.Fprintf(stderr, "%s: %s\n", p, msg)
+		_, _ = fmt.Fprintf(stderr, "%s: %s\n", p, strings.TrimSuffix(msg, " ("+p.String()+")"))
 	} else {
 		_, _ = fmt.Fprintf(stderr, "tenon: %s\n", msg)
 	}

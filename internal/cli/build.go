@@ -58,7 +58,7 @@ func (a *app) buildCmd() *cobra.Command {
 	f.StringArrayVar(&o.NoCacheFilter, "no-cache-filter", nil, "Run the steps of a stage anew")
 	f.BoolVar(&o.Pull, "pull", false, "Ask the registry for newer base images")
 	f.StringVar(&o.Network, "network", "", "Network of RUN steps: default, none or host")
-	f.StringVar(&o.Isolation, "isolation", "", "What RUN steps run in: process or vm (default: process)")
+	f.StringVar(&o.Isolation, "isolation", "", "What RUN steps run in: process, vm or machine=NAME (default: the daemon's)")
 	f.StringVar(&o.CgroupParent, "cgroup-parent", "", "Parent control group of RUN steps")
 	f.StringVar(&shm, "shm-size", "", "Size of /dev/shm in RUN steps")
 	f.StringVarP(&memory, "memory", "m", "", "Memory limit of a RUN step")
@@ -129,14 +129,15 @@ func (a *app) runBuild(o *buildopts.Options) error {
 	}
 	o.Host, o.TLS, o.Version, o.APIVersion = c.Host(), c.TLS != nil, a.version, c.APIVersion
 	o.ConfigDir = configDir(a.config)
-	arg, err := o.Encode()
-	if err != nil {
-		return err
-	}
 	path, err := programBeside(buildProgram)
 	if err != nil {
 		return err
 	}
+	arg, file, err := o.Hand()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }() // if it could not be run
 	return fmt.Errorf("run %s: %w", path, syscall.Exec(path, []string{buildProgram, arg}, os.Environ()))
 }
 

@@ -1,13 +1,19 @@
 // Package buildopts is what `tenon build` hands to the program that does it: tenon-build,
 // which links BuildKit's client and is therefore not the tenon command itself. It goes as
-// JSON in the only argument, so that the command line is parsed once.
+// JSON in a file in memory, so that the command line is parsed once.
 package buildopts
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // recorded are the flags, beside those with a field of their own, that a build's
@@ -89,19 +95,45 @@ type Options struct {
 	Check        bool   `json:"check,omitempty"`
 }
 
-// Encode makes the argument.
-func (o *Options) Encode() (string, error) {
+// maxBytes bounds the options of a build.
+const maxBytes = 64 << 20
+
+// Hand makes what the program is told on its command line: the number of a file
+// descriptor with the options, since the kernel takes 128 KiB in one argument, and shows
+// arguments to everybody. The file is to stay open until the program is executed.
+func (o *Options) Hand() (arg string, file *os.File, err error) {
 	b, err := json.Marshal(o)
 	if err != nil {
-		return "", fmt.Errorf("encode the build's options: %w", err)
+		return "", nil, fmt.Errorf("encode the build's options: %w", err)
 	}
-	return string(b), nil
+	if len(b) > maxBytes {
+		return "", nil, fmt.Errorf("the build's options have more than %d MiB", maxBytes>>20)
+	}
+	fd, err := unix.MemfdCreate("tenon-build", 0) // stays open in the program
+	if err != nil {
+		return "", nil, fmt.Errorf("the build's options: %w", os.NewSyscallError("memfd_create", err))
+	}
+	file = os.NewFile(uintptr(fd), "tenon-build")
+	if _, err := file.Write(b); err != nil {
+		return "", nil, errors.Join(fmt.Errorf("the build's options: %w", err), file.Close())
+	}
+	return strconv.Itoa(fd), file, nil
 }
 
-// Decode reads the argument.
-func Decode(arg string) (*Options, error) {
+// Take reads what Hand has made, by the argument, and closes the file.
+func Take(arg string) (*Options, error) {
+	fd, err := strconv.Atoi(arg)
+	if err != nil || fd < 3 {
+		return nil, fmt.Errorf("the build's options: %q is no file descriptor", arg)
+	}
+	f := os.NewFile(uintptr(fd), "options")
+	defer func() { _ = f.Close() }() // only read
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, maxBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("the build's options: %w", err)
+	}
 	o := new(Options)
-	if err := json.Unmarshal([]byte(arg), o); err != nil {
+	if err := json.Unmarshal(b, o); err != nil {
 		return nil, fmt.Errorf("the build's options: %w", err)
 	}
 	return o, nil
