@@ -193,38 +193,6 @@ RUN test "$(ls /proc | grep -c '^[0-9]*$')" -lt 9 && test "$(ls /proc/self/fd | 
 	})
 }
 
-// TestBuildIsolation: steps of an untrusted Dockerfile see a kernel that is not the host's,
-// and what they make runs anywhere.
-func TestBuildIsolation(t *testing.T) {
-	d := newVMDaemon(t, "--vm-pool", "0")
-	d.Busybox(t)
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN cat /proc/sys/kernel/random/boot_id >/boot && echo in-a-vm\n"})
-	for _, b := range []builder{own, legacy} {
-		r := d.build(t, b, dir, "", nil, "--isolation", "vm", "--no-cache", "-t", "iso", ".")
-		if r.Code != 0 || !strings.Contains(r.Out+r.Err, "in-a-vm") {
-			t.Fatalf("%s: exit %d\n%s%s\n%s", b.name, r.Code, r.Out, r.Err, d.Tail())
-		}
-		got := d.Must(t, "run", "--rm", "iso", "cat", "/boot")
-		if len(got) != 36 || got == strings.TrimSpace(string(boot)) {
-			t.Errorf("%s: the step ran on the kernel %q", b.name, got)
-		}
-	}
-	if r := d.build(t, own, dir, "", nil, "--isolation", "nosuch", "."); r.Code == 0 || !strings.Contains(r.Err, "nosuch") {
-		t.Errorf("an unknown isolation: %d %s", r.Code, r.Err)
-	}
-	// What ran on the host is not what a step in a machine would have done.
-	if r := d.build(t, own, dir, "", nil, "-t", "iso", "."); r.Code != 0 {
-		t.Fatal(r.Err)
-	}
-	if got := d.Must(t, "run", "--rm", "iso", "cat", "/boot"); got != strings.TrimSpace(string(boot)) {
-		t.Errorf("without isolation the step's kernel is %q", got)
-	}
-}
-
 // TestBuildDeaths: builds that are given up, cancelled, or whose daemon is killed in a
 // step leave nothing: the daemon's end (NewDaemon) looks for it, too.
 func TestBuildDeaths(t *testing.T) {
