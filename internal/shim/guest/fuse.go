@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/channel/ahead"
 	taskv1 "tenon.dev/tenon/internal/task/api/v1"
 )
 
@@ -43,17 +44,18 @@ func (g *service) share(ctx context.Context, s *taskv1.Share) error {
 		c.Close()
 		return fmt.Errorf("mount fuse on %s: %w", s.Target, err)
 	}
+	var relay ahead.Relay
 	f := os.NewFile(uintptr(dev), "/dev/fuse") // only now: one without a mount can't be polled
 	go func() {
-		err := requests(f, c)
+		err := requests(f, c, &relay)
 		_ = c.Close() // ends the other direction
 		if err != nil {
 			g.log.Warn("host directory is gone", "tag", s.Tag, "err", err)
 		}
 	}()
 	go func() {
-		_ = replies(c, f) // ends with the stream
-		_ = f.Close()     // aborts the mount: callers get ENOTCONN
+		_ = replies(c, f, &relay) // ends with the stream
+		_ = f.Close()             // aborts the mount: callers get ENOTCONN
 	}()
 	go readAhead(s.Target) // it waits for the host
 	return nil
@@ -74,7 +76,7 @@ func readAhead(target string) {
 }
 
 // requests passes on what the kernel asks, until the file system is unmounted.
-func requests(f *os.File, c net.Conn) error {
+func requests(f *os.File, c net.Conn, relay *ahead.Relay) error {
 	buf := make([]byte, maxMessage)
 	for {
 		n, err := rawRead(f, buf)
@@ -86,6 +88,13 @@ func requests(f *os.File, c net.Conn) error {
 		case err != nil:
 			return err
 		}
+		reply, forward := relay.Request(buf[:n])
+		if reply != nil {
+			_, _ = rawWrite(f, reply) // as of those that the host gives
+		}
+		if !forward {
+			continue
+		}
 		if _, err := c.Write(buf[:n]); err != nil {
 			return err
 		}
@@ -93,7 +102,7 @@ func requests(f *os.File, c net.Conn) error {
 }
 
 // replies passes back what the host answers.
-func replies(c net.Conn, f *os.File) error {
+func replies(c net.Conn, f *os.File, relay *ahead.Relay) error {
 	buf := make([]byte, maxMessage)
 	for {
 		if _, err := io.ReadFull(c, buf[:4]); err != nil {
@@ -105,6 +114,9 @@ func replies(c net.Conn, f *os.File) error {
 		}
 		if _, err := io.ReadFull(c, buf[4:n]); err != nil {
 			return err
+		}
+		if !relay.Reply(buf[:n]) {
+			continue
 		}
 		// ENOENT: the request was interrupted and is forgotten. Other errors are
 		// the reply's, and the kernel has told its caller.

@@ -39,7 +39,11 @@ func (s *server) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fus
 	if flags&unix.O_ACCMODE == unix.O_RDONLY {
 		out.OpenFlags |= fuse.FOPEN_NOFLUSH // there is nothing to be told at its closing
 	}
-	return errno(s.opened(fd, n, out))
+	if err := s.opened(fd, n, out); err != nil {
+		return errno(err)
+	}
+	s.foretellFile(&in.InHeader, n, out.Fh, fd, flags, false)
+	return fuse.OK
 }
 
 // opened makes a handle of fd and owns it.
@@ -89,6 +93,9 @@ func (s *server) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *
 		unix.Close(fd)
 	} else if err = s.opened(fd, n, &out.OpenOut); err != nil {
 		s.Forget(out.NodeId, 1)
+	} else {
+		s.foretellFile(&in.InHeader, n, out.OpenOut.Fh, fd, flags, true)
+		s.foretellDir(&in.InHeader, p)
 	}
 	return errno(err)
 }
@@ -113,6 +120,7 @@ func (s *server) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32
 	if err != nil {
 		return 0, errno(err)
 	}
+	h.node.written.Store(true)
 	n, err := unix.Pwrite(h.fd, data, int64(in.Offset))
 	return uint32(max(n, 0)), errno(err)
 }

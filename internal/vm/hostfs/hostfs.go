@@ -13,6 +13,7 @@
 //	files.go   opening, reading, writing
 //	attrs.go   attributes, extended attributes
 //	ids.go     ids of users and groups, which a guest may have others of
+//	foretell.go what is told before it is asked
 //	locks.go   locks, which hold between guests and the host's processes
 //	confine.go the system calls that a server may make
 //
@@ -34,6 +35,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/channel/ahead"
 )
 
 const (
@@ -94,6 +97,12 @@ type server struct {
 	handles map[uint64]*handle
 	nextFH  uint64
 	locks   map[lockKey]*lockFile
+	// What is to be sent with the answers of requests, by their numbers; and the
+	// devices on which closing says nothing.
+	foretold map[uint64][]byte
+	silentOn map[uint64]bool
+
+	changes changes
 
 	// What of each there may be: a share of the process's descriptors.
 	maxOpen, maxHandles, maxLocks int
@@ -125,7 +134,8 @@ func newServer(o Options) *server {
 		maxOpen: files / 2, maxHandles: files / 4, maxLocks: files / 8,
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), opts: o,
 		nodes: map[uint64]*node{}, byKey: map[key]*node{}, next: fuse.FUSE_ROOT_ID + 1,
-		handles: map[uint64]*handle{}, locks: map[lockKey]*lockFile{}, done: make(chan struct{}),
+		handles: map[uint64]*handle{}, locks: map[lockKey]*lockFile{},
+		foretold: map[uint64][]byte{}, silentOn: map[uint64]bool{}, done: make(chan struct{}),
 	}
 }
 
@@ -200,7 +210,8 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 		if _, err := io.ReadFull(r, (*in)[4:n]); err != nil {
 			return fmt.Errorf("hostfs: %w", err)
 		}
-		opcode := binary.NativeEndian.Uint32((*in)[4:])
+		opcode, unique := binary.NativeEndian.Uint32((*in)[4:]), binary.NativeEndian.Uint64((*in)[8:])
+		quiet, end := ahead.Quiet((*in)[:n]), s.changes.begin((*in)[:n])
 		serve := func() {
 			defer ins.Put(in)
 			outs := forAnswer(opcode)
@@ -214,11 +225,16 @@ func (s *server) loop(conn io.ReadWriter, proto *fuse.ProtocolServer) (err error
 			if !wait {
 				s.use.RUnlock()
 			}
+			end()
 			s.tidy()
-			if size == 0 {
-				return
+			told := s.foretellings(unique)
+			switch {
+			case size == 0 || quiet:
+			case len(told) > 0: // before the answer, upon which it is asked for
+				s.send(append(told, (*out)[:size]...))
+			default:
+				s.send((*out)[:size])
 			}
-			s.send((*out)[:size])
 		}
 		switch opcode {
 		case opInit, opForget, opBatchForget, opInterrupt:
@@ -250,6 +266,7 @@ const (
 	opInit        = 26
 	opReadDir     = 28
 	opSetLkw      = 33
+	opCreate      = 35
 	opInterrupt   = 36
 	opBatchForget = 42
 	opReadDirPlus = 44

@@ -21,6 +21,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/channel/ahead"
 )
 
 // serveEnv makes the test program a server: a process that waits for its own
@@ -70,6 +72,7 @@ func served(readOnly bool) {
 		fail(err)
 	}
 	go func() { done <- Serve(server, Options{Root: 3, ReadOnly: readOnly, Cache: cache, IDs: ids}) }()
+	var relay ahead.Relay
 	go func() { // requests
 		buf := make([]byte, 1<<20)
 		for {
@@ -79,6 +82,13 @@ func served(readOnly bool) {
 			}
 			if err != nil {
 				break // unmounted
+			}
+			reply, forward := relay.Request(buf[:n])
+			if reply != nil {
+				_, _ = dev.Write(reply) // the caller may be gone
+			}
+			if !forward {
+				continue
 			}
 			if _, err := kernel.Write(buf[:n]); err != nil {
 				break
@@ -96,7 +106,9 @@ func served(readOnly bool) {
 			if _, err := io.ReadFull(kernel, buf[4:n]); err != nil {
 				return
 			}
-			_, _ = dev.Write(buf[:n]) // the caller may be gone
+			if relay.Reply(buf[:n]) {
+				_, _ = dev.Write(buf[:n]) // the caller may be gone
+			}
 		}
 	}()
 	if err := <-done; err != nil && !errors.Is(err, io.ErrClosedPipe) {
@@ -414,11 +426,14 @@ func (x *client) call(opcode uint32, node uint64, body []byte) (syscall.Errno, [
 	x.t.Helper()
 	x.send(opcode, node, body)
 	out := make([]byte, outHeaderSize)
-	_, err := io.ReadFull(x.c, out)
-	must(x.t, err)
-	rest := make([]byte, binary.NativeEndian.Uint32(out)-outHeaderSize)
-	_, err = io.ReadFull(x.c, rest)
-	must(x.t, err)
+	var rest []byte
+	for ok := false; !ok; ok = binary.NativeEndian.Uint64(out[8:]) != 0 { // what is told ahead comes first
+		_, err := io.ReadFull(x.c, out)
+		must(x.t, err)
+		rest = make([]byte, binary.NativeEndian.Uint32(out)-outHeaderSize)
+		_, err = io.ReadFull(x.c, rest)
+		must(x.t, err)
+	}
 	return syscall.Errno(-int32(binary.NativeEndian.Uint32(out[4:]))), rest
 }
 

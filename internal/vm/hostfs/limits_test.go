@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -347,4 +348,71 @@ func TestCached(t *testing.T) {
 			t.Fatal("the guest's lock stays:", err)
 		}
 	}
+}
+
+// TestForetold: what a guest that caches is told ahead spares it questions, and is
+// right.
+func TestForetold(t *testing.T) {
+	dir := t.TempDir()
+	at := mount(t, dir, false, cacheEnv+"=1h")
+	path := filepath.Join(at, "f")
+	for i := range 20 { // made, and asked about at once
+		name := fmt.Sprint(i)
+		must(t, os.WriteFile(filepath.Join(at, name), []byte(name), 0o600))
+		must(t, os.Mkdir(filepath.Join(at, "d"+name), 0o700))
+		a, err := os.Stat(at)
+		must(t, err)
+		b, err := os.Stat(dir)
+		must(t, err)
+		if !a.ModTime().Equal(b.ModTime()) || a.Sys().(*syscall.Stat_t).Nlink != b.Sys().(*syscall.Stat_t).Nlink {
+			t.Errorf("%d: %v %v", i, a.Sys(), b.Sys())
+		}
+		content(t, filepath.Join(dir, name), name)
+	}
+	// The content is that of the opening, and of what the guest has written since.
+	must(t, os.WriteFile(filepath.Join(dir, "f"), []byte("by the host"), 0o600))
+	content(t, path, "by the host")
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	defer f.Close()
+	must(t, os.WriteFile(filepath.Join(dir, "g"), []byte("by the host"), 0o600))
+	g, err := os.OpenFile(filepath.Join(at, "g"), os.O_RDWR, 0) // told now
+	must(t, err)
+	defer g.Close()
+	w, err := os.OpenFile(filepath.Join(at, "g"), os.O_WRONLY, 0)
+	must(t, err)
+	_, err = w.WriteAt([]byte("IN"), 0)
+	must(t, err)
+	w.Close()
+	b := make([]byte, 100)
+	if n, _ := g.ReadAt(b, 0); string(b[:n]) != "IN the host" {
+		t.Errorf("%q", b[:n])
+	}
+	// Capabilities that are there go with a write.
+	must(t, unix.Setxattr(path, "security.capability", netRaw(), 0))
+	_, err = f.WriteAt([]byte("x"), 0)
+	must(t, err)
+	if _, err := unix.Getxattr(filepath.Join(dir, "f"), "security.capability", b); err != unix.ENODATA {
+		t.Error("capabilities stay:", err)
+	}
+	// A process that closes any file of what it has locked loses its locks.
+	must(t, unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}))
+	h, err := os.OpenFile(filepath.Join(dir, "f"), os.O_RDWR, 0)
+	must(t, err)
+	defer h.Close()
+	if err := unix.FcntlFlock(h.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != unix.EAGAIN {
+		t.Error("no lock:", err)
+	}
+	w, err = os.OpenFile(path, os.O_WRONLY, 0)
+	must(t, err)
+	w.Close()
+	must(t, unix.FcntlFlock(h.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}))
+}
+
+// netRaw is a value of file capabilities: CAP_NET_RAW.
+func netRaw() []byte {
+	b := make([]byte, 20)
+	binary.LittleEndian.PutUint32(b, 0x02000001)
+	binary.LittleEndian.PutUint32(b[4:], 1<<unix.CAP_NET_RAW)
+	return b
 }

@@ -88,8 +88,12 @@ func (s *server) made(p *node, name string, h *fuse.InHeader, out *fuse.EntryOut
 			flags = unix.AT_REMOVEDIR
 		}
 		_ = unix.Unlinkat(p.fd, name, flags) // nothing half-made
+		return errno(err)
 	}
-	return errno(err)
+	if h.Opcode != opCreate { // which has more to tell
+		s.foretellDir(h, p)
+	}
+	return fuse.OK
 }
 
 func (s *server) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
@@ -153,7 +157,11 @@ func (s *server) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse
 	if err := unix.Linkat(unix.AT_FDCWD, s.link(n), p.fd, name, unix.AT_SYMLINK_FOLLOW); err != nil {
 		return errno(err)
 	}
-	return errno(s.lookup(p, name, out))
+	if err := s.lookup(p, name, out); err != nil {
+		return errno(err)
+	}
+	s.foretellDir(&in.InHeader, p)
+	return fuse.OK
 }
 
 func (s *server) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {
@@ -177,7 +185,11 @@ func (s *server) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.S
 	if err := s.mappedEntry(p, name); err != nil {
 		return errno(err)
 	}
-	return errno(unix.Unlinkat(p.fd, name, 0))
+	if err := unix.Unlinkat(p.fd, name, 0); err != nil {
+		return errno(err)
+	}
+	s.foretellDir(h, p)
+	return fuse.OK
 }
 
 func (s *server) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
@@ -188,7 +200,11 @@ func (s *server) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.St
 	if err := s.mappedEntry(p, name); err != nil {
 		return errno(err)
 	}
-	return errno(unix.Unlinkat(p.fd, name, unix.AT_REMOVEDIR))
+	if err := unix.Unlinkat(p.fd, name, unix.AT_REMOVEDIR); err != nil {
+		return errno(err)
+	}
+	s.foretellDir(h, p)
+	return fuse.OK
 }
 
 func (s *server) Rename(_ <-chan struct{}, in *fuse.RenameIn, from, to string) fuse.Status {
@@ -210,6 +226,10 @@ func (s *server) Rename(_ <-chan struct{}, in *fuse.RenameIn, from, to string) f
 		return errno(err)
 	}
 	s.moved(q, to)
+	s.foretellDir(&in.InHeader, p)
+	if q != p {
+		s.foretellDir(&in.InHeader, q)
+	}
 	if in.Flags&unix.RENAME_EXCHANGE != 0 {
 		s.moved(p, from)
 	}

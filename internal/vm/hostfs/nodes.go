@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync/atomic"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -31,6 +32,10 @@ type node struct {
 	parent *node
 	name   string
 	told   version // what the guest knows of it
+	// The version whose content it was told when it opened it; and whether it has
+	// written itself, and so has its content.
+	content version
+	written atomic.Bool
 }
 
 // version is what a change of a file changes.
