@@ -26,6 +26,14 @@ func (a *app) table(fill func(*tabwriter.Writer)) error {
 	return writeText(a.out, b.Bytes())
 }
 
+// show writes v in a format, or, without one, as a table.
+func (a *app) show(v any, format string, fill func(*tabwriter.Writer)) error {
+	if format != "" {
+		return a.printOne(v, format)
+	}
+	return a.table(fill)
+}
+
 func (a *app) treeCmd() *cobra.Command {
 	var format string
 	var all bool
@@ -46,10 +54,7 @@ func (a *app) treeCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if format != "" {
-			return a.printOne(nodes, format)
-		}
-		return a.table(func(tw *tabwriter.Writer) {
+		return a.show(nodes, format, func(tw *tabwriter.Writer) {
 			fmt.Fprintln(tw, "IMAGE\tID\tLAYERS\tBY\tOWNER\tCONTAINERS")
 			for _, n := range nodes {
 				writeNode(tw, n, "", "")
@@ -255,10 +260,7 @@ func (a *app) imageDiffCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if format != "" {
-			return a.printOne(d, format)
-		}
-		return a.table(func(tw *tabwriter.Writer) { writeImageDiff(tw, d, files, noFiles) })
+		return a.show(d, format, func(tw *tabwriter.Writer) { writeImageDiff(tw, d, files, noFiles) })
 	})
 	return cmd
 }
@@ -321,10 +323,7 @@ func (a *app) sbomCmd() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if format != "" {
-			return a.printOne(s, format)
-		}
-		return a.table(func(tw *tabwriter.Writer) {
+		return a.show(s, format, func(tw *tabwriter.Writer) {
 			fmt.Fprintln(tw, "PACKAGE\tVERSION\tARCH\tKIND")
 			for _, p := range s.Packages {
 				fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", p.Name, p.Version, p.Arch, p.Kind)

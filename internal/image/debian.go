@@ -173,7 +173,7 @@ func (s *Store) bootstrapDebian(ctx context.Context, o DebianOptions, tool, dir,
 		err := cmd.Run()
 		runtime.UnlockOSThread()
 		if err != nil {
-			err = fmt.Errorf("mmdebstrap: %w%s", err, said.text())
+			err = aptError("mmdebstrap", err, said.last)
 		}
 		pw.CloseWithError(err) // nil is io.EOF
 		done <- err
@@ -320,7 +320,7 @@ func aptReleases(ctx context.Context, dir, sources string) ([]Release, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("apt-get update: %w%s", err, said.text())
+		return nil, aptError("apt-get update", err, said.last)
 	}
 	entries, err := os.ReadDir(lists)
 	if err != nil {

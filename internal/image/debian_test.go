@@ -94,3 +94,21 @@ func FuzzAptSources(f *testing.F) {
 		_, _ = parseRelease([]byte(text))
 	})
 }
+
+// What apt says is told in a sentence; none of its own is lost.
+func TestAptErrors(t *testing.T) {
+	failed := errors.New("exit status 25")
+	for said, want := range map[string]string{
+		"Reading package lists...\nE: Unable to locate package no-such\nE: setup failed: E: apt-get -o x failed":                                                                     "the archives have no package no-such: not found",
+		"E: The repository 'http://a.test/debian nosuch Release' does not have a Release file.":                                                                                      "the archive http://a.test/debian has no release nosuch: not found",
+		"E: Failed to fetch http://a.test/dists/x/InRelease  Could not connect to a.test:80 (1.2.3.4). - connect (111: Connection refused)\nE: Some index files failed to download.": "http://a.test/dists/x/InRelease: Could not connect to a.test:80 (1.2.3.4). - connect (111: Connection refused): unavailable",
+		"W: x\nE: something new\nE: setup failed": "mmdebstrap: exit status 25: E: something new; E: setup failed",
+		"only this": "mmdebstrap: exit status 25: only this",
+		"":          "mmdebstrap: exit status 25",
+	} {
+		lines := strings.FieldsFunc(said, func(r rune) bool { return r == '\n' })
+		if got := aptError("mmdebstrap", failed, lines).Error(); got != want {
+			t.Errorf("%q: %q, want %q", said, got, want)
+		}
+	}
+}

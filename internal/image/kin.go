@@ -104,22 +104,7 @@ func (s *Store) SetDefinition(ctx context.Context, img *Image, def json.RawMessa
 		if err != nil {
 			return err
 		}
-		s.mu.RLock()
-		known := make(map[string]bool, len(s.recs))
-		for d := range s.recs {
-			known[d.String()] = true
-		}
-		s.mu.RUnlock()
-		var gone [][]byte
-		err = b.ForEach(func(k, _ []byte) error {
-			if !known[string(k)] {
-				gone = append(gone, slices.Clone(k))
-			}
-			return nil
-		})
-		for _, k := range gone {
-			err = errors.Join(err, b.Delete(k))
-		}
+		_, err = s.dropUnknown(b)
 		return errors.Join(err, b.Put([]byte(img.ID), def))
 	})
 	if err != nil {

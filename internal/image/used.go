@@ -2,7 +2,8 @@ package image
 
 import (
 	"encoding/binary"
-	"strings"
+	"errors"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -43,24 +44,7 @@ func (s *Store) writeUsed() {
 		if err != nil {
 			return err
 		}
-		s.mu.RLock()
-		known := make(map[string]bool, len(s.recs))
-		for d := range s.recs {
-			known[d.String()] = true
-		}
-		s.mu.RUnlock()
-		var gone [][]byte
-		err = b.ForEach(func(k, _ []byte) error {
-			if !known[string(k)] {
-				gone = append(gone, []byte(strings.Clone(string(k))))
-			}
-			return nil
-		})
-		for _, k := range gone {
-			if err == nil {
-				err = b.Delete(k)
-			}
-		}
+		known, err := s.dropUnknown(b)
 		s.used.Range(func(k, v any) bool {
 			if id := k.(string); known[id] && err == nil {
 				err = b.Put([]byte(id), binary.BigEndian.AppendUint64(nil, uint64(v.(time.Time).UnixNano())))
@@ -72,6 +56,28 @@ func (s *Store) writeUsed() {
 	if err != nil && s.ctx.Err() == nil {
 		s.log.Warn("when images were used not written", "err", err)
 	}
+}
+
+// dropUnknown removes what a bucket has of images that are not there any more, and
+// returns those that are.
+func (s *Store) dropUnknown(b *bolt.Bucket) (known map[string]bool, err error) {
+	s.mu.RLock()
+	known = make(map[string]bool, len(s.recs))
+	for d := range s.recs {
+		known[d.String()] = true
+	}
+	s.mu.RUnlock()
+	var gone [][]byte
+	err = b.ForEach(func(k, _ []byte) error {
+		if !known[string(k)] {
+			gone = append(gone, slices.Clone(k))
+		}
+		return nil
+	})
+	for _, k := range gone {
+		err = errors.Join(err, b.Delete(k))
+	}
+	return known, err
 }
 
 // readUsed reads what an earlier process wrote.

@@ -10,30 +10,43 @@ import (
 )
 
 // shopBase makes the example's base image as its README says, or takes what an
-// earlier run of the tests has made and kept.
+// earlier run of the tests has made and kept, of the same release in the same way.
 func (d *Daemon) shopBase(t *testing.T) {
 	t.Helper()
 	cache := os.Getenv("TENON_CACHE")
 	if cache == "" {
 		cache = "/var/cache/tenon-test"
 	}
-	kept := filepath.Join(cache, "shop-base.tar")
+	read := func(path string) string {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	_, rest, _ := strings.Cut(read("../../examples/README.md"), "\ntenon image bootstrap ")
+	args, _, _ := strings.Cut(rest, "\n")
+	of := hexSum([]byte(args + read("/etc/os-release") + read("../../internal/image/debian.go") + read("../../internal/image/aptsources.go")))
+	kept := filepath.Join(cache, "shop-base-"+of[:16]+".tar")
 	if _, err := os.Stat(kept); err == nil {
 		d.Must(t, "load", "-qi", kept)
 		return
 	}
-	readme, err := os.ReadFile("../../examples/README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(readme), "\ntenon image bootstrap ")
-	args, _, _ := strings.Cut(rest, "\n")
 	if r := d.run(t, 6*time.Minute, "sh", "-c", "tenon image bootstrap -q "+args); r.Code != 0 {
 		t.Fatalf("tenon image bootstrap %s: exit %d\n%s%s", args, r.Code, r.Out, r.Err)
 	}
 	r := d.run(t, 2*time.Minute, "sh", "-c", `docker save -o "$1.$$" shop-base && mv "$1.$$" "$1"`, "sh", kept)
 	if r.Code != 0 {
 		t.Fatalf("keep the base image: %s", r.Err)
+	}
+	others, err := filepath.Glob(filepath.Join(cache, "shop-base*.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range others { // of tests that do not run any more
+		if st, err := os.Stat(o); err == nil && time.Since(st.ModTime()) > 24*time.Hour {
+			_ = os.Remove(o) // another may have done it
+		}
 	}
 }
 

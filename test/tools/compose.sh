@@ -1,17 +1,19 @@
 #!/bin/sh
 # Build Docker Compose into DIR (default: /var/cache/tenon-test/tools).
-# usage: compose.sh [DIR]; prints the path of the program. Does nothing if it is there.
+# usage: compose.sh [DIR]; prints the path of the program. Does nothing if it is there, of
+# this version.
 set -eu
 dir=${1:-/var/cache/tenon-test/tools}
 version=v5.5.1 # the newest whose dependencies the module proxy has
-if [ -x "$dir/docker-compose" ]; then
+there() { [ -x "$dir/docker-compose" ] && { ! command -v go >/dev/null || go version -m "$dir/docker-compose" 2>/dev/null | tr '\t' ' ' | grep -qF " github.com/docker/compose/v5 $version "; }; }
+if there; then
 	echo "$dir/docker-compose"
 	exit 0
 fi
 mkdir -p "$dir"
 exec 9>"$dir/compose.lock"
 flock 9
-if [ -x "$dir/docker-compose" ]; then
+if there; then
 	echo "$dir/docker-compose"
 	exit 0
 fi

@@ -1,19 +1,21 @@
 #!/bin/sh
 # Build the conformance tests of the OCI distribution specification into DIR (default:
 # /var/cache/tenon-test).
-# usage: conformance.sh [DIR]; prints the path of the program. Does nothing if it is there.
+# usage: conformance.sh [DIR]; prints the path of the program. Does nothing if it is there, of
+# this version.
 set -eu
 dir=${1:-/var/cache/tenon-test}
 # The tests of version 1.1 (with referrers); the newest that the module proxy has.
 version=v0.0.0-20231101194043-f2182352d4cc
-if [ -x "$dir/distribution-conformance" ]; then
+there() { [ -x "$dir/distribution-conformance" ] && { ! command -v go >/dev/null || go version -m "$dir/distribution-conformance" 2>/dev/null | tr '\t' ' ' | grep -qF " github.com/opencontainers/distribution-spec/conformance $version "; }; }
+if there; then
 	echo "$dir/distribution-conformance"
 	exit 0
 fi
 mkdir -p "$dir"
 exec 9>"$dir/conformance.lock"
 flock 9
-if [ -x "$dir/distribution-conformance" ]; then
+if there; then
 	echo "$dir/distribution-conformance"
 	exit 0
 fi

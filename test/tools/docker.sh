@@ -5,14 +5,15 @@
 set -eu
 dir=${1:-/var/cache/tenon-test/tools}
 version=28.2.2
-if [ -x "$dir/docker" ]; then
+there() { [ -x "$dir/docker" ] && "$dir/docker" --version | grep -q " $version,"; }
+if there; then
 	echo "$dir/docker"
 	exit 0
 fi
 mkdir -p "$dir"
 exec 9>"$dir/docker.lock"
 flock 9
-if [ -x "$dir/docker" ]; then
+if there; then
 	echo "$dir/docker"
 	exit 0
 fi

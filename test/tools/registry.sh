@@ -1,17 +1,19 @@
 #!/bin/sh
 # Build the registry program of distribution/v3 into DIR (default: /var/cache/tenon-test).
-# usage: registry.sh [DIR]; prints the path of the program. Does nothing if it is there.
+# usage: registry.sh [DIR]; prints the path of the program. Does nothing if it is there, of
+# this version.
 set -eu
 dir=${1:-/var/cache/tenon-test}
 version=v3.1.2
-if [ -x "$dir/registry" ]; then
+there() { [ -x "$dir/registry" ] && { ! command -v go >/dev/null || go version -m "$dir/registry" 2>/dev/null | tr '\t' ' ' | grep -qF " github.com/distribution/distribution/v3 $version "; }; }
+if there; then
 	echo "$dir/registry"
 	exit 0
 fi
 mkdir -p "$dir"
 exec 9>"$dir/registry.lock"
 flock 9
-if [ -x "$dir/registry" ]; then
+if there; then
 	echo "$dir/registry"
 	exit 0
 fi
