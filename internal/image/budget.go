@@ -112,6 +112,9 @@ type budgetTurn struct {
 const (
 	// budgetEvery is how often the budget is looked at: for that all images are walked.
 	budgetEvery = time.Second
+	// newestFor is how long what came, or was used, last stays, whatever it takes: who has
+	// pulled it is about to run it.
+	newestFor = time.Minute
 	// vainFor is how long the cache is left alone that has nothing to give.
 	vainFor = 30 * time.Second
 )
@@ -248,12 +251,17 @@ func (s *Store) keepBudget(ctx context.Context, cache int64) (over bool) {
 		return false
 	}
 	b := s.weigh(ctx)
-	for _, it := range b.items {
+	for i, it := range b.items {
 		if b.total+cache <= s.cfg.Budget {
 			return false
 		}
 		if !s.expendable(it) {
 			continue
+		}
+		if i == len(b.items)-1 && time.Since(it.last) < newestFor {
+			s.budget.wanted.Store(true) // after that time again
+			s.kickAt(it.last.Add(newestFor))
+			break
 		}
 		before := b.total
 		if !s.collectImage(it) {

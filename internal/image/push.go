@@ -24,7 +24,7 @@ import (
 
 const (
 	pushesAtOnce = 4
-	pushAttempts = 4
+	pushAttempts = 6 // the registry may be starting anew
 )
 
 // PushResult is the aux object of a finished push, as in Docker's API.
@@ -192,8 +192,12 @@ func (p *pushing) blob(ctx context.Context, d ocispec.Descriptor, show bool) err
 		if st := httpStatus(err); attempt == 0 && st >= 400 && st < 500 && p.sources.of(d) != nil {
 			err = p.once(ctx, d, show, false) // perhaps it was the mount that was refused
 		}
-		if err == nil || ctx.Err() != nil || !retriable(err) || errors.Is(err, docker.ErrInvalidAuthorization) ||
-			httpStatus(err) != 0 && httpStatus(err) < 500 {
+		if err == nil || ctx.Err() != nil || !retriable(err) || errors.Is(err, docker.ErrInvalidAuthorization) {
+			return err
+		}
+		switch st := httpStatus(err); {
+		case st == http.StatusTooManyRequests:
+		case st != 0 && st < 500, st == http.StatusInsufficientStorage:
 			return err
 		}
 	}
