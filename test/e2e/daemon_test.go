@@ -39,6 +39,14 @@ func NewDaemon(t testing.TB, args ...string) *Daemon {
 // one.
 func newDaemonAt(t testing.TB, root string, args ...string) *Daemon {
 	t.Helper()
+	d := notStarted(t, root, args...)
+	d.Start(t)
+	return d
+}
+
+// notStarted is newDaemonAt for who has to do something before the start.
+func notStarted(t testing.TB, root string, args ...string) *Daemon {
+	t.Helper()
 	inner, err := daemon.New(args...)
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +63,6 @@ func newDaemonAt(t testing.TB, root string, args ...string) *Daemon {
 			t.Logf("daemon's log: %s", d.LogFile)
 		}
 	})
-	d.Start(t)
 	return d
 }
 

@@ -34,15 +34,6 @@ func newDisk(t *testing.T, size string) string {
 	return dir
 }
 
-// vmSettings are those of newVMDaemon.
-func vmSettings() string {
-	cache := os.Getenv("TENON_CACHE")
-	if cache == "" {
-		cache = "/var/cache/tenon-test"
-	}
-	return fmt.Sprintf("[vm]\naccel = \"tcg\"\ncpus = 1\npool = 1\nkernel-dir = %q\n", filepath.Join(cache, "kernel"))
-}
-
 // diesOf waits for the end of a container whose machine has died, and compares
 // what it says.
 func (d *Daemon) diesOf(t *testing.T, name, why string) {

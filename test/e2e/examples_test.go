@@ -54,6 +54,7 @@ func (d *Daemon) shopBase(t *testing.T) {
 // the front apart from the database, over the death of the database's kernel, and over
 // down and up.
 func TestExamples(t *testing.T) {
+	t.Parallel()
 	d := newVMDaemon(t)
 	d.shopBase(t)
 	dir := t.TempDir()

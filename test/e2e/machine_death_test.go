@@ -14,11 +14,7 @@ import (
 // the daemon's death is nobody's, a container's death is its own, and the
 // machine's is that of all its containers, and of nothing else.
 func TestMachineDeaths(t *testing.T) {
-	config := filepath.Join(t.TempDir(), "config.toml")
-	if err := os.WriteFile(config, []byte(strings.Replace(vmSettings(), "pool = 1", "pool = 0\nhang-time = \"30s\"", 1)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	d := NewDaemon(t, "--config", config)
+	d := newVMDaemonAt(t, "", "hang-time = \"30s\"\n", "--vm-pool", "0")
 	d.Busybox(t)
 	d.tenon(t, "machine create m --cpus 1 --memory 512m --disk 1g")
 	web := "echo alive >/index.html; httpd -h /; i=0; while :; do i=$((i+1)); echo $i; sleep 0.3; done"

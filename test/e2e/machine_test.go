@@ -52,6 +52,7 @@ func (d *Daemon) machineIs(t testing.TB, name, state string) {
 // and who dies with whom. What containers there have in common with those of the
 // host's kernel is the matrix's.
 func TestMachine(t *testing.T) {
+	t.Parallel()
 	d := newVMDaemon(t)
 	d.Busybox(t)
 	share := t.TempDir()

@@ -123,6 +123,16 @@ func TestPushAndPull(t *testing.T) {
 	if r := b.Docker(t, "pull", "-a", reg.addr+"/team/nosuch"); r.Code == 0 {
 		t.Error("pulled all tags of a repository that is not there")
 	}
+	// Another image under the same name: who asks always gets it.
+	a.Must(t, "tag", other, ref)
+	a.Must(t, "push", ref)
+	for _, c := range []struct{ program, pull, want string }{
+		{"docker", "missing", "v1"}, {"tenon", "missing", "v1"}, {"tenon", "never", "v1"}, {"tenon", "always", "v2"}, {"docker", "never", "v2"},
+	} {
+		if r := b.Sh(t, c.program+" run --rm --pull "+c.pull+" "+ref+" cat /version"); strings.TrimSpace(r.Out) != c.want {
+			t.Errorf("%s run --pull %s: %q %s", c.program, c.pull, r.Out, r.Err)
+		}
+	}
 	// Children share their parent's layers: pushing one again moves nothing.
 	if out := a.Must(t, "push", ref); !strings.Contains(out, "already exists") {
 		t.Errorf("second push: %s", out)

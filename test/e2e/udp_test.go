@@ -20,7 +20,12 @@ func TestMain(m *testing.M) {
 	case os.Getenv("TENON_E2E_PROBE") != "":
 		err = probe(os.Getenv("TENON_E2E_PROBE"), os.Args[1:])
 	default:
-		os.Exit(m.Run())
+		code := m.Run()
+		if err := dropTemplates(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+		os.Exit(code)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -17,11 +17,7 @@ import (
 // the deaths fills.
 func TestVMDeaths(t *testing.T) {
 	disk := newDisk(t, "3G")
-	config := filepath.Join(t.TempDir(), "config.toml")
-	if err := os.WriteFile(config, []byte(vmSettings()+"hang-time = \"30s\"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	d := newDaemonAt(t, filepath.Join(disk, "root"), "--config", config, "--default-isolation", "vm")
+	d := newVMDaemonAt(t, filepath.Join(disk, "root"), "hang-time = \"30s\"\n", "--default-isolation", "vm")
 	d.Busybox(t)
 
 	// Two witnesses that must not notice anything, one on each kind of kernel.

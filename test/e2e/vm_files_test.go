@@ -16,6 +16,7 @@ import (
 
 // TestVMFiles: files of containers with kernels of their own.
 func TestVMFiles(t *testing.T) {
+	t.Parallel()
 	d := newVMDaemon(t)
 	d.Busybox(t)
 	t.Run("at rest", func(t *testing.T) { vmFilesAtRest(t, d) })

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -10,26 +9,11 @@ import (
 	"testing"
 )
 
-// newVMDaemon is NewDaemon with machines: emulated ones, so that every run is
-// the same, and with a guest kernel that all tests share.
-func newVMDaemon(t *testing.T, args ...string) *Daemon {
-	t.Helper()
-	cache := os.Getenv("TENON_CACHE")
-	if cache == "" {
-		cache = "/var/cache/tenon-test"
-	}
-	file := filepath.Join(t.TempDir(), "config.toml")
-	text := fmt.Sprintf("[vm]\naccel = \"tcg\"\ncpus = 1\npool = 1\nkernel-dir = %q\n[tenants]\ncontainers = 3\nnetworks = 2\nvolumes = 3\n", filepath.Join(cache, "kernel"))
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return NewDaemon(t, append([]string{"--config", file}, args...)...)
-}
-
 // TestVM tries what a kernel of a container's own is about: that it is one, that
 // it is shown, and who dies with whom. What it has in common with the host's is
 // TestBehaviours's.
 func TestVM(t *testing.T) {
+	t.Parallel()
 	d := newVMDaemon(t)
 	d.Busybox(t)
 	d.vmLife(t)
