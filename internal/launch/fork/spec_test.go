@@ -90,6 +90,79 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
+// TestMappedAt: layers that are file systems of their own are mapped where they are
+// mounted, and one that is not named has the owners that it has.
+func TestMappedAt(t *testing.T) {
+	root, base := busybox(t), t.TempDir()
+	for _, d := range []string{"", "image", "disk"} {
+		dir := filepath.Join(base, d)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(dir, unix.MNT_DETACH)
+	}
+	for _, d := range []string{"low/mark", "disk/upper", "disk/work"} {
+		if err := os.MkdirAll(filepath.Join(base, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chown(filepath.Join(base, "low/mark"), 100000, 200000); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cp", "-a", root+"/.", filepath.Join(base, "image")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	s := userns(sh(root, `stat -c %u:%g /bin /mark; mkdir /mark/in /made; stat -c %u:%g /mark/in`))
+	out, e := run(t, s, launch.Options{Rootfs: []launch.Mount{{Type: "overlay", Source: "overlay", Options: []string{
+		"lowerdir=" + base + "/image:" + base + "/low", "upperdir=" + base + "/disk/upper", "workdir=" + base + "/disk/work",
+		"idmap-at=" + base + "/image:" + base + "/disk",
+	}}}})
+	if want := "0:0\n0:0\n0:0\n"; out != want || e.Code != 0 {
+		t.Errorf("%v: %s", e, out)
+	}
+	for _, d := range []string{"made", "mark", "mark/in"} {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(base, "disk/upper", d), &st); err != nil || st.Uid != 0 || st.Gid != 0 {
+			t.Errorf("%s: %v, owner %d:%d", d, err, st.Uid, st.Gid)
+		}
+	}
+}
+
+// TestNamespaces: a network namespace belongs to the user namespace it was made for.
+func TestNamespaces(t *testing.T) {
+	err := UserNamespace(launch.IDMaps{UID: "0 100000 1000\n", GID: "0 100000 1000\n"}, func(user string) error {
+		return NetNamespace(user, func(net string) error {
+			f, err := os.Open(net)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			owner, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.NS_GET_USERNS, 0)
+			if e != 0 {
+				return e
+			}
+			defer unix.Close(int(owner))
+			var got, want unix.Stat_t
+			if err := errors.Join(unix.Fstat(int(owner), &got), unix.Stat(user, &want)); err != nil {
+				return err
+			}
+			if got.Ino != want.Ino {
+				t.Errorf("it belongs to %d, not to %d", got.Ino, want.Ino)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := NetNamespace("/proc/self/ns/net", func(string) error { return nil }); err == nil {
+		t.Error("a network namespace was taken for one of users")
+	}
+}
+
 func TestUserNamespaceExec(t *testing.T) {
 	root := busybox(t)
 	p, stop := running(t, userns(sh(root, "read x")))
