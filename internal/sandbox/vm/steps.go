@@ -62,7 +62,11 @@ func (m *machine) Handover(ctx context.Context, h sandbox.MachineHandover) (sand
 		}
 		steps = append(steps, list...)
 	}
-	return out, m.apply(ctx, steps)
+	err = m.apply(ctx, steps)
+	if h.UserNS != nil && errdefs.IsNotImplemented(err) {
+		err = fmt.Errorf("its guest is of an older build, which makes no user namespaces: start the machine again, or use --userns host: %w", err)
+	}
+	return out, err
 }
 
 // diskOptions are those of the file systems that containers write to.
