@@ -1,7 +1,10 @@
 package audit
 
 import (
+	"compress/gzip"
 	"context"
+	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -120,6 +123,49 @@ func TestScan(t *testing.T) {
 		if f, err := sc.Scan(context.Background(), layered.Stack{high, low}); err != nil || what == "bytes" && f.Incomplete != "" {
 			t.Errorf("%s, again: %v %q", what, err, f.Incomplete)
 		}
+	}
+}
+
+// TestScanRPM: a setuid program of rpm's package is the distribution's, another is not.
+func TestScanRPM(t *testing.T) {
+	z, err := os.Open("../image/packages/testdata/rpm-4.18.sqlite.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer z.Close()
+	r, err := gzip.NewReader(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, data := range map[string][]byte{"var/lib/rpm/rpmdb.sqlite": db, "usr/bin/hello-su": {'x'}, "usr/bin/mine": {'x'}} {
+		p := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(p, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Dir(name) == "usr/bin" {
+			if err := unix.Chmod(p, 0o4755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	f, err := new(Scanner).Scan(t.Context(), layered.Stack{dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]string{}
+	for _, x := range CheckImage(Image{Name: "x:1", User: "1", Healthcheck: true, Files: f}) {
+		got[x.Where] = x.Severity
+	}
+	if want := map[string]string{"/usr/bin/hello-su": "low", "/usr/bin/mine": "medium"}; !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }
 

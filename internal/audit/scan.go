@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/image/packages"
 	"tenon.dev/tenon/internal/layered"
 )
 
@@ -228,7 +229,7 @@ func Packaged(ctx context.Context, s layered.Stack) func(string) bool {
 	return packagedIn(owned(ctx, s))
 }
 
-// owned are the files that dpkg and apk brought: what looks like a secret in them is
+// owned are the files that dpkg, apk and rpm brought: what looks like a secret in them is
 // everybody's.
 func owned(ctx context.Context, s layered.Stack) map[string]bool {
 	out := map[string]bool{}
@@ -260,6 +261,15 @@ func owned(ctx context.Context, s layered.Stack) map[string]bool {
 		} else if f, ok := strings.CutPrefix(l, "R:"); ok {
 			out["/"+path.Join(dir, f)] = true
 		}
+	})
+	// A database that can't be read makes findings worse than they are, no better.
+	_ = packages.ReadRPM(s, func(h packages.RPMHeader) bool {
+		for _, f := range h.Files() {
+			if len(out) < maxOwned {
+				out[f] = true
+			}
+		}
+		return ctx.Err() == nil && len(out) < maxOwned
 	})
 	return out
 }

@@ -248,7 +248,7 @@ func (a *app) imageDiffCmd() *cobra.Command {
 	var files, noFiles bool
 	cmd := &cobra.Command{
 		Use: "diff [OPTIONS] OLD NEW", Short: "Show what changed between two images: packages, configuration, files",
-		Long:    "Show what changed between two images: packages (of dpkg and apk), configuration, and the\nnumber of files that came (A), changed (C) and went (D); with --files each of them.",
+		Long:    "Show what changed between two images: packages (of dpkg, apk and rpm), configuration, and the\nnumber of files that came (A), changed (C) and went (D); with --files each of them.",
 		Example: "tenon image diff app:1 app:2\ntenon image diff --files debian:bookworm app:1\ntenon image diff --format '{{range .Packages}}{{.Name}} {{.Old}} {{.New}}{{println}}{{end}}' app:1 app:2",
 		Args:    exactArgs(2), ValidArgsFunction: a.completeEach(a.imageNames, a.imageNames),
 	}
@@ -304,7 +304,7 @@ func (a *app) sbomCmd() *cobra.Command {
 	var files bool
 	cmd := &cobra.Command{
 		Use: "sbom [OPTIONS] IMAGE", Short: "List the packages in an image",
-		Long:    "List the packages in an image: those that its attestation names (an SBOM of its build, or\nof tenon image bootstrap), or, if it has none, those of dpkg's and apk's databases in its\nfiles. --format spdx prints an SPDX document.",
+		Long:    "List the packages in an image: those that its attestation names (an SBOM of its build, or\nof tenon image bootstrap), or, if it has none, those of the databases of dpkg, apk and rpm\nin its files. --format spdx prints an SPDX document.",
 		Example: "tenon image sbom debian:bookworm\ntenon image sbom --format spdx app:1 > app.spdx.json",
 		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
 	}

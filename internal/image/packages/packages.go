@@ -1,5 +1,5 @@
 // Package packages reads which packages of a distribution are installed in a stack of
-// layers, from the databases that dpkg and apk leave there, and writes them down as
+// layers, from the databases that dpkg, apk and rpm leave there, and writes them down as
 // SPDX. What it reads is foreign: size and number of what it takes are bounded, and no
 // input is an error that keeps the rest from being read.
 package packages
@@ -29,7 +29,7 @@ const (
 // Package is one that is installed.
 type Package struct {
 	Name, Version, Arch string
-	// Kind is "deb" or "apk".
+	// Kind is "deb", "apk" or "rpm".
 	Kind string
 	// Source is the name of the source package; empty if it is the same.
 	Source string
@@ -57,6 +57,15 @@ func Read(s layered.Stack) ([]Package, error) {
 		return nil, err
 	}
 	all = append(all, list...)
+	err = ReadRPM(s, func(h RPMHeader) bool {
+		if p, ok := h.pack(); ok {
+			all = append(all, p)
+		}
+		return len(all) < maxPackages
+	})
+	if err != nil {
+		return nil, err
+	}
 	slices.SortFunc(all, func(a, b Package) int {
 		return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Arch, b.Arch), strings.Compare(a.Version, b.Version), strings.Compare(a.Kind, b.Kind))
 	})
