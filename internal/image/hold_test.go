@@ -3,7 +3,9 @@ package image
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -170,5 +172,85 @@ func TestKeepLabel(t *testing.T) {
 	}
 	if got := s.Pinned(ctx); !slices.Equal(got, []string{"mine:1", "stranger:1"}) {
 		t.Errorf("pinned: %v", got)
+	}
+}
+
+// What a pull has fetched already stays while the rest is on its way, however small the
+// budget; and what has come can be used.
+func TestPullUnderBudget(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	f := newFakeRegistry(t)
+	first, second := mkTar(t, fileEntry("first", strings.Repeat("1", 10_000))), mkTar(t, fileEntry("second", strings.Repeat("2", 10_000)))
+	target := f.image("amd64", first, second)
+	f.tags["1"] = target.Digest
+	var last digest.Digest // of the second layer's blob
+	var m ocispec.Manifest
+	if err := json.Unmarshal(f.blobs[target.Digest], &m); err != nil {
+		t.Fatal(err)
+	}
+	last = m.Layers[1].Digest
+	released, asked := make(chan struct{}), make(chan struct{})
+	ask := sync.OnceFunc(func() { close(asked) })
+	f.bend = func(_ http.ResponseWriter, r *http.Request, d digest.Digest, _ []byte) bool {
+		if d == last && r.Method == http.MethodGet {
+			ask()
+			select {
+			case <-released:
+			case <-ctx.Done():
+			}
+		}
+		return false
+	}
+	s := open(t, func(c *Config) { c.Budget = 1 })
+	load(t, s, dockerArchive(t, []string{"old:1"}, mkTar(t, fileEntry("f", "x"))))
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Pull(ctx, f.addr+"/x:1", PullOptions{})
+		done <- err
+	}()
+	select {
+	case <-asked:
+	case <-ctx.Done():
+		t.Fatal("the second layer is not asked for")
+	}
+	for !s.hasBlob(m.Layers[0].Digest, -1) {
+		if ctx.Err() != nil {
+			t.Fatal("the first layer does not come")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	for range 20 {
+		s.gcSoon()
+		time.Sleep(time.Millisecond) // it is the collector's turn
+	}
+	if !s.hasBlob(m.Layers[0].Digest, -1) {
+		t.Error("what has come is gone before the rest is there")
+	}
+	close(released)
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-ctx.Done():
+		t.Fatal("the pull does not end")
+	}
+	for { // the other goes
+		if _, err := s.Resolve(ctx, "old:1", nil); err != nil {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal("the budget is not kept")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	img, release, err := s.Acquire(ctx, f.addr+"/x:1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	if dirs, err := s.Layers(ctx, img); err != nil || len(dirs) != 2 {
+		t.Errorf("%v, %v", dirs, err)
 	}
 }

@@ -149,7 +149,7 @@ func (c *call) error(err error) {
 	if !errors.As(err, &e) {
 		e = classify(err)
 	}
-	if e.status >= http.StatusInternalServerError {
+	if e.status >= http.StatusInternalServerError && (e.status != http.StatusInsufficientStorage || c.g.tellFull()) {
 		c.g.log.Warn("registry: request failed", "method", c.r.Method, "path", c.r.URL.Path, "err", err)
 	}
 	if c.w.status != 0 {
@@ -196,6 +196,8 @@ func classify(err error) *apiError {
 		status, code = http.StatusForbidden, "DENIED"
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		return &apiError{http.StatusInsufficientStorage, "DENIED", "the registry's disk is full: " + err.Error()}
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, context.Canceled): // the client is gone
+		status, code = http.StatusBadRequest, "BLOB_UPLOAD_INVALID"
 	case errors.Is(err, errSlow), errors.Is(err, os.ErrDeadlineExceeded):
 		status, code = http.StatusRequestTimeout, "BLOB_UPLOAD_INVALID"
 	case errdefs.IsResourceExhausted(err):

@@ -3,12 +3,18 @@ package registry
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -214,4 +220,63 @@ func TestReferrersAreBounded(t *testing.T) {
 	if pages < 2 || len(got) != len(want) {
 		t.Errorf("%d pages with %d of %d", pages, len(got), len(want))
 	}
+}
+
+// Who sends next to nothing is cut off, however long it goes on.
+func TestDribble(t *testing.T) {
+	rc := http.NewResponseController(httptest.NewRecorder()) // without deadlines
+	drops := func() io.Reader { return iotest.OneByteReader(strings.NewReader("abc")) }
+	for name, c := range map[string]struct {
+		p    paced
+		want error
+	}{
+		"begun":    {paced{start: time.Now()}, nil},
+		"slow":     {paced{start: time.Now().Add(-slowAfter - time.Second)}, errSlow},
+		"fast":     {paced{start: time.Now().Add(-slowAfter - time.Second), n: 1 << 30}, nil},
+		"too long": {paced{start: time.Now(), until: time.Now().Add(-time.Second)}, errSlow},
+	} {
+		c.p.r, c.p.rc = drops(), rc
+		if _, err := c.p.Read(make([]byte, 10)); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if e := classify(fmt.Errorf("body: %w", errSlow)); e.status != http.StatusRequestTimeout {
+		t.Errorf("%d", e.status)
+	}
+}
+
+// What clients bring about is none of the log's warnings, or only now and then.
+func TestClientsDontFillTheLog(t *testing.T) {
+	var mu sync.Mutex
+	var log bytes.Buffer
+	v := serve(t, func(c *Config) {
+		c.Log = slog.New(slog.NewTextHandler(lockedWriter{&mu, &log}, nil))
+		c.Repositories.Limit(image.RepositoryLimits{Free: 1 << 60})
+	})
+	for range 20 {
+		v.want(507, "DENIED", "POST", "/v2/app/blobs/uploads/", nil)
+		c, err := net.Dial("tcp", v.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = fmt.Fprintf(c, "PUT /v2/app/manifests/x HTTP/1.1\r\nHost: %s\r\nContent-Length: 100\r\n\r\n{", v.addr) // and is gone
+		_ = c.Close()
+	}
+	v.stop()
+	mu.Lock()
+	defer mu.Unlock()
+	if n := strings.Count(log.String(), "level=WARN"); n < 1 || n > 2 {
+		t.Errorf("%d warnings:\n%.2000s", n, log.String())
+	}
+}
+
+type lockedWriter struct {
+	mu *sync.Mutex
+	w  io.Writer
+}
+
+func (l lockedWriter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
 }

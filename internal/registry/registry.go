@@ -92,6 +92,7 @@ type Registry struct {
 	mu      sync.Mutex
 	uploads map[string]*upload // by ID
 	memory  int64              // of manifests that are being read
+	full    time.Time          // when the log was told last that there is no room
 	closed  bool
 }
 
@@ -101,6 +102,18 @@ func New(cfg Config) *Registry {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Registry{cfg: cfg, log: cfg.Log, uploads: map[string]*upload{}, parsing: make(chan struct{}, parseAtOnce)}
+}
+
+// tellFull tells whether the log is to hear again that there is no room: clients bring
+// that about, as often as they like.
+func (g *Registry) tellFull() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if time.Since(g.full) < time.Minute {
+		return false
+	}
+	g.full = time.Now()
+	return true
 }
 
 // takeMemory takes, or with less than nothing gives back, memory for manifests; false if
