@@ -13,7 +13,7 @@ const (
 	restMost  = 10 * time.Minute
 	restTurn  = 5 * time.Second // at most, between two looks
 	restShare = 25              // a machine rests that uses less than this part of a processor
-	restWorth = 16 << 20        // bytes
+	restWorth = 8 << 20         // bytes
 	dropTime  = 20 * time.Second
 )
 
