@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -11,8 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -69,12 +66,13 @@ RUN --mount=%s,target=/y/canary,source=%s rm -rf /y; ln -s %s /y; true
 	// CVE-2024-23651: the source of a cache mount is swapped for a link while it is mounted.
 	t.Run("a cache mount's source is never outside", func(t *testing.T) {
 		swap := contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN --mount=type=cache,id=race,target=/c for i in $(seq 150); do rm -rf /c/sub; ln -s " + host + " /c/sub; rm -f /c/sub; mkdir /c/sub; done\n"})
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if r := d.build(t, own, swap, "", nil, "."); r.Code != 0 {
-				t.Errorf("the swapping build: %d %s", r.Code, r.Err)
-			}
-		})
+		prog := exec.Command(filepath.Join(d.Bin, "tenon"), "build", "--progress", "plain", ".")
+		prog.Dir, prog.Env = swap, d.Environ()
+		swapping := make(chan error, 1)
+		if err := prog.Start(); err != nil {
+			t.Fatal(err)
+		}
+		go func() { swapping <- prog.Wait() }()
 		for i := range 6 {
 			look := contextOf(t, map[string]string{"Dockerfile": fmt.Sprintf("FROM busybox\nRUN --mount=type=cache,id=race,source=sub,target=/m test ! -e /m/canary && echo %d\n", i)})
 			r := d.build(t, own, look, "", nil, ".")
@@ -82,7 +80,15 @@ RUN --mount=%s,target=/y/canary,source=%s rm -rf /y; ln -s %s /y; true
 				t.Errorf("the host's directory was mounted:\n%s", r.Err)
 			}
 		}
-		wg.Wait()
+		select {
+		case err := <-swapping:
+			if err != nil {
+				t.Errorf("the swapping build: %v", err)
+			}
+		case <-time.After(patience(time.Minute)):
+			_ = prog.Process.Kill() // it ends with the daemon otherwise
+			t.Fatal("the swapping build does not end")
+		}
 		untouched(t)
 	})
 	// CVE-2024-24557: an image whose history looks like the steps is not their result.
@@ -191,96 +197,4 @@ RUN test "$(ls /proc | grep -c '^[0-9]*$')" -lt 9 && test "$(ls /proc/self/fd | 
 			t.Errorf("contexts are left: %v", left)
 		}
 	})
-}
-
-// TestBuildDeaths: builds that are given up, cancelled, or whose daemon is killed in a
-// step leave nothing: the daemon's end (NewDaemon) looks for it, too.
-func TestBuildDeaths(t *testing.T) {
-	d := NewDaemon(t)
-	d.Busybox(t)
-	sleeping := func(n int) bool {
-		out, _ := exec.Command("pgrep", "-fx", fmt.Sprintf("sleep 777%d%d", os.Getpid(), n)).Output()
-		return len(bytes.TrimSpace(out)) > 0
-	}
-	start := func(n int, b builder) *exec.Cmd {
-		t.Helper()
-		dir := contextOf(t, map[string]string{"Dockerfile": fmt.Sprintf("FROM busybox\nRUN exec sleep 777%d%d\n", os.Getpid(), n)})
-		prog := b.cmd[0]
-		if prog == "tenon" {
-			prog = filepath.Join(d.Bin, "tenon")
-		}
-		cmd := exec.Command(prog, append(append([]string{}, b.cmd[1:]...), ".")...)
-		cmd.Dir, cmd.Env = dir, append(d.Environ(), b.env...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }) // it has ended
-		eventually(t, "the step", func() string {
-			if sleeping(n) {
-				return ""
-			}
-			return "does not run"
-		})
-		return cmd
-	}
-	gone := func(n int) {
-		t.Helper()
-		eventually(t, "the step's end", func() string {
-			if sleeping(n) {
-				return "it runs still"
-			}
-			return ""
-		})
-	}
-	ended := func(cmd *exec.Cmd) {
-		t.Helper()
-		done := make(chan error, 1)
-		go func() { done <- cmd.Wait() }()
-		select {
-		case err := <-done:
-			if err == nil {
-				t.Error("a build that was cut off has succeeded")
-			}
-		case <-time.After(patience(30 * time.Second)):
-			_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-			t.Fatal("the client does not end")
-		}
-	}
-	for n, c := range []struct {
-		b   builder
-		sig syscall.Signal
-	}{{own, syscall.SIGINT}, {own, syscall.SIGKILL}, {legacy, syscall.SIGINT}} {
-		cmd := start(n, c.b)
-		_ = syscall.Kill(-cmd.Process.Pid, c.sig) // Wait shows it
-		ended(cmd)
-		gone(n)
-	}
-	// The same daemon goes on, and the next dies in a step.
-	cmd := start(5, own)
-	d.Kill(t)
-	ended(cmd)
-	d.Start(t)
-	gone(5)
-	dir := contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN echo after >/f\n"})
-	for _, b := range []builder{own, legacy} {
-		if r := d.build(t, b, dir, "", nil, "-t", "after", "."); r.Code != 0 {
-			t.Fatalf("after the daemon's death: %d\n%s%s\n%s", r.Code, r.Out, r.Err, d.Tail())
-		}
-	}
-	if got := d.Must(t, "run", "--rm", "after", "cat", "/f"); got != "after" {
-		t.Errorf("%q", got)
-	}
-	for _, pattern := range []string{"build/contexts/*", "build/work/*/*/tmp"} {
-		if left, _ := filepath.Glob(filepath.Join(d.Root, pattern)); len(left) > 0 {
-			t.Errorf("left: %v", left)
-		}
-	}
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
-	}
-	if strings.Contains(string(mounts), d.Root+"/build") {
-		t.Errorf("mounts are left:\n%s", mounts)
-	}
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -77,29 +78,21 @@ RUN --mount=type=cache,target=/c --mount=type=secret,id=tok --mount=type=bind,ta
 RUN --network=none test ! -e /f && test -L /link && test -z "$(ls /c /t /b 2>/dev/null)" && test -z "$(ip -o -4 addr | grep -v ' lo ')"
 `})
 	all := builders(t)
-	for i, b := range all {
-		args := []string{"--no-cache", "-t", "iso"}
-		switch {
-		case b.name == "legacy": // it has no secrets; the default, or the flag
-			if boot != nil {
-				args = append(args, "--isolation", m.flag)
-			}
-			simple := contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN cat /proc/sys/kernel/random/boot_id >/boot\n"})
-			d.mustBuild(t, b, simple, append(args, ".")...)
+	simple := contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN cat /proc/sys/kernel/random/boot_id >/boot\n"})
+	if boot == nil { // the daemon's default
+		for _, b := range all[:2] {
+			d.mustBuild(t, b, simple, "--no-cache", "-t", "iso", ".")
 			seen(b.name)
-			continue
-		case boot == nil && i == 1: // by the daemon's default
-		case b.name == "buildx":
-			args = append(args, "--build-arg", "TENON_ISOLATION="+m.flag)
-		default:
-			args = append(args, "--isolation", m.flag)
 		}
-		d.mustBuild(t, b, dir, append(args, "--secret", "id=tok,src="+filepath.Join(dir, "tok"), ".")...)
-		seen(b.name)
+	} else {
+		d.mustBuild(t, legacy, simple, "--isolation", m.flag, "-t", "iso", ".")
+		seen(legacy.name)
+		if r := d.build(t, own, contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN echo no >/no; exit 5\n"}), "", nil, "--isolation", m.flag, "."); r.Code == 0 || !strings.Contains(r.Err, "exit code: 5") {
+			t.Errorf("a step that fails: %d %s", r.Code, r.Err)
+		}
 	}
-	if r := d.build(t, own, contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN echo no >/no; exit 5\n"}), "", nil, "--isolation", m.flag, "."); r.Code == 0 || !strings.Contains(r.Err, "exit code: 5") {
-		t.Errorf("a step that fails: %d %s", r.Code, r.Err)
-	}
+	d.mustBuild(t, own, dir, "--isolation", m.flag, "-t", "iso", "--secret", "id=tok,src="+filepath.Join(dir, "tok"), ".")
+	seen(own.name)
 	d.nothingOfBuilds(t)
 
 	// Cut off by the client's signal, its death, and the daemon's.
@@ -124,26 +117,25 @@ RUN --network=none test ! -e /f && test -L /link && test -z "$(ls /c /t /b 2>/de
 			return ""
 		})
 	}
-	for _, c := range []struct {
-		b   builder
-		sig syscall.Signal
-	}{{own, syscall.SIGINT}, {all[1], syscall.SIGKILL}} {
-		args := []string{"--isolation", m.flag}
-		if c.b.name == "buildx" {
-			args = []string{"--build-arg", "TENON_ISOLATION=" + m.flag}
-		}
-		cmd, ended := d.inBackground(t, c.b, sleeps, args...)
-		begun()
-		_ = syscall.Kill(-cmd.Process.Pid, c.sig) // ended tells
-		ended()
-		over()
+	sig, cmd, ended := syscall.SIGINT, (*exec.Cmd)(nil), func() {}
+	if boot == nil {
+		cmd, ended = d.inBackground(t, own, sleeps)
+	} else {
+		sig = syscall.SIGKILL
+		cmd, ended = d.inBackground(t, all[1], sleeps, "--build-arg", "TENON_ISOLATION="+m.flag)
 	}
-	_, ended := d.inBackground(t, own, sleeps, "--isolation", m.flag)
+	begun()
+	_ = syscall.Kill(-cmd.Process.Pid, sig) // ended tells
+	ended()
+	over()
+	_, ended = d.inBackground(t, own, sleeps, "--isolation", m.flag)
 	begun()
 	d.Kill(t)
 	ended()
 	d.Start(t)
 	over()
-	d.mustBuild(t, own, contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN cat /proc/sys/kernel/random/boot_id >/boot\n"}), "--isolation", m.flag, "-t", "iso", ".")
-	seen("after the daemon's death")
+	if boot != nil { // the machine is as good as before
+		d.mustBuild(t, own, simple, "--isolation", m.flag, "-t", "iso", ".")
+		seen("after the daemon's death")
+	}
 }

@@ -332,12 +332,14 @@ E
 	}
 	inline := reg + "/inline:1"
 	a.mustBuild(t, own, dir, "--cache-to", "type=inline", "-t", inline, "--push", ".")
+	store := filepath.Join(t.TempDir(), "cache")
+	a.mustBuild(t, own, dir, "--cache-to", "type=local,mode=max,dest="+store, ".")
 	marker := a.Must(t, "run", "--rm", inline, "cat", "/marker")
 
 	fresh := NewDaemon(t)
 	fresh.Busybox(t)
-	for _, from := range []string{reg + "/cache:tenon", inline} {
-		fresh.mustBuild(t, own, dir, "--cache-from", "type=registry,ref="+from, "-t", "again", ".")
+	for _, from := range []string{"type=registry,ref=" + reg + "/cache:tenon", "type=registry,ref=" + inline, "type=local,src=" + store} {
+		fresh.mustBuild(t, own, dir, "--cache-from", from, "-t", "again", ".")
 		if got := fresh.Must(t, "run", "--rm", "again", "cat", "/marker"); got != marker {
 			t.Errorf("from %s: the step was run again", from)
 		}
@@ -575,15 +577,19 @@ func TestBuildKilled(t *testing.T) {
 		d.nothingOfBuilds(t)
 	}
 	// Clients that are gone, of which nothing is left either.
-	for _, b := range builders(t) {
-		cmd, ended := d.inBackground(t, b, dir)
+	all := builders(t)
+	for _, c := range []struct {
+		builder
+		sig syscall.Signal
+	}{{all[0], syscall.SIGINT}, {all[1], syscall.SIGINT}, {own, syscall.SIGINT}, {own, syscall.SIGKILL}} {
+		cmd, ended := d.inBackground(t, c.builder, dir)
 		eventually(t, "the step", func() string {
 			if out, _ := exec.Command("pgrep", "-fx", "sleep "+mark).Output(); len(out) > 0 {
 				return ""
 			}
 			return "does not run"
 		})
-		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) // ended tells
+		_ = syscall.Kill(-cmd.Process.Pid, c.sig) // ended tells
 		ended()
 		eventually(t, "the step's end", func() string {
 			if out, _ := exec.Command("pgrep", "-fx", "sleep "+mark).Output(); len(out) > 0 {
