@@ -126,6 +126,45 @@ func TestScan(t *testing.T) {
 	}
 }
 
+// TestScanHostile: a layer that is made to mislead, to hang or to be endless takes a
+// moment, tells nothing of the host, and hides nothing that lies beside.
+func TestScanHostile(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	do := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	do(unix.Mkfifo(at("fifo"), 0o666))
+	do(unix.Mknod(at("zero"), unix.S_IFCHR|0o666, 1<<8|5))
+	do(unix.Mknod(at("socket"), unix.S_IFSOCK|0o666, 0))
+	do(os.Symlink("/etc", at("etc")))                   // its shadow is the host's
+	do(os.MkdirAll(at("var/lib"), 0o755))               // and so are its packages
+	do(os.Symlink("/var/lib/dpkg", at("var/lib/dpkg"))) //
+	do(os.Symlink("../../../../../../root", at("root")))
+	f, err := os.Create(at("endless"))
+	do(err)
+	do(f.Truncate(1 << 36))
+	do(f.Close())
+	deep := dir
+	for range layered.MaxDepth + 50 {
+		deep = filepath.Join(deep, "d")
+	}
+	do(os.MkdirAll(deep, 0o755))
+	do(os.WriteFile(at("zz"), []byte(key), 0o600))
+	begin := time.Now()
+	got, err := new(Scanner).Scan(t.Context(), layered.Stack{dir})
+	do(err)
+	if d := time.Since(begin); d > 30*time.Second {
+		t.Errorf("it took %v", d)
+	}
+	if len(got.Secrets) != 1 || got.Secrets[0].Path != "/zz" || len(got.Shadow) > 0 || len(got.Special) > 0 || !strings.Contains(got.Incomplete, "deep") {
+		t.Errorf("%+v", got)
+	}
+}
+
 // TestScanRPM: a setuid program of rpm's package is the distribution's, another is not.
 func TestScanRPM(t *testing.T) {
 	z, err := os.Open("../image/packages/testdata/rpm-4.18.sqlite.gz")

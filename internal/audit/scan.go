@@ -110,8 +110,12 @@ func (sc *Scanner) Scan(ctx context.Context, s layered.Stack) (f Files, err erro
 			}
 		}
 		if at.why != "" {
-			f.Incomplete = fmt.Sprintf("layer %d has %s", len(s)-i, at.why)
-			return f, nil
+			if f.Incomplete == "" {
+				f.Incomplete = fmt.Sprintf("layer %d has %s", len(s)-i, at.why)
+			}
+			if left < 0 {
+				return f, nil
+			}
 		}
 	}
 	return f, nil
@@ -173,6 +177,9 @@ func (r *reader) entry(e layered.Entry) error {
 	}
 	if r.ctx.Err() != nil {
 		return r.ctx.Err()
+	}
+	if e.Kind() == unix.S_IFDIR && strings.Count(e.Path, "/") > layered.MaxDepth {
+		r.found.why = fmt.Sprintf("directories that are more than %d deep", layered.MaxDepth) // the rest is read
 	}
 	if e.Kind() != unix.S_IFREG {
 		return nil

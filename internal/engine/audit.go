@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -43,10 +44,16 @@ func (e *Engine) Audit(ctx context.Context, o AuditOptions) (*imageapi.AuditRepo
 	var scanner audit.Scanner
 	for _, ref := range images {
 		f, err := e.imageFacts(ctx, ref, moved, &scanner)
-		if errdefs.IsNotFound(err) && len(o.Images)+len(o.Names) == 0 {
+		sweep := len(o.Images)+len(o.Names) == 0
+		switch {
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case errdefs.IsNotFound(err) && sweep:
 			continue // removed meanwhile
-		}
-		if err != nil {
+		case err != nil && sweep: // one does not keep the others from being looked at
+			out.Incomplete = append(out.Incomplete, fmt.Sprintf("image %s: not read: %v", ref, err))
+			continue
+		case err != nil:
 			return nil, err
 		}
 		if f.Files.Incomplete != "" {

@@ -190,8 +190,8 @@ func (s Stack) Lookup(name string) (*Entry, error) {
 	return e, nil
 }
 
-// maxDepth is the number of directories in a path that WalkLayer follows.
-const maxDepth = 256
+// MaxDepth is the number of directories in a path that WalkLayer follows.
+const MaxDepth = 256
 
 // WalkLayer calls f for everything in one layer below from ("/" is all of it),
 // directories first, sorted by name. No link is followed, and no file system but the
@@ -206,7 +206,7 @@ func WalkLayer(layer, from string, f func(Entry) error) error {
 const maxNames = 1 << 18
 
 func walk(layer, dir string, depth int, f func(Entry) error) error {
-	if depth > maxDepth {
+	if depth > MaxDepth {
 		return nil
 	}
 	fd, err := open(layer, dir, unix.O_RDONLY|unix.O_DIRECTORY)
