@@ -28,6 +28,8 @@ type service struct {
 
 	mu    sync.Mutex // held while spare is made or used
 	spare string     // path of a network namespace made ahead; empty: none
+	// spareSysctls are its settings.
+	spareSysctls map[string]string
 
 	removed removed
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -25,6 +26,7 @@ import (
 type netlink struct {
 	fd  int
 	seq uint32
+	buf []byte // of answers
 }
 
 func openNetlink() (*netlink, error) {
@@ -71,16 +73,18 @@ func (n *netlink) do(kind, flags uint16, body []byte) error {
 // receive reads the answer to the last message: what was asked for, up to the
 // end of a dump or an acknowledgement.
 func (n *netlink) receive(f func(kind uint16, body []byte)) error {
-	buf := make([]byte, 64<<10)
+	if n.buf == nil {
+		n.buf = make([]byte, 32<<10) // what a kernel sends at most at once
+	}
 	for {
-		size, _, err := unix.Recvfrom(n.fd, buf, 0)
+		size, _, err := unix.Recvfrom(n.fd, n.buf, 0)
 		if err == unix.EINTR {
 			continue
 		}
 		if err != nil {
 			return os.NewSyscallError("netlink", err)
 		}
-		for b := buf[:size]; len(b) >= unix.SizeofNlMsghdr; {
+		for b := n.buf[:size]; len(b) >= unix.SizeofNlMsghdr; {
 			length := int(binary.NativeEndian.Uint32(b))
 			if length < unix.SizeofNlMsghdr || length > len(b) {
 				return errors.New("netlink: short message")
@@ -271,7 +275,7 @@ func (g *service) netns(o *taskv1.NetNS, plugged bool) error {
 			return err
 		}
 		err := unmount(g.spare)
-		g.spare = ""
+		g.spare, g.spareSysctls = "", nil
 		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(o.Path), 0o755); err != nil {
@@ -282,21 +286,34 @@ func (g *service) netns(o *taskv1.NetNS, plugged bool) error {
 		return err
 	}
 	f.Close()
-	if err := unix.Mount(g.spare, o.Path, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(g.spare, o.Path, "", unix.MS_MOVE, ""); err != nil {
 		os.Remove(o.Path)
 		return os.NewSyscallError("mount", err)
 	}
-	err = unmount(g.spare)
-	g.spare = ""
-	if err != nil || len(o.Sysctls) == 0 {
-		return err
+	os.Remove(g.spare)
+	have := g.spareSysctls
+	g.spare, g.spareSysctls = "", nil
+	return adapt(o, have)
+}
+
+// disableIPv6 is the one setting of a namespace made ahead that others do without.
+const disableIPv6 = "net.ipv6.conf.default.disable_ipv6"
+
+// adapt writes what of a namespace's settings is other than what it has.
+func adapt(o *taskv1.NetNS, have map[string]string) error {
+	want := maps.Clone(o.Sysctls)
+	maps.DeleteFunc(want, func(k, v string) bool { return have[k] == v })
+	_, off := o.Sysctls[disableIPv6]
+	on := !off && have[disableIPv6] == "1"
+	if len(want) == 0 && !on {
+		return nil
 	}
 	return in(o.Path, func() error {
 		here, err := filepath.Glob("/proc/sys/net/ipv6/conf/eth*")
 		if err != nil {
 			return err
 		}
-		for k, v := range o.Sysctls {
+		set := func(k, v string) error {
 			if err := writeSysctl(k, v); err != nil {
 				return err
 			}
@@ -310,6 +327,15 @@ func (g *service) netns(o *taskv1.NetNS, plugged bool) error {
 					return fmt.Errorf("sysctl %s: %w", k, err)
 				}
 			}
+			return nil
+		}
+		for k, v := range want {
+			if err := set(k, v); err != nil {
+				return err
+			}
+		}
+		if on { // with all other settings as they are to be
+			return set(disableIPv6, "0")
 		}
 		return nil
 	})
@@ -320,7 +346,7 @@ func (g *service) makeSpareLocked(o *taskv1.NetNS) error {
 	if err := newNetNS(o); err != nil {
 		return err
 	}
-	g.spare = o.Path
+	g.spare, g.spareSysctls = o.Path, o.Sysctls
 	return moveDevices(o.Path)
 }
 
@@ -444,6 +470,10 @@ func (g *service) setInterface(o *taskv1.Interface) error {
 		}
 		return err
 	}
+	err := in(o.Netns, func() error { return configure(o) })
+	if !errors.Is(err, errAbsent) {
+		return err
+	}
 	if err := appears(o); err != nil {
 		return err
 	}
@@ -524,6 +554,10 @@ func moveLink(mac string, to *os.File, name string) error {
 	return n.set(l.index, 0, b)
 }
 
+// errAbsent says that an interface is not in the thread's namespace.
+var errAbsent = errors.New("it is not in this network namespace")
+
+// configure configures an interface of the thread's namespace.
 func configure(o *taskv1.Interface) error {
 	n, err := openNetlink()
 	if err != nil {
@@ -531,6 +565,9 @@ func configure(o *taskv1.Interface) error {
 	}
 	defer n.close()
 	l, err := n.byMAC(o.Mac)
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("%w: %w", errAbsent, err)
+	}
 	if err != nil {
 		return err
 	}

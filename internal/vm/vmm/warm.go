@@ -25,7 +25,7 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "8"
+const warmVersion = "9"
 
 const (
 	// A turn in a copy leads an emulator to translate some 90 percent of what a
@@ -84,9 +84,7 @@ func (v *machine) warmTurn(ctx context.Context, copied bool) error {
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/upper", Mode: 0o755}}},
 		&taskv1.Step{Kind: &taskv1.Step_Directory{Directory: &taskv1.Directory{Path: warmDir + "/rw/work", Mode: 0o755}}},
 		warmFile("hosts", "127.0.0.1 localhost\n"), warmFile("hostname", warmID+"\n"), warmFile("resolv.conf", "nameserver 169.254.77.1\n"),
-		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: map[string]string{
-			"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv6.conf.default.disable_ipv6": "1",
-		}}}},
+		&taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: warmNet, Sysctls: warmSysctls()}}},
 		interfaceStep(&taskv1.Interface{
 			Mac: qemu.NICMAC(0), NewMac: warmMAC, Netns: warmNet, Name: "eth0", Mtu: 1500, Addresses: []string{"169.254.77.2/30"},
 			Routes: []*taskv1.Interface_Route{{Gateway: "169.254.77.1"}},
@@ -130,10 +128,19 @@ func warmFile(name, text string) *taskv1.Step {
 	return &taskv1.Step{Kind: &taskv1.Step_File{File: &taskv1.File{Path: warmDir + "/" + name, Mode: 0o644, Data: []byte(text)}}}
 }
 
+// warmSysctls are the settings of a network namespace without IPv6, as the engine
+// asks for it (internal/network's NamespaceSysctls): what waits has them.
+func warmSysctls() map[string]string {
+	return map[string]string{
+		"net.ipv4.ping_group_range": "0 2147483647", "net.ipv4.ip_unprivileged_port_start": "0",
+		"net.ipv6.conf.default.disable_ipv6": "1",
+	}
+}
+
 // spareStep has a network namespace wait with the machine's interface in it:
 // moving one takes a kernel long.
 func spareStep() *taskv1.Step {
-	return &taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: "/run/tenon/netns.spare", Spare: true}}}
+	return &taskv1.Step{Kind: &taskv1.Step_Netns{Netns: &taskv1.NetNS{Path: "/run/tenon/netns.spare", Spare: true, Sysctls: warmSysctls()}}}
 }
 
 func interfaceStep(i *taskv1.Interface) *taskv1.Step {
