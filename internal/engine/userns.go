@@ -8,6 +8,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -127,6 +128,13 @@ func (e *Engine) planUserNS(r *container.Record) error {
 	}
 	if err := e.checkUserNS(r); err != nil {
 		return err
+	}
+	for id := range strings.SplitSeq(r.Config.User, ":") { // of names the start speaks
+		if n, err := strconv.ParseUint(id, 10, 32); err == nil {
+			if err := inUserNS(r, uint32(n)); err != nil {
+				return err
+			}
+		}
 	}
 	for _, what := range whats {
 		c, err := e.find(peers[what])
