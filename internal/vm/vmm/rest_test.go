@@ -47,7 +47,7 @@ func TestRest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const turns, drops = 1, 6
+	const turns, drops = 1, 3
 	dropped := make(chan error, 1)
 	go func() {
 		for range drops {
