@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -110,5 +111,34 @@ func TestAptErrors(t *testing.T) {
 		if got := aptError("mmdebstrap", failed, lines).Error(); got != want {
 			t.Errorf("%q: %q, want %q", said, got, want)
 		}
+	}
+}
+
+// A base that can't be made says why, and leaves nothing half made.
+func TestBootstrapDebianFails(t *testing.T) {
+	s := open(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for _, c := range []struct {
+		o    DebianOptions
+		path string
+		is   func(error) bool
+		says string
+	}{
+		{DebianOptions{Suite: "bookworm"}, t.TempDir(), errdefs.IsNotFound, "install Debian's package mmdebstrap"},
+		{DebianOptions{Suite: "bookworm", Mirror: "file:///nowhere"}, os.Getenv("PATH"), func(err error) bool { return err != nil }, "/nowhere"},
+		{DebianOptions{Suite: "../etc"}, os.Getenv("PATH"), errdefs.IsInvalidArgument, "not the name of a release"},
+		{DebianOptions{Suite: "bookworm", Include: []string{"x y"}}, os.Getenv("PATH"), errdefs.IsInvalidArgument, "not the name of a package"},
+	} {
+		t.Setenv("PATH", c.path)
+		if _, err := s.BootstrapDebian(ctx, c.o); !c.is(err) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%+v: %v", c.o, err)
+		}
+	}
+	if list, err := s.All(ctx); err != nil || len(list) > 0 {
+		t.Errorf("images: %v %v", list, err)
+	}
+	if left, err := os.ReadDir(s.ingestDir()); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v %v", left, err)
 	}
 }
