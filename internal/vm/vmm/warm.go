@@ -25,14 +25,13 @@ import (
 )
 
 // warmVersion changes when what runs in a template does.
-const warmVersion = "9"
+const warmVersion = "10"
 
 const (
 	// A turn in a copy leads an emulator to translate some 90 percent of what a
 	// container needs; further ones take half as long each, and gain nothing.
 	templateTurns = 3
 	cloneTurns    = 1
-	warmExecs     = 3 // further processes in a turn
 
 	warmID  = "warm"
 	warmDir = "/run/tenon/warm"
@@ -256,7 +255,7 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 		return err
 	}
 	defer c.Close()
-	spec, process, err := v.m.warmSpec()
+	spec, more, err := v.m.warmSpec()
 	if err != nil {
 		return err
 	}
@@ -291,14 +290,10 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 	if _, err := c.Start(ctx, warmID, ""); err != nil {
 		return err
 	}
-	// Read from the disk each time. A kernel that an emulator translates for the first
+	// Each is read from the disk. A kernel that an emulator translates for the first
 	// time is interrupted by its clock before it has done what it was asked for, and
 	// goes on in another state of the processor, for which it is translated, too.
-	for range warmExecs {
-		if _, err := v.guest.Apply(ctx, &taskv1.ApplyRequest{Steps: []*taskv1.Step{
-			{Kind: &taskv1.Step_Sysctl{Sysctl: &taskv1.Sysctl{Name: "vm.drop_caches", Value: "1"}}}}}); err != nil {
-			return err
-		}
+	for _, process := range more {
 		if err := warmExec(ctx, c, process); err != nil {
 			return err
 		}
@@ -325,10 +320,10 @@ func (v *machine) warmContainer(ctx context.Context, copied bool) error {
 var errWarmExit = errors.New("the container has ended")
 
 // warmSpec is the specification of a container that asks for nothing
-// (Config.Defaults) and runs the small program, which waits; and what a further
-// process of it is. The seccomp profile stands where the engine writes it: shims keep
+// (Config.Defaults) and runs the small program, which waits; and what its
+// further processes are. The seccomp profile stands where the engine writes it: shims keep
 // what they make of one by its text.
-func (m *Manager) warmSpec() (container, process []byte, err error) {
+func (m *Manager) warmSpec() (container []byte, more [][]byte, err error) {
 	sp, seccomp := plainSpec(), json.RawMessage(nil)
 	if len(m.cfg.Defaults) > 0 {
 		var d struct {
@@ -352,21 +347,25 @@ func (m *Manager) warmSpec() (container, process []byte, err error) {
 	for _, name := range []string{"resolv.conf", "hostname", "hosts"} {
 		sp.Mounts = append(sp.Mounts, specs.Mount{Destination: "/etc/" + name, Type: "bind", Source: warmDir + "/" + name, Options: []string{"rbind", "rprivate"}})
 	}
-	sp.Process.Args = []string{"y"}
-	if process, err = json.Marshal(sp.Process); err != nil {
-		return nil, nil, err
+	for _, program := range []string{"y", "z"} {
+		sp.Process.Args = []string{program}
+		process, err := json.Marshal(sp.Process)
+		if err != nil {
+			return nil, nil, err
+		}
+		more = append(more, process)
 	}
 	sp.Process.Args = []string{"x", "wait"}
 	b, err := json.Marshal(sp)
 	if err != nil || len(seccomp) == 0 {
-		return b, process, err
+		return b, more, err
 	}
 	const at = `,"linux":{`
 	before, after, ok := bytes.Cut(b, []byte(at))
 	if !ok {
 		return nil, nil, errors.New("a specification without linux")
 	}
-	return slices.Concat(before, []byte(at+`"seccomp":`), seccomp, []byte{','}, after), process, nil
+	return slices.Concat(before, []byte(at+`"seccomp":`), seccomp, []byte{','}, after), more, nil
 }
 
 // warmExec runs a further process.

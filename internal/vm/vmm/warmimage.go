@@ -120,7 +120,7 @@ func tinyProgram() []byte {
 }
 
 // tinyImage is a file system (Linux's Documentation/filesystems/erofs.rst) with the
-// tiny program as /bin/w, once more as /bin/y, with a link /bin/x to w, as images of
+// tiny program as /bin/w, twice more as /bin/y and /bin/z, with a link /bin/x to w, as images of
 // BusyBox have, and two empty directories: one block, and the program's.
 func tinyImage() []byte {
 	const (
@@ -144,6 +144,7 @@ func tinyImage() []byte {
 		link = usr + 2
 		file = link + 2
 		more = file + 1
+		last = more + 1
 	)
 	inode := func(nid int, layout, mode, links uint16, size int, data []byte) {
 		at := nid * slot
@@ -169,11 +170,11 @@ func tinyImage() []byte {
 		inode(nid, inline, unix.S_IFDIR|0o755, links, len(dir), dir)
 	}
 	directory(root, 5, entry{"bin", 2, bin}, entry{"etc", 2, etc}, entry{"usr", 2, usr})
-	directory(bin, 2, entry{"w", 1, file}, entry{"x", 7, link}, entry{"y", 1, more})
+	directory(bin, 2, entry{"w", 1, file}, entry{"x", 7, link}, entry{"y", 1, more}, entry{"z", 1, last})
 	directory(etc, 2)
 	directory(usr, 2)
 	inode(link, inline, unix.S_IFLNK|0o777, 1, 1, []byte("w"))
-	for _, nid := range []int{file, more} {
+	for _, nid := range []int{file, more, last} {
 		inode(nid, plain, unix.S_IFREG|0o755, 1, len(program), nil)
 		le.PutUint32(b[nid*slot+16:], 1) // its first block
 	}
@@ -181,7 +182,7 @@ func tinyImage() []byte {
 	le.PutUint32(b[super:], 0xe0f5e1e2)
 	b[super+12] = 12 // the block's bits
 	le.PutUint16(b[super+14:], root)
-	le.PutUint64(b[super+16:], 7)                            // inodes
+	le.PutUint64(b[super+16:], 8)                            // inodes
 	le.PutUint32(b[super+36:], uint32(1+len(program)/block)) // blocks
 	return append(b, program...)
 }
