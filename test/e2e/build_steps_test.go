@@ -154,6 +154,16 @@ ssh-keygen -l -f k.pub | cut -d' ' -f2`
 	})
 	t.Run("a parent control group", func(t *testing.T) {
 		parent := d.Name + "-buildparent"
+		t.Cleanup(func() { // it is the user's, who named it
+			for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+				groups, _ := filepath.Glob(pattern + parent)
+				for _, g := range groups {
+					if err := os.Remove(g); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
 		cmd, ended := d.inBackground(t, own, contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN exec sleep 100000\n"}), "--cgroup-parent", "/"+parent)
 		eventually(t, "the step in its control group", func() string {
 			if found, _ := filepath.Glob("/sys/fs/cgroup/memory/" + parent + "/*"); len(found) > 0 {
@@ -198,7 +208,7 @@ ssh-keygen -l -f k.pub | cut -d' ' -f2`
 			"FROM busybox\nCOPY --frm=x a b\n":             `Dockerfile:2:6`,
 			"FROM busybox\nRUN --mount=type=nosuch true\n": `Dockerfile:2:\d+`,
 			"FROM busybox\n\nCOPY nothere /x\n":            `Dockerfile:3:6`,
-			"FROM busybox AS a\nFROM nosuch.invalid/x:1\n": `Dockerfile:2:\d+`,
+			"FROM busybox AS a\nFROM 127.0.0.1:1/x:1\n":    `Dockerfile:2:\d+`,
 			"RUN true\n":                         `Dockerfile:1:1`,
 			"FROM busybox\nRUN <<E\nnot ended\n": `Dockerfile:2:\d+`,
 		} {
