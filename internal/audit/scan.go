@@ -272,11 +272,11 @@ func owned(ctx context.Context, s layered.Stack) map[string]bool {
 	// A database that can't be read makes findings worse than they are, no better.
 	_ = packages.ReadRPM(s, func(h packages.RPMHeader) bool {
 		for _, f := range h.Files() {
-			if len(out) < maxOwned {
+			if left -= int64(len(f)); left > 0 && len(out) < maxOwned {
 				out[f] = true
 			}
 		}
-		return ctx.Err() == nil && len(out) < maxOwned
+		return ctx.Err() == nil && left > 0 && len(out) < maxOwned
 	})
 	return out
 }

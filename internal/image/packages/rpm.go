@@ -20,7 +20,9 @@ const (
 	maxHeader  = 16 << 20 // of one package; the largest, kernels', have 2 MiB
 	maxHeaders = 50_000
 	maxEntries = 4096
-	maxNames   = 1 << 20 // of files, in one package
+	maxNames   = 1 << 20  // of files, in one package
+	maxRead    = 1 << 30  // of one database; it may name the same bytes more than once
+	maxPaths   = 64 << 20 // bytes of the paths of one package's files
 )
 
 var errRPM = errors.New("not a database of rpm")
@@ -184,13 +186,20 @@ func (h RPMHeader) pack() (p Package, ok bool) {
 	return p, true
 }
 
-// Files are the absolute paths of the package's files.
+// Files are the absolute paths of the package's files, up to a bound of their bytes: a
+// header says in few how long directories have many files.
 func (h RPMHeader) Files() (out []string) {
 	dirs, at := h.texts(tagDirNames), h.numbers(tagDirIndexes)
+	left := maxPaths
 	for i, name := range h.texts(tagBaseNames) {
-		if i < len(at) && int64(at[i]) < int64(len(dirs)) {
-			out = append(out, dirs[at[i]]+name)
+		if i >= len(at) || int64(at[i]) >= int64(len(dirs)) {
+			continue
 		}
+		dir := dirs[at[i]]
+		if left -= len(dir) + len(name); left < 0 {
+			break
+		}
+		out = append(out, dir+name)
 	}
 	return out
 }
@@ -212,6 +221,7 @@ func readNDB(r io.ReaderAt, size int64, f func([]byte) bool) error {
 		return fmt.Errorf("slots: %w", err)
 	}
 	var blob []byte
+	left := int64(maxRead)
 	for s := slots; len(s) >= slot; s = s[slot:] {
 		if string(s[:4]) != "Slot" || binary.LittleEndian.Uint32(s[4:]) == 0 {
 			continue
@@ -222,7 +232,7 @@ func readNDB(r io.ReaderAt, size int64, f func([]byte) bool) error {
 			return fmt.Errorf("a package is not where its slot says: %w", errRPM)
 		}
 		n := int64(binary.LittleEndian.Uint32(h[12:]))
-		if n > maxHeader || at+n > size {
+		if left -= n; n > maxHeader || at+n > size || left < 0 {
 			return fmt.Errorf("a package of %d bytes: %w", n, errRPM)
 		}
 		if int64(cap(blob)) < n {

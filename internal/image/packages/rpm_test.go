@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/binary"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -136,6 +137,64 @@ func TestNDB(t *testing.T) {
 	}
 	if list, err := ParseRPM(bytes.NewReader(b[:4200]), 4200); err == nil {
 		t.Errorf("cut: %v", list)
+	}
+}
+
+// rpmHeader makes a header of entries of strings and numbers.
+func rpmHeader(dir string, names []string) []byte {
+	var index, data []byte
+	entry := func(tag, kind uint32, n int, b []byte) {
+		for _, v := range []uint32{tag, kind, uint32(len(data)), uint32(n)} {
+			index = binary.BigEndian.AppendUint32(index, v)
+		}
+		data = append(data, b...)
+	}
+	entry(tagDirNames, typeStrings, 1, []byte(dir+"\x00"))
+	entry(tagBaseNames, typeStrings, len(names), []byte(strings.Join(names, "\x00")+"\x00"))
+	entry(tagDirIndexes, typeInt32, len(names), make([]byte, 4*len(names)))
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(index)/16))
+	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
+	return append(append(b, index...), data...)
+}
+
+// TestHostileRPM: what names the same bytes again and again takes neither memory nor time
+// without bounds.
+func TestHostileRPM(t *testing.T) {
+	h, ok := parseHeader(rpmHeader("/"+strings.Repeat("d", 8<<20), slices.Repeat([]string{"f"}, 100_000)))
+	if !ok {
+		t.Fatal("no header")
+	}
+	if n := len(h.Files()); n == 0 || n > maxPaths>>23 {
+		t.Errorf("%d paths of 8 MiB each", n)
+	}
+	// A root page of the schema's whose cells all lead to one page of cells that all are
+	// the same empty row.
+	const page = 65536
+	b := make([]byte, 2*page)
+	copy(b, "SQLite format 3\x00")
+	binary.BigEndian.PutUint16(b[16:], 1) // 65536
+	fill := func(at, first int, kind byte, cell []byte) {
+		b[at] = kind
+		n := (page - 200) / 2
+		binary.BigEndian.PutUint16(b[at+3:], uint16(n))
+		off := page - len(cell)
+		for i := range n {
+			binary.BigEndian.PutUint16(b[at+first+2*i:], uint16(off))
+		}
+		copy(b[at/page*page+off:], cell)
+	}
+	fill(100, 12, interior, []byte{0, 0, 0, 2, 0, 0})
+	fill(page, 8, leaf, []byte{1, 1, 1, 0, 0, 0})
+	if err := RPMHeaders(bytes.NewReader(b), int64(len(b)), func(RPMHeader) bool { return true }); !errors.Is(err, errRPM) {
+		t.Errorf("rows without end: %v", err)
+	}
+	// Slots of rpm's own form that all lead to one large package.
+	b = ndb(make([]byte, maxHeader))
+	for s := 48; s+16 <= 4096; s += 16 {
+		copy(b[s:s+16], b[32:48])
+	}
+	if err := RPMHeaders(bytes.NewReader(b), int64(len(b)), func(RPMHeader) bool { return true }); !errors.Is(err, errRPM) {
+		t.Errorf("packages without end: %v", err)
 	}
 }
 

@@ -15,7 +15,7 @@ func readSQLite(r io.ReaderAt, size int64, table string, column int, f func([]by
 	if _, err := r.ReadAt(head[:], 0); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
-	s := &sqlite{r: r, page: int64(binary.BigEndian.Uint16(head[16:])), left: maxPages}
+	s := &sqlite{r: r, page: int64(binary.BigEndian.Uint16(head[16:])), left: maxRead, rows: maxRows}
 	if s.page == 1 {
 		s.page = 65536
 	}
@@ -41,18 +41,19 @@ func readSQLite(r io.ReaderAt, size int64, table string, column int, f func([]by
 }
 
 const (
-	maxPages = 1 << 19 // that are looked at: 2 GiB of the usual size
+	maxRows  = 1 << 18 // that are looked at
 	maxLevel = 20
 )
 
 type sqlite struct {
 	r                   io.ReaderAt
 	page, usable, pages int64
-	left                int
+	left                int64 // bytes that may still be read
+	rows                int
 }
 
 func (s *sqlite) read(n int64) ([]byte, error) {
-	if s.left--; n < 1 || n > s.pages || s.left < 0 {
+	if s.left -= s.page; n < 1 || n > s.pages || s.left < 0 {
 		return nil, fmt.Errorf("page %d of %d: %w", n, s.pages, errRPM)
 	}
 	b := make([]byte, s.page)
@@ -82,6 +83,9 @@ func (s *sqlite) walk(n int64, level int, f func([]byte) bool) (more bool, err e
 		off := int(binary.BigEndian.Uint16(b[at+2*i:]))
 		if off+4 > len(b) {
 			return false, fmt.Errorf("page %d: a cell outside of it: %w", n, errRPM)
+		}
+		if s.rows--; s.rows < 0 { // cells may lead to the same place again and again
+			return false, fmt.Errorf("more than %d rows: %w", maxRows, errRPM)
 		}
 		if kind == interior {
 			more, err = s.walk(int64(binary.BigEndian.Uint32(b[off:])), level+1, f)
