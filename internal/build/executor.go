@@ -390,8 +390,11 @@ func (x *executor) mount(ctx context.Context, m bkexecutor.Mount, tmp string, he
 	}
 	switch mm.Type {
 	case "bind", "rbind":
-		if out.ReadOnly && sub != "" && x.isSnapshot(mm.Source) { // an image of one layer
-			return merged(out, []string{mm.Source}, sub)
+		// Not merged: what can't be written to by this step may be a cache that another writes to.
+		if out.ReadOnly && sub != "" && x.isSnapshot(mm.Source) {
+			if _, _, err := layered.Stack([]string{mm.Source}).Sub(sub); err != nil {
+				return out, err
+			}
 		}
 		if sub != "" {
 			sub = resolved([]string{mm.Source}, sub)

@@ -74,7 +74,8 @@ RUN --mount=%s,target=/y/canary,source=%s rm -rf /y; ln -s %s /y; true
 		}
 		go func() { swapping <- prog.Wait() }()
 		for i := range 6 {
-			look := contextOf(t, map[string]string{"Dockerfile": fmt.Sprintf("FROM busybox\nRUN --mount=type=cache,id=race,source=sub,target=/m test ! -e /m/canary && echo %d\n", i)})
+			mount := "type=cache,id=race,source=sub,target=/m" + []string{"", ",ro"}[i%2]
+			look := contextOf(t, map[string]string{"Dockerfile": fmt.Sprintf("FROM busybox\nRUN --mount=%s test ! -e /m/canary && echo %d\n", mount, i)})
 			r := d.build(t, own, look, "", nil, ".")
 			if strings.Contains(r.Err, "did not complete successfully: exit code: 1") {
 				t.Errorf("the host's directory was mounted:\n%s", r.Err)
