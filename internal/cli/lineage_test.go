@@ -109,6 +109,8 @@ func TestRebuildFromRecords(t *testing.T) {
 		says string
 	}{
 		{&imageapi.Definition{Context: here, Secrets: []string{"id=a,src=/etc/shadow"}}, imageapi.StepBuild, here + ", secret id=a,src=/etc/shadow"},
+		{&imageapi.Definition{Context: here, Dockerfile: "/etc/shadow"}, imageapi.StepBuild, here + ", Dockerfile /etc/shadow;"},
+		{&imageapi.Definition{Context: here, Dockerfile: here + "/Dockerfile"}, imageapi.StepBuild, here + ";"},
 		{&imageapi.Definition{Context: here, Host: "another.example"}, imageapi.StepNone, "built on another.example"},
 		{&imageapi.Definition{Context: here + "/none"}, imageapi.StepNone, "not on this machine"},
 		{&imageapi.Definition{Context: "git@host.example:a.git", Host: "another.example"}, imageapi.StepBuild, "git@host.example:a.git"},

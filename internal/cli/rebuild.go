@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -134,6 +135,10 @@ func stepName(s imageapi.Step) string {
 // takes says what a build takes of this machine.
 func takes(d *imageapi.Definition) string {
 	out := "built from " + d.Context
+	// It is read wherever it is; of a remote context it is a part.
+	if d.Dockerfile != "" && !buildopts.Remote(d.Context) && filepath.Dir(d.Dockerfile) != filepath.Clean(d.Context) {
+		out += ", Dockerfile " + d.Dockerfile
+	}
 	for _, part := range []struct {
 		what string
 		list []string
