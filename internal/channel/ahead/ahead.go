@@ -102,16 +102,21 @@ func appendRecord(b []byte, kind uint32, count, id uint64, payload []byte) []byt
 }
 
 // Counts are of requests that change something, as far as one has read the
-// stream: names and attributes, and files' content.
+// stream: names and attributes, and files' content. Those that the relay answers
+// itself are not among them.
 type Counts struct{ Names, Content uint64 }
 
 // Changes says what a request, of which at least the header is there, may change
 // or ask to be seen anew.
 func Changes(request []byte) (names, content bool) {
 	switch binary.NativeEndian.Uint32(request[4:]) {
-	case opLookup, opForget, opGetAttr, opReadlink, opRead, opStatFs, opRelease, opFsync, opGetXAttr, opListXAttr, opFlush, opOpenDir,
-		opReadDir, opReleaseDir, opFsyncDir, opGetLk, opAccess, opInterrupt, opBatchForget, opReadDirPlus, opLseek:
+	case opForget, opReadlink, opRead, opStatFs, opRelease, opFsync, opGetXAttr, opListXAttr, opFlush, opOpenDir,
+		opReadDir, opReleaseDir, opFsyncDir, opGetLk, opAccess, opInterrupt, opBatchForget, opLseek:
 		return false, false
+	case opLookup, opGetAttr, opReadDirPlus:
+		// Content must not be older than attributes that the kernel gets meanwhile: it
+		// would keep it as theirs for as long as they stay.
+		return false, true
 	case opOpen:
 		return false, len(request) < inHeader+4 || binary.NativeEndian.Uint32(request[inHeader:])&truncates != 0
 	case opWrite, opFallocate, opCopyFileRange:

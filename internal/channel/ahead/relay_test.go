@@ -126,7 +126,8 @@ func TestContent(t *testing.T) {
 	if b, _, ok := ask(t, &r, read(1, 0, 4)); !ok || string(b) != "cont" {
 		t.Errorf("%v %q", ok, b)
 	}
-	for what, change := range map[string][]byte{"write": request(opWrite, 5, 0), "lock": request(opSetLkw, 5, 0), "truncation": request(opOpen, 5, truncates), "size": request(opSetAttr, 5, 0)} {
+	for what, change := range map[string][]byte{"write": request(opWrite, 5, 0), "lock": request(opSetLkw, 5, 0), "truncation": request(opOpen, 5, truncates), "size": request(opSetAttr, 5, 0),
+		"look": request(opLookup, 1), "question": request(opGetAttr, 5, 0, 0), "list": request(opReadDirPlus, 1, 0, 0, 0)} {
 		tell(t, &r, AppendContent(nil, r.counts, 1, time.Hour, []byte("content")))
 		_, _ = r.Request(change)
 		if _, _, ok := ask(t, &r, read(1, 0, 4096)); ok {
@@ -137,6 +138,15 @@ func TestContent(t *testing.T) {
 	_, _ = r.Request(request(opOpen, 6, 0))
 	if _, _, ok := ask(t, &r, read(1, 0, 4096)); !ok {
 		t.Error("lost by an opening")
+	}
+	// A question that the host does not get leaves both ends with the same count.
+	tell(t, &r, AppendAttr(nil, r.counts, 5, attr(time.Hour)))
+	tell(t, &r, AppendContent(nil, r.counts, 1, time.Hour, []byte("content")))
+	if _, _, ok := ask(t, &r, request(opGetAttr, 5, 0, 0)); !ok {
+		t.Error("no attributes")
+	}
+	if _, _, ok := ask(t, &r, read(1, 0, 4096)); !ok {
+		t.Error("lost by a question that went nowhere")
 	}
 }
 

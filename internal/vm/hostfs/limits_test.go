@@ -388,6 +388,26 @@ func TestForetold(t *testing.T) {
 	if n, _ := g.ReadAt(b, 0); string(b[:n]) != "IN the host" {
 		t.Errorf("%q", b[:n])
 	}
+	// It is never older than the attributes that the guest has: it would be kept as theirs.
+	shared := filepath.Join(dir, "shared")
+	write := func(text string, age time.Duration) { // in place
+		must(t, os.WriteFile(shared, []byte(text), 0o600))
+		when := time.Now().Add(-age)
+		must(t, os.Chtimes(shared, when, when))
+	}
+	write("one", 3*time.Hour)
+	content(t, filepath.Join(at, "shared"), "one")
+	write("two", 2*time.Hour)
+	x, err := os.Open(filepath.Join(at, "shared")) // told now
+	must(t, err)
+	defer x.Close()
+	write("six", time.Hour)
+	_, err = x.Stat()
+	must(t, err)
+	if n, _ := x.ReadAt(b, 0); string(b[:n]) != "six" {
+		t.Errorf("%q", b[:n])
+	}
+	content(t, filepath.Join(at, "shared"), "six")
 	// Capabilities that are there go with a write.
 	must(t, unix.Setxattr(path, "security.capability", netRaw(), 0))
 	_, err = f.WriteAt([]byte("x"), 0)
