@@ -167,7 +167,7 @@ func CheckImage(f Image) []imageapi.Finding {
 			"give it to the step that needs it by RUN --mount=type=secret, build again, and replace the secret: whoever has the image has it")
 	}
 	for _, a := range f.Files.Shadow {
-		c.add("empty-password", imageapi.High, "/etc/shadow", fmt.Sprintf("the account %s has no password", a), "RUN passwd -l "+a)
+		c.add("empty-password", imageapi.High, "/etc/shadow", fmt.Sprintf("the account %s has no password", a), "RUN passwd -l "+word(a))
 	}
 	c.env(f.Env, "in the image: whoever has it can read the value", "remove ENV %[1]s; give the value to containers: --env %[1]s, or a file in /run/secrets")
 	for i, h := range f.History {
@@ -218,10 +218,19 @@ func (c *collector) special(s Special) {
 			severity = imageapi.Low
 		}
 		c.add("setuid-file", severity, s.Path, fmt.Sprintf("%s: whoever executes it has the rights of %s", bits, who),
-			fmt.Sprintf("RUN chmod %s %s; for one container: --security-opt no-new-privileges", chmod, s.Path))
+			fmt.Sprintf("RUN chmod %s %s; for one container: --security-opt no-new-privileges", chmod, word(s.Path)))
 	} else if s.Others {
-		c.add("writable-by-all", imageapi.Medium, s.Path, "every user may change it", "RUN chmod o-w "+s.Path)
+		c.add("writable-by-all", imageapi.Medium, s.Path, "every user may change it", "RUN chmod o-w "+word(s.Path))
 	}
+}
+
+// word is a foreign name as one word of a shell's command line: whoever follows the advice
+// does so by copying it.
+func word(s string) string {
+	if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._+,:@%-") == "" && !strings.HasPrefix(s, "-") {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
 func (c *collector) env(env []string, why, fix string) {

@@ -136,9 +136,9 @@ func (c *collector) written(f Container) {
 				who = fmt.Sprintf("group %d", s.GID)
 			}
 			c.add("setuid-file", severity, s.Path, "made in the container: whoever executes it has the rights of "+who,
-				"--security-opt no-new-privileges, and --read-only; for this one: tenon exec "+f.Name+" chmod ug-s "+s.Path)
+				"--security-opt no-new-privileges, and --read-only; for this one: tenon exec "+f.Name+" chmod ug-s "+word(s.Path))
 		case !s.Packaged:
-			c.add("writable-by-all", imageapi.Medium, s.Path, "made in the container: a program that every user may change", fix+" o-w "+s.Path)
+			c.add("writable-by-all", imageapi.Medium, s.Path, "made in the container: a program that every user may change", fix+" o-w "+word(s.Path))
 		}
 	}
 	for _, s := range f.Files.Secrets {
@@ -147,9 +147,9 @@ func (c *collector) written(f Container) {
 			severity = imageapi.Low
 		}
 		c.add("secret-file", severity, s.Path, fmt.Sprintf("%s (%s) was written into its root file system: it stays there when the process ends, and goes into what is committed or exported of it", s.Secret.What, s.Secret.Shown),
-			"--tmpfs "+path.Dir(s.Path)+", a volume, or a file mounted in /run/secrets; --read-only keeps it out")
+			"--tmpfs "+word(path.Dir(s.Path))+", a volume, or a file mounted in /run/secrets; --read-only keeps it out")
 	}
 	for _, a := range f.Files.Shadow {
-		c.add("empty-password", imageapi.High, "/etc/shadow", fmt.Sprintf("the account %s has no password", a), "tenon exec "+f.Name+" passwd -l "+a)
+		c.add("empty-password", imageapi.High, "/etc/shadow", fmt.Sprintf("the account %s has no password", a), "tenon exec "+f.Name+" passwd -l "+word(a))
 	}
 }

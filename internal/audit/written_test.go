@@ -113,6 +113,25 @@ func FuzzWritten(f *testing.F) {
 	})
 }
 
+// Advice can be copied to a shell, whatever files are called.
+func TestForeignNames(t *testing.T) {
+	found := false
+	for _, x := range CheckContainer(Container{Name: "c", Files: Files{Special: []Special{{Path: "/tmp/a b';reboot;", Setuid: true}}}}) {
+		if x.Rule == "setuid-file" {
+			found = true
+			if !strings.HasSuffix(x.Fix, ` chmod ug-s '/tmp/a b'\'';reboot;'`) {
+				t.Error(x.Fix)
+			}
+		}
+	}
+	if !found {
+		t.Error("not found")
+	}
+	if w := word("/usr/bin/g++-12"); w != "/usr/bin/g++-12" {
+		t.Error(w)
+	}
+}
+
 // Every rule says how to mend what it has found, and is one of those that are explained.
 func TestEveryRuleIsFound(t *testing.T) {
 	files := Files{
