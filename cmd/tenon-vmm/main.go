@@ -77,7 +77,7 @@ func serve(args []string) error {
 	fs.Int64Var(&c.PoolMemory, "pool-memory", 0, "bytes that they may cost together (default: any)")
 	fs.DurationVar(&c.HangTime, "hang-time", 0, "a machine whose guest has not answered for this long is ended (default: 3m)")
 	fs.DurationVar(&c.IdleTrim, "idle-trim", 0, "an emulated machine that has stood still for this long gives its translated code's memory back (default: none)")
-	defaults := fs.String("defaults", "", "file with what containers have by default: an OCI specification's linux (JSON), of which seccomp and resources.devices count")
+	defaults := fs.String("defaults", "", "file with the OCI specification (JSON) of a container that asks for nothing: machines that wait have run one like it (default: another)")
 	logFile := fs.String("log", "", "file for messages (default: standard error)")
 	debugLog := fs.Bool("debug", false, "log more")
 	readyFD := fs.Int("ready-fd", -1, "descriptor that is written to and closed when the socket is there")

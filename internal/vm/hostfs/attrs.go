@@ -80,7 +80,7 @@ func (s *server) set(n *node, in *fuse.SetAttrIn) error {
 }
 
 // newOwner is what the owners are to be in the tree, -1: what they are. A file
-// whose owners aren't the guest's stays as it is, unless it gets others.
+// whose owners aren't the guest's stays as it is.
 func (s *server) newOwner(n *node, uid, gid uint32, uok, gok bool) (u, g int, err error) {
 	u, g = -1, -1
 	if uok {
@@ -96,9 +96,6 @@ func (s *server) newOwner(n *node, uid, gid uint32, uok, gok bool) (u, g int, er
 			return -1, -1, unix.EOVERFLOW
 		}
 		g = int(id)
-	}
-	if uok && gok {
-		return u, g, nil
 	}
 	return u, g, s.mapped(n, unix.EOVERFLOW)
 }

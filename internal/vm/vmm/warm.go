@@ -446,7 +446,7 @@ const (
 	quietTime  = 20 * time.Second
 )
 
-// warmSpec is a container as the engine makes them by default.
+// plainSpec is a container much as the engine makes them by default.
 func plainSpec() *specs.Spec {
 	caps := []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID",
 		"CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE"}
