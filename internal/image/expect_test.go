@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -55,5 +56,24 @@ func TestLooseBlobsGo(t *testing.T) {
 	defer s.mu.RUnlock()
 	if s.expected != 0 {
 		t.Errorf("%d blobs are expected", s.expected)
+	}
+}
+
+// A blob that a client keeps by asking for it again counts for as long as it is kept.
+func TestKeptBlobsCount(t *testing.T) {
+	s := open(t)
+	r, err := s.Repositories("reg.test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Limit(RepositoryLimits{Uploads: uploadStep})
+	d := digest.FromString("x")
+	s.pushes.add(d, 1)
+	s.pushes.mu.Lock()
+	s.pushes.loose[d] = looseBlob{1, time.Now().Add(-2 * s.expectFor)}
+	s.pushes.mu.Unlock()
+	r.Expect("app", d)
+	if err := r.grant(uploadStep); !errors.Is(err, ErrNoRoom) {
+		t.Errorf("%v", err)
 	}
 }

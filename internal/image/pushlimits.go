@@ -142,6 +142,16 @@ func (p *pushState) add(d digest.Digest, size int64) {
 	p.bytes += size
 }
 
+// keep counts a blob that is kept for longer for longer, too.
+func (p *pushState) keep(d digest.Digest) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if b, is := p.loose[d]; is {
+		b.at = time.Now()
+		p.loose[d] = b
+	}
+}
+
 // settle forgets blobs that a manifest needs now, or that are gone.
 func (p *pushState) settle(all ...digest.Digest) {
 	p.mu.Lock()

@@ -266,6 +266,7 @@ func (s *Store) expect(name string, d digest.Digest) error {
 		s.expected++
 	}
 	sh.expected[d] = time.Now()
+	s.pushes.keep(d)
 	s.armExpiryLocked(s.expectFor)
 	return nil
 }

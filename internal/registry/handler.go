@@ -406,12 +406,12 @@ func (c *call) document() (b []byte, release func(), err error) {
 	case c.r.ContentLength >= 0:
 		n = c.r.ContentLength
 	}
-	if !c.g.takeMemory(n) {
+	if !c.g.takeMemory(c.user, n) {
 		return nil, nil, fail(http.StatusTooManyRequests, "TOOMANYREQUESTS", "too many manifests come at once")
 	}
 	defer func() {
 		if err != nil {
-			c.g.takeMemory(-n)
+			c.g.takeMemory(c.user, -n)
 		}
 	}()
 	body := c.body()
@@ -429,7 +429,7 @@ func (c *call) document() (b []byte, release func(), err error) {
 	case <-c.r.Context().Done():
 		return nil, nil, context.Cause(c.r.Context())
 	}
-	return b, func() { <-c.g.parsing; c.g.takeMemory(-n) }, nil
+	return b, func() { <-c.g.parsing; c.g.takeMemory(c.user, -n) }, nil
 }
 
 // maxManifest bounds a manifest that is pushed.

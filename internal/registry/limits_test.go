@@ -160,6 +160,19 @@ func TestManifestMemory(t *testing.T) {
 	v.want(400, "MANIFEST_INVALID", "PUT", "/v2/app/manifests/y", strings.NewReader("{}"), "Content-Type", ocispec.MediaTypeImageManifest)
 }
 
+// One user can't have all of that memory.
+func TestMemoryOfOne(t *testing.T) {
+	g := New(Config{})
+	if !g.takeMemory("a", maxMemory/2) || g.takeMemory("a", 1) || !g.takeMemory("b", maxMemory/2) || g.takeMemory("c", 1) {
+		t.Error("not half for each of two")
+	}
+	g.takeMemory("a", -maxMemory/2)
+	g.takeMemory("b", -maxMemory/2)
+	if g.memory != 0 || len(g.own) != 0 {
+		t.Errorf("%d bytes, of %v, are not given back", g.memory, g.own)
+	}
+}
+
 // One machine can't have all connections.
 func TestConnectionsOfOne(t *testing.T) {
 	l := &limited{from: map[netip.Addr]int{}}

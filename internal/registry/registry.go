@@ -39,7 +39,7 @@ const (
 	maxConns     = 512              // connections at once: each may cost a goroutine and buffers
 	maxUploads   = 256              // uploads under way
 	maxEach      = 128              // of connections and uploads: those of one address, or user
-	maxMemory    = 64 << 20         // manifests that are being read
+	maxMemory    = 64 << 20         // manifests that are being read; half of it those of one user
 	parseAtOnce  = 2                // manifests that are being looked at
 	headerTime   = 20 * time.Second // for a request's header: slow clients hold a connection each
 	keepTime     = 2 * time.Minute  // an idle connection
@@ -92,6 +92,7 @@ type Registry struct {
 	mu      sync.Mutex
 	uploads map[string]*upload // by ID
 	memory  int64              // of manifests that are being read
+	own     map[string]int64   // the same by user
 	full    time.Time          // when the log was told last that there is no room
 	closed  bool
 }
@@ -101,7 +102,7 @@ func New(cfg Config) *Registry {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Registry{cfg: cfg, log: cfg.Log, uploads: map[string]*upload{}, parsing: make(chan struct{}, parseAtOnce)}
+	return &Registry{cfg: cfg, log: cfg.Log, uploads: map[string]*upload{}, own: map[string]int64{}, parsing: make(chan struct{}, parseAtOnce)}
 }
 
 // tellFull tells whether the log is to hear again that there is no room: clients bring
@@ -116,15 +117,18 @@ func (g *Registry) tellFull() bool {
 	return true
 }
 
-// takeMemory takes, or with less than nothing gives back, memory for manifests; false if
-// there is not so much.
-func (g *Registry) takeMemory(n int64) bool {
+// takeMemory takes, or with less than nothing gives back, memory for a user's manifests;
+// false if there is not so much. Without users ("") there is one machine's only.
+func (g *Registry) takeMemory(user string, n int64) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if n > 0 && g.memory+n > maxMemory {
+	if n > 0 && (g.memory+n > maxMemory || user != "" && g.own[user]+n > maxMemory/2) {
 		return false
 	}
 	g.memory += n
+	if g.own[user] += n; g.own[user] == 0 {
+		delete(g.own, user)
+	}
 	return true
 }
 
