@@ -53,6 +53,7 @@ func (e *Engine) checkImageMounts(ctx context.Context, r *container.Record) erro
 		if m.Image == nil {
 			continue
 		}
+		e.cfg.Images.Hold(m.Image.ID)() // a removal that did not know the container has ended then
 		if _, _, err := e.imageMountPaths(ctx, m); err != nil {
 			return err
 		}
