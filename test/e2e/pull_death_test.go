@@ -58,7 +58,10 @@ func (c *cutter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if stop && r.Method == http.MethodHead {
 		close(reached)
-		<-over
+		select {
+		case <-over:
+		case <-r.Context().Done():
+		}
 		return
 	}
 	w.WriteHeader(resp.StatusCode)
@@ -66,7 +69,10 @@ func (c *cutter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.CopyN(w, resp.Body, resp.ContentLength/2) // its reader is about to die
 		_ = http.NewResponseController(w).Flush()
 		close(reached)
-		<-over
+		select {
+		case <-over:
+		case <-r.Context().Done():
+		}
 		return
 	}
 	_, _ = io.Copy(w, resp.Body) // as above
@@ -87,7 +93,10 @@ func TestDaemonKilledInPull(t *testing.T) {
 	d.Must(t, "rmi", "-f", reg.addr+"/app:1", "busybox")
 	c := &cutter{registry: reg.addr}
 	front := httptest.NewServer(c)
-	t.Cleanup(front.Close)
+	t.Cleanup(func() {
+		front.CloseClientConnections() // Close waits for what has stopped
+		front.Close()
+	})
 	ref := strings.TrimPrefix(front.URL, "http://") + "/app:1"
 	files := func() string {
 		var left []string
