@@ -420,7 +420,8 @@ func (e *Engine) machineHandover(ctx context.Context, c *ctr, p *prepared, g *gu
 	if h.Shares, err = machineShares(p.mounts); err != nil {
 		return h, err
 	}
-	return h, e.mapMachine(r, p, &h)
+	err = e.mapMachine(r, p, &h)
+	return h, err
 }
 
 // machineShares are the host's directories and files among the mounts, in their
