@@ -379,7 +379,9 @@ func (d *Daemon) servesImages(t *testing.T) (addr string) {
 		t.Fatal(err)
 	}
 	lines := bufio.NewScanner(out)
+	silent := time.AfterFunc(patience(time.Minute), cancel)
 	said := lines.Scan()
+	silent.Stop()
 	_, rest, _ := strings.Cut(lines.Text(), "http://")
 	addr, _, _ = strings.Cut(rest, ";")
 	drained := make(chan struct{})
