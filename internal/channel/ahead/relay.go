@@ -27,7 +27,7 @@ type Relay struct {
 	caps   map[uint64]answer
 	reads  map[uint64]answer   // by open file
 	silent map[uint64]struct{} // open files
-	locked map[uint64]struct{} // nodes that had locks
+	locked map[uint64]struct{} // nodes whose locks somebody had, or asked for
 	many   bool                // more of them than are noted: any may have some
 	reply  []byte
 }
@@ -68,7 +68,7 @@ func (r *Relay) Request(m []byte) (reply []byte, forward bool) {
 		if a, ok := take(r.reads, binary.NativeEndian.Uint64(body), r.counts.Content); ok {
 			return r.answer(m, 0, a.data[:min(len(a.data), int(binary.NativeEndian.Uint32(body[16:])))]), false
 		}
-	case opSetLk, opSetLkw:
+	case opGetLk, opSetLk, opSetLkw: // the host keeps something of each
 		if r.locked == nil {
 			r.locked = map[uint64]struct{}{}
 		}

@@ -170,6 +170,11 @@ func TestClosing(t *testing.T) {
 	if _, _, ok := ask(t, &r, flush(6, 2)); !ok {
 		t.Error("another file has no locks")
 	}
+	tell(t, &r, AppendSilentClose(nil, 3))
+	_, _ = r.Request(request(opGetLk, 7, 9))
+	if _, _, ok := ask(t, &r, flush(7, 3)); ok {
+		t.Error("what the host keeps of a question would stay")
+	}
 	m := request(opRelease, 6, 2, 0, 0)
 	if _, errno, ok := ask(t, &r, m); !ok || errno != 0 {
 		t.Error("nobody waits for it")

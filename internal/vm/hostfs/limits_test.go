@@ -429,6 +429,18 @@ func TestForetold(t *testing.T) {
 	must(t, unix.FcntlFlock(h.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}))
 }
 
+// TestLocksAsked: who has asked for locks, and closed the file, leaves nothing with the
+// server.
+func TestLocksAsked(t *testing.T) {
+	at := mount(t, t.TempDir(), false, filesEnv+"=64") // of which locks get an eighth
+	for i := range 40 {
+		f, err := os.Create(filepath.Join(at, fmt.Sprint(i)))
+		must(t, err)
+		must(t, unix.FcntlFlock(f.Fd(), unix.F_GETLK, &unix.Flock_t{Type: unix.F_WRLCK}))
+		must(t, f.Close())
+	}
+}
+
 // netRaw is a value of file capabilities: CAP_NET_RAW.
 func netRaw() []byte {
 	b := make([]byte, 20)

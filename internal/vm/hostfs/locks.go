@@ -72,6 +72,21 @@ func (s *server) dropLocks(node, owner uint64) {
 	}
 }
 
+// noteOwner has an owner's lockFile go with the open file at the latest: one that is
+// only read is not flushed.
+func (s *server) noteOwner(in *fuse.LkIn) {
+	h, err := s.handle(in.Fh)
+	if err != nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.owners == nil {
+		h.owners = map[uint64]bool{}
+	}
+	h.owners[in.Owner] = true
+}
+
 func flockT(lk *fuse.FileLock) *unix.Flock_t {
 	t := &unix.Flock_t{Type: int16(lk.Typ), Whence: unix.SEEK_SET, Start: int64(lk.Start)}
 	if lk.End < 1<<63-1 && lk.End >= lk.Start {
@@ -89,6 +104,7 @@ func (s *server) GetLk(_ <-chan struct{}, in *fuse.LkIn, out *fuse.LkOut) fuse.S
 	if err != nil {
 		return errno(err)
 	}
+	s.noteOwner(in)
 	t := flockT(&in.Lk)
 	if err := unix.FcntlFlock(l.f.Fd(), unix.F_OFD_GETLK, t); err != nil {
 		return errno(err)
@@ -161,13 +177,6 @@ func (s *server) lock(in *fuse.LkIn) error {
 	if err := unix.FcntlFlock(l.f.Fd(), unix.F_OFD_SETLK, flockT(&in.Lk)); err != nil || in.Lk.Typ == unix.F_UNLCK {
 		return err
 	}
-	if h, err := s.handle(in.Fh); err == nil { // a file that is only read is not flushed
-		h.mu.Lock()
-		if h.owners == nil {
-			h.owners = map[uint64]bool{}
-		}
-		h.owners[in.Owner] = true
-		h.mu.Unlock()
-	}
+	s.noteOwner(in)
 	return s.refresh(n)
 }
