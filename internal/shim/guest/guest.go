@@ -7,6 +7,7 @@
 //	guest.go     the port, the sessions, the end
 //	apply.go     the Guest service: what the host has done before containers run
 //	netlink.go   network interfaces
+//	netns.go     network namespaces, and one that is made ahead
 //	fuse.go      host directories
 //	rawio.go     reading and writing at little cost
 //
