@@ -39,6 +39,7 @@ type daemon struct {
 	cfg      *config.Config
 	log      *slog.Logger
 	engine   *engine.Engine
+	users    atomic.Pointer[engine.Engine] // engine, once it knows all containers
 	images   *image.Store
 	networks *network.Controller
 	machines *vm.VMs
@@ -161,6 +162,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	if err := d.engine.Recover(ctx); err != nil {
 		return nil, err
 	}
+	d.users.Store(d.engine)
 	d.builder = build.New(build.Options{
 		Dir: filepath.Join(cfg.Root, "build"), RunDir: filepath.Join(cfg.RunRoot, "build"), Images: d.images, Steps: d.engine,
 		CacheSize: config.Bytes(cfg.BuildCache), Log: log,
@@ -194,10 +196,11 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize)},
 		Budget: d.cfg.Budget(),
 		InUse: func(id string) []string {
-			if d.engine == nil {
+			e := d.users.Load()
+			if e == nil {
 				return []string{"starting"} // nothing is collected before it is known who uses it
 			}
-			return d.engine.ImageUsers(id)
+			return e.ImageUsers(id)
 		},
 		OnEvent: func(e image.Event) {
 			attrs := map[string]string{}
@@ -344,6 +347,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		PrepareVM: func(ctx context.Context) (any, error) { return d.machines.Prepare(ctx) },
 		Quit:      func() { down.Store(true); quit() }, Log: log,
 		MachineSockets: filepath.Join(cfg.RunRoot, "machines"), Group: cfg.Group,
+		Registry: registryLimits(cfg),
 	})
 	registryEnded, err := d.serveRegistry(ctx)
 	if err != nil {

@@ -37,7 +37,7 @@ func (d *daemon) serveRegistry(ctx context.Context) (wait func(), err error) {
 	}
 	o := registry.Options{
 		Listen: c.Listen, Namespace: c.Namespace, ReadOnly: c.ReadOnly, Log: d.log,
-		Limits: image.RepositoryLimits{Uploads: config.Bytes(c.Uploads), Free: config.Bytes(c.KeepFree), Manifests: c.Manifests},
+		Limits: registryLimits(d.cfg),
 	}
 	if c.Htpasswd != "" {
 		if o.Users, err = registry.OpenUsers(c.Htpasswd); err != nil {
@@ -61,6 +61,12 @@ func (d *daemon) serveRegistry(ctx context.Context) (wait func(), err error) {
 		d.keepRegistry(ctx, o, srv, failed)
 	}()
 	return func() { <-done }, nil
+}
+
+// registryLimits are what the settings say that a registry's clients can make it keep.
+func registryLimits(cfg *config.Config) image.RepositoryLimits {
+	c := cfg.Registry
+	return image.RepositoryLimits{Uploads: config.Bytes(c.Uploads), Free: config.Bytes(c.KeepFree), Manifests: c.Manifests}
 }
 
 // passing tells whether a registry may be there later.

@@ -62,6 +62,9 @@ type Config struct {
 	// MachineSockets is the directory of the machines' own sockets, owned by Group
 	// as ListenConfig's; empty: they have none.
 	MachineSockets, Group string
+	// Registry bounds what clients can make a registry keep that is served by
+	// POST /tenon/v1/registry; zero values are its defaults.
+	Registry image.RepositoryLimits
 	// Log receives warnings, and at debug level one line per request. nil discards.
 	Log *slog.Logger
 }
@@ -95,7 +98,7 @@ func New(cfg Config) *Server {
 		Version: cfg.Version, GitCommit: cfg.GitCommit, BuildTime: cfg.BuildTime, Log: log,
 	})
 	s := &Server{cfg: cfg, log: log}
-	own := tenon.Config{Engine: cfg.Engine, Images: cfg.Images, Doctor: cfg.Doctor, PrepareVM: cfg.PrepareVM, Footprint: cfg.Footprint, Quit: cfg.Quit, Log: log}
+	own := tenon.Config{Engine: cfg.Engine, Images: cfg.Images, Doctor: cfg.Doctor, PrepareVM: cfg.PrepareVM, Footprint: cfg.Footprint, Quit: cfg.Quit, Registry: cfg.Registry, Log: log}
 	if cfg.MachineSockets != "" {
 		s.doors = &doors{s: s, dir: cfg.MachineSockets, open: map[string]*http.Server{}}
 		own.Doors = s.doors

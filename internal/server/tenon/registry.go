@@ -24,7 +24,7 @@ func (a *API) serveRegistry(w http.ResponseWriter, r *http.Request) error {
 	if err := wire.ReadJSON(w, r, &req); err != nil {
 		return err
 	}
-	opts := registry.Options{Listen: req.Listen, Namespace: req.Namespace, ReadOnly: req.ReadOnly, Log: a.log}
+	opts := registry.Options{Listen: req.Listen, Namespace: req.Namespace, ReadOnly: req.ReadOnly, Limits: a.cfg.Registry, Log: a.log}
 	if req.Htpasswd != "" {
 		u, err := registry.ParseUsers([]byte(req.Htpasswd))
 		if err != nil {

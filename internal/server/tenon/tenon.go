@@ -34,6 +34,8 @@ type Config struct {
 	Footprint func(ctx context.Context) (any, error)
 	// Quit makes the daemon end; nil: shutdown is answered with 501.
 	Quit func()
+	// Registry bounds what clients can make a registry keep; zero values are defaults.
+	Registry image.RepositoryLimits
 	// Tenant is the machine whose own socket this is: run and exec alone are served.
 	Tenant string
 	// Doors are the machines' own sockets; nil: they have none.

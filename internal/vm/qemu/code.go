@@ -84,6 +84,10 @@ func (p *Process) Code() (Code, error) {
 // settleTime bounds the wait for QEMU to forget, once it was told to.
 const settleTime = 2 * time.Second
 
+// contTime bounds the command that lets the guest go on: a QEMU that does not answer
+// is ended by who watches it.
+const contTime = 30 * time.Second
+
 // DropCode gives up all translated code of an emulated machine that runs. The guest
 // stands still for some milliseconds, by which its clocks are then behind, and
 // what it runs next is translated again. wake is called if the guest does nothing at
@@ -95,7 +99,9 @@ func (p *Process) DropCode(ctx context.Context, wake func()) (err error) {
 		return err
 	}
 	defer func() {
-		if e := p.Cont(context.WithoutCancel(ctx)); e != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), contTime)
+		defer cancel()
+		if e := p.Cont(ctx); e != nil {
 			err = errors.Join(err, e)
 		}
 	}()

@@ -12,6 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// CanDropCode tells whether DropCode is there on this architecture.
+const CanDropCode = true
+
 // giveUp has a process give up the pages of parts of its private memory, which are
 // zero when they are next touched. A thread of it that waits in a system call is
 // stopped, makes the calls for it, and goes on waiting (ptrace(2)).

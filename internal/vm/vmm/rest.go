@@ -3,6 +3,8 @@ package vmm
 import (
 	"context"
 	"time"
+
+	"tenon.dev/tenon/internal/vm/qemu"
 )
 
 // An emulated machine that stands still gives back the memory of its translated code
@@ -20,7 +22,7 @@ const (
 // rests watches whether a machine in use stands still, until it ends.
 func (v *machine) rests() {
 	rest := v.m.cfg.IdleTrim
-	if rest <= 0 || v.hardware.Accel != "tcg" {
+	if rest <= 0 || v.hardware.Accel != "tcg" || !qemu.CanDropCode {
 		return
 	}
 	var still time.Duration
