@@ -26,7 +26,7 @@ type Bench struct {
 }
 
 // kinds are what --peers chooses from.
-var kinds = []string{"tenon", "docker", "podman", "containerd", "crun", "runc", "gvisor", "floor"}
+var kinds = []string{"tenon", "docker", "podman", "containerd", "crun", "runc", "gvisor", "9p", "floor"}
 
 type subBench struct {
 	name, about string

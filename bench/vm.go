@@ -112,7 +112,7 @@ func benchVM(b *Bench) error {
 		}
 	}
 	b.release(vmKind, "tmpfs")
-	fmt.Println("Not measured: virtual machines with KVM, if the accelerator above is tcg; 9p, which Tenon does not use.")
+	fmt.Println("Not measured: virtual machines with KVM, if the accelerator above is tcg.")
 	fmt.Println()
 	return nil
 }

@@ -20,13 +20,17 @@ type column struct {
 	env    *Env
 	err    error
 	values map[string][]time.Duration
+	// run, if not nil, is how a script is run, instead of in a container.
+	run func(image, text string, options ...string) (string, error)
 }
+
+func newValues() map[string][]time.Duration { return map[string][]time.Duration{} }
 
 // grid makes one whose columns are engines with images.
 func (b *Bench) grid(rows []string, archive string, engines ...*Engine) *grid {
 	g := &grid{rows: rows}
 	for _, en := range b.vmEngines(engines...) {
-		c := &column{engine: en, values: map[string][]time.Duration{}}
+		c := &column{engine: en, values: newValues()}
 		c.env, c.err = b.vmLoaded(en, archive)
 		g.columns = append(g.columns, c)
 	}
@@ -49,13 +53,19 @@ func (c *column) script(image, text string, options ...string) {
 	if c.err != nil {
 		return
 	}
-	argv := vmRun(c.engine, RunOpts{Image: image, Options: options, Args: []string{"sh", "-ec", text}})
-	res, err := c.env.Run(argv...)
+	run := c.run
+	if run == nil {
+		run = func(image, text string, options ...string) (string, error) {
+			res, err := c.env.Run(vmRun(c.engine, RunOpts{Image: image, Options: options, Args: []string{"sh", "-ec", text}})...)
+			return res.Out, err
+		}
+	}
+	out, err := run(image, text, options...)
 	if err != nil {
 		c.err = err
 		return
 	}
-	for line := range strings.Lines(res.Out) {
+	for line := range strings.Lines(out) {
 		f := strings.Split(strings.TrimSpace(line), ":")
 		if len(f) != 3 {
 			continue
@@ -102,6 +112,11 @@ func vmFiles(b *Bench) error {
 	fmt.Printf("Files of a root of 170 MB, each in a new container (the host has them in memory), %d rounds:\n\n", vmRounds(b))
 	const read, tar, create, again = "read all (cat)", "tar of all", "write 1,000 small files", "read 1,000 small files"
 	g := b.grid([]string{read, tar, create, again}, "big.tar", vmProcess, vmPooled, gvisor)
+	if b.wants("9p") && b.wants("tenon") {
+		c := b.ninep()
+		c.ninepRoot(imageBig)
+		g.columns = append(g.columns, c)
+	}
 	for range vmRounds(b) {
 		for _, c := range g.columns {
 			c.script(imageBig, timed([2]string{read, "cat /usr/share/filler*/*/* >/dev/null"}))
@@ -124,6 +139,9 @@ func vmShares(b *Bench) error {
 	fmt.Printf("Files of a bind-mounted directory; what is read was written by another container, %d rounds:\n\n", vmRounds(b))
 	const write, create, read, cat, list = "write 64 MB", "write 1,000 small files", "read 64 MB", "read 1,000 small files", "ls -l of 1,000"
 	g := b.grid([]string{write, read, create, cat, list}, "busybox.tar", vmProcess, vmPooled, gvisor)
+	if b.wants("9p") && b.wants("tenon") {
+		g.columns = append(g.columns, b.ninep())
+	}
 	for i := range vmRounds(b) {
 		for k, c := range g.columns {
 			dir := fmt.Sprintf("/state/share-%d-%d", i, k)
