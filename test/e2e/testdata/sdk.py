@@ -3,7 +3,7 @@
 import io, os, tarfile, threading, time, urllib.request, uuid
 import docker
 
-c = docker.from_env(timeout=30)
+c = docker.from_env(timeout=120)
 name = 'sdk-' + uuid.uuid4().hex[:8]
 assert c.ping() and c.version()['ApiVersion'] and c.info()['ServerVersion'] and 'Images' in c.df()
 out = c.containers.run('busybox', ['sh', '-c', 'echo out; echo err >&2'], remove=True, stderr=True)
@@ -36,7 +36,7 @@ try:
     assert k.exec_run('seq 100000').output.count(b'\n') == 100000
     assert k.exec_run('tty', tty=True).output == b'/dev/pts/0\r\n'
     s = k.exec_run('cat', stdin=True, socket=True).output
-    s._sock.settimeout(20)
+    s._sock.settimeout(60)
     s._sock.sendall(b'typed\n')
     got = b''
     while b'typed\n' not in got:
@@ -55,7 +55,7 @@ try:
     port = k.ports['80/tcp'][0]['HostPort']
     for attempt in range(200):  # until it listens
         try:
-            page = urllib.request.urlopen('http://127.0.0.1:%s/index.html' % port, timeout=20).read()
+            page = urllib.request.urlopen('http://127.0.0.1:%s/index.html' % port, timeout=60).read()
             break
         except OSError:
             time.sleep(0.1)
@@ -77,7 +77,7 @@ try:
     assert c.networks.get(name).attrs['Containers'][k.id]['Name'] == name + '-2'
     assert c.volumes.get(name).attrs['Labels'] == {'a': 'b'} and c.volumes.list(filters={'name': name})
     k.kill()
-    assert k.wait(timeout=30)['StatusCode'] == 137
+    assert k.wait(timeout=120)['StatusCode'] == 137
     k.start()
     k.stop(timeout=1)
     image = k.commit(name, 'v1', message='m', author='a', changes=['ENV X=1'])
@@ -118,14 +118,20 @@ try:
     rest = b''.join(waiting)
     assert rest.startswith(b'got line\n1\n2\n') and rest.endswith(b'\n999\n1000\n'), rest
     assert b''.join(follow) == b'first\n' + rest
-    assert f.wait(timeout=30)['StatusCode'] == 5
+    assert f.wait(timeout=120)['StatusCode'] == 5
     assert f.logs(tail=2) == b'999\n1000\n' and f.attach(logs=True, stream=False) == b'first\n' + rest
-    watch.join(20)
+    watch.join(60)
     actions = [e['Action'] for e in seen]
     assert [a for a in actions if a in ('start', 'die')] == ['start', 'die'] and actions[:actions.index('start')].count('attach') == 2, actions
     assert seen[-1]['Actor']['Attributes']['exitCode'] == '5', seen
 finally:
     f.remove(force=True)
+
+# What is said of a container's kernel is another for each.
+def asked(host_config):
+    notes = host_config.get('Annotations') or {}
+    return dict(host_config, Annotations={k: v for k, v in notes.items() if k == 'tenon.isolation' or not k.startswith('tenon.')})
+
 
 # A container made anew from what inspect shows, as Portainer and Watchtower do it.
 for n, o in enumerate((
@@ -144,7 +150,7 @@ for n, o in enumerate((
         old.remove()
         new.start()
         new.reload()
-        assert new.status == 'running' and new.attrs['HostConfig'] == config['HostConfig'], (n, new.attrs, config)
+        assert new.status == 'running' and asked(new.attrs['HostConfig']) == asked(config['HostConfig']), (n, new.attrs, config)
         assert new.attrs['Config'] == old.attrs['Config'], (n, new.attrs['Config'], old.attrs['Config'])
     finally:
         for x in (new, old):
@@ -155,7 +161,7 @@ for n, o in enumerate((
 
 # What programs do that nobody renews: they ask for old versions of the API.
 for version in '1.24', '1.25', '1.32', '1.40':
-    v = docker.DockerClient(base_url=os.environ['DOCKER_HOST'], version=version, timeout=30)
+    v = docker.DockerClient(base_url=os.environ['DOCKER_HOST'], version=version, timeout=120)
     assert v.ping() and v.version()['MinAPIVersion'] == '1.24' and v.info()['SecurityOptions']
     x = v.containers.run('busybox', 'sh -c "echo old; sleep 1000"', detach=True, name=name + '-v', labels={'v': name}, ports={'80/tcp': None})
     try:
@@ -166,7 +172,7 @@ for version in '1.24', '1.25', '1.32', '1.40':
         assert [i for i in v.images.list(name='busybox')] and v.networks.list(names=['bridge']) and v.volumes.list() is not None
         assert x.id in v.networks.get('bridge').attrs['Containers']
         x.kill()
-        assert x.wait(timeout=30)['StatusCode'] == 137
+        assert x.wait(timeout=120)['StatusCode'] == 137
         actions = [e['status'] for e in v.events(decode=True, filters={'container': x.id}, since=int(time.time()) - 60, until=int(time.time()) + 1) if 'status' in e]
         assert 'die' in actions and 'start' in actions, actions
     finally:
@@ -181,7 +187,7 @@ for n in range(5):
     if n == 4:
         while c.containers.list(all=True, filters={'id': q}, ignore_removed=True):
             time.sleep(0.01)
-    assert c.api.wait(q, timeout=30)['StatusCode'] == 5
+    assert c.api.wait(q, timeout=120)['StatusCode'] == 5
     s._sock.setblocking(False)
     assert b'quick' in s._sock.recv(4096), n
     s.close()
@@ -191,7 +197,7 @@ try:
     w.start()
     w.resize(30, 40)
     s = w.attach_socket(params={'stdin': 1, 'stdout': 1, 'stream': 1})
-    s._sock.settimeout(20)
+    s._sock.settimeout(60)
     s._sock.sendall(b'echo $((6*7))\n')
     got = b''
     while b'\n42\r' not in got:
