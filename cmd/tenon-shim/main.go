@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -181,11 +182,21 @@ func reap(args []string) error {
 	return err
 }
 
+// deathTime bounds the wait for a killed shim's socket: who has the lock is the only
+// shim, but the last one's descriptors are closed one after another, the lock's first.
+const deathTime = 5 * time.Second
+
 // listen takes the socket's place, unless another shim answers there.
 func listen(path string) (net.Listener, error) {
-	if c, err := net.Dial("unix", path); err == nil {
+	for end := time.Now().Add(deathTime); ; time.Sleep(5 * time.Millisecond) {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			break
+		}
 		c.Close()
-		return nil, fmt.Errorf("socket %s: another shim serves it", path)
+		if time.Now().After(end) {
+			return nil, fmt.Errorf("socket %s: another shim serves it", path)
+		}
 	}
 	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
 		return nil, err

@@ -122,6 +122,7 @@ func (d *Daemon) fullUnderMachines(t *testing.T, disk string, unharmed func(*tes
 		}
 		return ""
 	})
+	d.Must(t, "exec", "witness", "sync") // it has nothing to write any more
 	fill := filepath.Join(disk, "fill")
 	if r := d.Sh(t, fmt.Sprintf("fallocate -l $(($(stat -f -c '%%a * %%S' %s) - (16 << 20))) %s && head -c 64M /dev/zero >>%[2]s", disk, fill)); r.Code == 0 || !strings.Contains(r.Err, "No space") {
 		t.Fatalf("the disk is not full: %s", r.Err)
