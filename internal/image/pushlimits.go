@@ -134,12 +134,32 @@ func (p *pushState) dropLocked(d digest.Digest) {
 func (p *pushState) add(d digest.Digest, size int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.addLocked(d, looseBlob{size, time.Now()})
+}
+
+func (p *pushState) addLocked(d digest.Digest, b looseBlob) {
 	if p.loose == nil {
 		p.loose = map[digest.Digest]looseBlob{}
 	}
 	p.dropLocked(d)
-	p.loose[d] = looseBlob{size, time.Now()}
-	p.bytes += size
+	p.loose[d] = b
+	p.bytes += b.size
+}
+
+// countLoose counts the blobs that are kept although no manifest needs them and that do
+// not count: their manifests were removed. They are given with the times they are kept from.
+func (s *Store) countLoose(all map[digest.Digest]time.Time) {
+	p := &s.pushes
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for d, at := range all {
+		if _, counted := p.loose[d]; counted {
+			continue
+		}
+		if st, err := os.Lstat(s.blobPath(d)); err == nil { // else it takes nothing
+			p.addLocked(d, looseBlob{st.Size(), at})
+		}
+	}
 }
 
 // keep counts a blob that is kept for longer for longer, too.

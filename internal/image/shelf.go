@@ -329,8 +329,10 @@ func (s *Store) unexpect(name string, d digest.Digest) bool {
 	return ok
 }
 
-// shelved lists what shelves keep: manifests, and blobs that are expected still.
-func (s *Store) shelved() (targets []ocispec.Descriptor, blobs []digest.Digest) {
+// shelved lists what shelves keep: manifests, and blobs that are expected still, with
+// when they were asked for last.
+func (s *Store) shelved() (targets []ocispec.Descriptor, blobs map[digest.Digest]time.Time) {
+	blobs = map[digest.Digest]time.Time{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if next := s.forgetExpectedLocked(time.Now().Add(-s.expectFor)); s.expected > 0 {
@@ -340,8 +342,10 @@ func (s *Store) shelved() (targets []ocispec.Descriptor, blobs []digest.Digest) 
 		for _, p := range sh.manifests {
 			targets = append(targets, p.Desc)
 		}
-		for d := range sh.expected {
-			blobs = append(blobs, d)
+		for d, t := range sh.expected {
+			if t.After(blobs[d]) {
+				blobs[d] = t
+			}
 		}
 		if len(sh.manifests)+len(sh.tags)+len(sh.expected) == 0 {
 			delete(s.shelves, name)
