@@ -106,7 +106,7 @@ func (s *Store) collect() (n int, err error) {
 		return 0, err
 	}
 	// A blob that clients keep by asking for it counts once no manifest needs it any more.
-	maps.DeleteFunc(expected, func(d digest.Digest, _ time.Time) bool { return blobs[d] })
+	maps.DeleteFunc(expected, func(d digest.Digest, _ wait) bool { return blobs[d] })
 	s.countLoose(expected)
 	for d := range expected {
 		blobs[d] = true
@@ -187,7 +187,7 @@ func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
 }
 
 // needed lists what the images need, and apart from that the blobs that are expected.
-func (s *Store) needed() (blobs, chains map[digest.Digest]bool, expected map[digest.Digest]time.Time, err error) {
+func (s *Store) needed() (blobs, chains map[digest.Digest]bool, expected map[digest.Digest]wait, err error) {
 	blobs, chains = map[digest.Digest]bool{}, map[digest.Digest]bool{}
 	s.mu.RLock()
 	targets := make([]ocispec.Descriptor, 0, len(s.recs))
