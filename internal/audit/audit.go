@@ -72,7 +72,8 @@ type Special struct {
 	Path                   string
 	Setuid, Setgid, Others bool // Others: every user may write to it
 	UID, GID               uint32
-	Packaged               bool // it is of a distribution's package
+	Packaged               bool // it is of a distribution's package, in the image
+	Claimed                bool // a list of packages that was written in the container has it
 }
 
 // FileSecret is a secret in a layer.
@@ -81,7 +82,8 @@ type FileSecret struct {
 	Secret   Secret
 	Layer    int  // from 1, lowest first
 	Deleted  bool // a later layer hides it
-	Packaged bool
+	Packaged bool // these as for Special
+	Claimed  bool
 }
 
 // Mount is a mount of the host's.

@@ -35,13 +35,15 @@ func Written(ctx context.Context, r io.Reader, l Limits, packaged func(string) b
 	case err != nil:
 		w.files.Incomplete = fmt.Sprintf("what it has written was not all read: %v", err)
 	}
-	mine := packagedIn(w.owned)
-	is := func(p string) bool { return mine(p) || packaged != nil && packaged(p) }
+	claimed := packagedIn(w.owned)
+	is := func(p string) bool { return packaged != nil && packaged(p) }
 	for i := range w.files.Special {
-		w.files.Special[i].Packaged = is(w.files.Special[i].Path)
+		s := &w.files.Special[i]
+		s.Packaged, s.Claimed = is(s.Path), claimed(s.Path)
 	}
 	for i := range w.files.Secrets {
-		w.files.Secrets[i].Packaged = is(w.files.Secrets[i].Path)
+		s := &w.files.Secrets[i]
+		s.Packaged, s.Claimed = is(s.Path), claimed(s.Path)
 	}
 	return w.files
 }
@@ -51,7 +53,7 @@ type written struct {
 	tar    *tar.Reader
 	buf    []byte
 	files  Files
-	owned  map[string]bool // of packages that were installed in the container
+	owned  map[string]bool // of packages that were installed in the container, if its root doesn't lie
 	left   int             // bytes of lists of packages that are still read
 }
 
@@ -130,6 +132,8 @@ func (c *collector) written(f Container) {
 				severity = imageapi.Low
 			case s.Others:
 				severity = imageapi.Critical
+			case s.Claimed:
+				severity = imageapi.Medium
 			}
 			who := fmt.Sprintf("user %d", s.UID)
 			if !s.Setuid {
@@ -143,8 +147,11 @@ func (c *collector) written(f Container) {
 	}
 	for _, s := range f.Files.Secrets {
 		severity := imageapi.High
-		if s.Packaged {
+		switch {
+		case s.Packaged:
 			severity = imageapi.Low
+		case s.Claimed:
+			severity = imageapi.Medium
 		}
 		c.add("secret-file", severity, s.Path, fmt.Sprintf("%s (%s) was written into its root file system: it stays there when the process ends, and goes into what is committed or exported of it", s.Secret.What, s.Secret.Shown),
 			"--tmpfs "+word(path.Dir(s.Path))+", a volume, or a file mounted in /run/secrets; --read-only keeps it out")

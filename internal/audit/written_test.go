@@ -40,7 +40,7 @@ func TestWritten(t *testing.T) {
 		put(tar.Header{Name: "usr/bin/group", Mode: 0o2755}, "x")
 		put(tar.Header{Name: "usr/bin/open", Mode: 0o4777}, "x")
 		put(tar.Header{Name: "usr/bin/passwd", Mode: 0o4755}, "x") // copied up from the image
-		put(tar.Header{Name: "usr/bin/sudo", Mode: 0o4755}, "x")   // installed in the container
+		put(tar.Header{Name: "usr/bin/sudo", Mode: 0o4755}, "x")   // as if installed in the container
 		put(tar.Header{Name: "var/lib/dpkg/info/sudo.list", Mode: 0o644}, "/bin/sudo\n")
 		put(tar.Header{Name: "srv/app", Mode: 0o777}, "x")
 		put(tar.Header{Name: "tmp/data", Mode: 0o666}, "x") // a program's own affair
@@ -77,7 +77,7 @@ high secret-file /root/key
 high setuid-file /usr/bin/door
 high setuid-file /usr/bin/group
 low setuid-file /usr/bin/passwd
-low setuid-file /usr/bin/sudo
+medium setuid-file /usr/bin/sudo
 medium writable-by-all /srv/app`
 	if got := check(); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)

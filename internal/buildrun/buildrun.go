@@ -174,7 +174,7 @@ func (j *job) report(ctx context.Context, engine *client.Client, resp *bk.SolveR
 	}
 	if j.stored && id != "" {
 		d := j.definition()
-		seal, err := buildopts.Seal(o.ConfigDir, o.Host, d)
+		seal, err := buildopts.Seal(o.ConfigDir, o.Host, o.Tags, d)
 		if d.Seal = seal; err != nil {
 			_, _ = fmt.Fprintf(stderr, "tenon: warning: tenon image rebuild will ask before it builds this again: %v\n", err) // for the user's eyes
 		}

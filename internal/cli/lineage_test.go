@@ -75,7 +75,7 @@ func TestRebuildFromRecords(t *testing.T) {
 	}
 	here := t.TempDir()
 	mine := imageapi.Definition{Context: here, Args: []string{"NPM_TOKEN", "V=1"}}
-	if mine.Seal, err = buildopts.Seal(a.config, daemon.Host(), mine); err != nil {
+	if mine.Seal, err = buildopts.Seal(a.config, daemon.Host(), []string{"app:1"}, mine); err != nil {
 		t.Fatal(err)
 	}
 	forged := mine

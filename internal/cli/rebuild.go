@@ -79,7 +79,7 @@ func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, sw
 		}
 		if gone == "" && !swap {
 			s.Why = takes(s.Definition) // in this side's words: it is what is sent
-			s.Unconfirmed = !buildopts.Sealed(configDir(a.config), c.Host(), *s.Definition)
+			s.Unconfirmed = !buildopts.Sealed(configDir(a.config), c.Host(), s.Names, *s.Definition)
 			if s.Unconfirmed {
 				s.Why += "; not recorded by you here: asks first"
 			}

@@ -143,7 +143,7 @@ type Registry struct {
 	Htpasswd  string `toml:"htpasswd" comment:"file of users and passwords by bcrypt (htpasswd -B), read again when it changes"`
 	TLSCert   string `toml:"tls-cert"`
 	TLSKey    string `toml:"tls-key"`
-	Uploads   string `toml:"uploads" comment:"what uploads under way and pushed blobs that no manifest needs may take; empty: half of what is free"`
+	Uploads   string `toml:"uploads" comment:"what uploads under way and pushed blobs that no manifest needs may take, half of it one user's; empty: half of what is free"`
 	KeepFree  string `toml:"keep-free" comment:"of the disk, whatever is pushed; empty: a twentieth, at most 2g"`
 	Manifests int    `toml:"manifests" comment:"how many manifests and tags there may be; 0: 100000"`
 }

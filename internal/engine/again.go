@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -34,6 +35,22 @@ func (e *Engine) again(what string, f func(context.Context) error) {
 			}
 			e.log.Warn("what had failed fails again", "what", what, "err", err)
 		}
+	})
+}
+
+// undoLater goes on with steps that have failed, in their order, until none is left.
+func (e *Engine) undoLater(what string, steps []undoStep) {
+	e.again(what, func(ctx context.Context) error {
+		var errs []error
+		steps = slices.DeleteFunc(steps, func(s undoStep) bool {
+			err := s.f(ctx)
+			if err == nil || errdefs.IsNotFound(err) {
+				return true
+			}
+			errs = append(errs, fmt.Errorf("%s: %w", s.name, err))
+			return false
+		})
+		return errors.Join(errs...)
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -259,5 +260,34 @@ func TestBindings(t *testing.T) {
 		if _, err := bindings(r); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", bad, err)
 		}
+	}
+}
+
+// What of an undoing has failed is tried again, in its order.
+func TestUndoLater(t *testing.T) {
+	t.Parallel()
+	var did []string
+	tries := 0
+	var u undo
+	u.add("last", func(context.Context) error { did = append(did, "last"); return nil })
+	u.add("gone", func(context.Context) error { did = append(did, "gone"); return errdefs.ErrNotFound })
+	u.add("slow", func(context.Context) error {
+		did = append(did, "slow")
+		if tries++; tries == 1 {
+			return errdefs.ErrUnavailable
+		}
+		return nil
+	})
+	left, err := u.all(t.Context())
+	if len(left) != 2 || !errors.Is(err, errdefs.ErrUnavailable) {
+		t.Fatalf("%v, %v", left, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	e := &Engine{ctx: ctx, log: slog.New(slog.DiscardHandler)}
+	e.undoLater("rest", left)
+	e.wg.Wait()
+	if got, want := strings.Join(did, " "), "slow gone last slow gone"; got != want {
+		t.Errorf("%s, not %s", got, want)
 	}
 }

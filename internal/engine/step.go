@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -122,8 +121,9 @@ func (e *Engine) RunStep(ctx context.Context, st *Step) (exit task.Exit, err err
 	var u undo
 	defer func() {
 		// All is taken down whether it has worked or not.
-		if uerr := u.onError(ctx, errStepOver); !errors.Is(uerr, errStepOver) || uerr.Error() != errStepOver.Error() {
+		if left, uerr := u.all(ctx); len(left) > 0 {
 			e.log.Warn("something of a build's step is left", "step", st.ID, "err", uerr)
+			e.undoLater("rest of a build's step "+st.ID, left)
 		}
 	}()
 	if st.Isolation != sandbox.Process && st.Isolation != "" {
@@ -146,7 +146,13 @@ func (e *Engine) runStepOn(ctx context.Context, client *task.Client, st *Step, r
 	if err := failpoint("step-prepared"); err != nil {
 		return exit, err
 	}
-	u.add("task", func(ctx context.Context) error { return deleteTask(ctx, client, st.ID) })
+	u.add("task", func(ctx context.Context) error {
+		err := deleteTask(ctx, client, st.ID)
+		if isClosed(ended) {
+			return nil // it went with its kernel
+		}
+		return err
+	})
 	// A shim goes on with what it was asked for, and what it has not made yet can't be
 	// deleted: a build that is cancelled waits for that. A machine of the step's own
 	// ends with all that it has.
@@ -175,9 +181,6 @@ func (e *Engine) runStepOn(ctx context.Context, client *task.Client, st *Step, r
 	}
 	return e.waitStep(ctx, client, st.ID, "", att, ended, st)
 }
-
-// errStepOver has the undo of a step's preparations run at its end.
-var errStepOver = errors.New("step is over")
 
 func stepError(id string, err error) error {
 	return fmt.Errorf("%s: %w", commandText(id, err), err)

@@ -28,17 +28,23 @@ func (u *undo) onError(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
 	}
+	if _, e := u.all(ctx); e != nil {
+		return errors.Join(err, e)
+	}
+	return err
+}
+
+// all runs the steps, and returns those that failed, in the order they were run in.
+func (u *undo) all(ctx context.Context) (failed []undoStep, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
-	errs := []error{err}
+	var errs []error
 	for i := len(u.steps) - 1; i >= 0; i-- {
 		if e := u.steps[i].f(ctx); e != nil {
 			errs = append(errs, fmt.Errorf("undo %s: %w", u.steps[i].name, e))
+			failed = append(failed, u.steps[i])
 		}
 	}
 	u.steps = nil
-	if len(errs) == 1 {
-		return err
-	}
-	return errors.Join(errs...)
+	return failed, errors.Join(errs...)
 }

@@ -188,7 +188,7 @@ func (s *Store) weigh(ctx context.Context) *balance {
 			}
 		}
 	}
-	for _, d := range expected {
+	for d := range expected {
 		need(d, s.blobDisk(d))
 	}
 	slices.SortFunc(b.items, func(a, c budgetItem) int {

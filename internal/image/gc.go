@@ -1,6 +1,7 @@
 package image
 
 import (
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -100,9 +101,15 @@ func (s *Store) collect() (n int, err error) {
 	if err := s.dropForgotten(); err != nil {
 		return 0, err
 	}
-	blobs, chains, err := s.marked()
+	blobs, chains, expected, err := s.needed()
 	if err != nil {
 		return 0, err
+	}
+	// A blob that clients keep by asking for it counts once no manifest needs it any more.
+	maps.DeleteFunc(expected, func(d digest.Digest, _ wait) bool { return blobs[d] })
+	s.countLoose(expected)
+	for d := range expected {
+		blobs[d] = true
 	}
 	trash := func(path string) {
 		if err := os.Rename(path, filepath.Join(s.trashDir(), filepath.Base(path))); err != nil {
@@ -170,8 +177,17 @@ func (s *Store) collect() (n int, err error) {
 	return n, nil
 }
 
-// marked lists what the images need.
+// marked lists what the images need, and what is expected.
 func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
+	blobs, chains, expected, err := s.needed()
+	for d := range expected {
+		blobs[d] = true
+	}
+	return blobs, chains, err
+}
+
+// needed lists what the images need, and apart from that the blobs that are expected.
+func (s *Store) needed() (blobs, chains map[digest.Digest]bool, expected map[digest.Digest]wait, err error) {
 	blobs, chains = map[digest.Digest]bool{}, map[digest.Digest]bool{}
 	s.mu.RLock()
 	targets := make([]ocispec.Descriptor, 0, len(s.recs))
@@ -180,9 +196,6 @@ func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
 	}
 	s.mu.RUnlock()
 	pushed, expected := s.shelved()
-	for _, d := range expected {
-		blobs[d] = true
-	}
 	for _, t := range append(targets, pushed...) {
 		b, c, err := s.reach(t)
 		if errdefs.IsNotFound(err) {
@@ -190,7 +203,7 @@ func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
 		}
 		if err != nil {
 			// An image that cannot be read keeps everything, until it is removed.
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		for d := range b {
 			blobs[d] = true
@@ -199,5 +212,5 @@ func (s *Store) marked() (blobs, chains map[digest.Digest]bool, err error) {
 			chains[d] = true
 		}
 	}
-	return blobs, chains, nil
+	return blobs, chains, expected, nil
 }

@@ -17,18 +17,28 @@ import (
 // being removed, it waits for the end of that: what was resolved before may be gone
 // then. See Acquire.
 func (s *Store) Hold(id string) (release func()) {
+	release, _ = s.holdFor(context.Background(), id) // which does not end
+	return release
+}
+
+// holdFor is Hold; an error is ctx's.
+func (s *Store) holdFor(ctx context.Context, id string) (release func(), err error) {
 	s.touch(id)
 	s.mu.Lock()
-	s.awaitLocked(digest.Digest(id))
-	s.held[id]++
+	if err = s.awaitLocked(ctx, digest.Digest(id)); err == nil {
+		s.held[id]++
+	}
 	s.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
 	return sync.OnceFunc(func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.held[id]--; s.held[id] == 0 {
 			delete(s.held, id)
 		}
-	})
+	}), nil
 }
 
 // Acquire is Resolve and Hold at once: the image is there until release is called, for
@@ -38,7 +48,9 @@ func (s *Store) Acquire(ctx context.Context, ref string, platform *ocispec.Platf
 		if img, err = s.Resolve(ctx, ref, platform); err != nil {
 			return nil, nil, err
 		}
-		release = s.Hold(img.ID)
+		if release, err = s.holdFor(ctx, img.ID); err != nil {
+			break
+		}
 		s.mu.RLock()
 		there := s.recs[img.Target.Digest] != nil
 		s.mu.RUnlock()
@@ -50,16 +62,25 @@ func (s *Store) Acquire(ctx context.Context, ref string, platform *ocispec.Platf
 	return nil, nil, fmt.Errorf("image %s: %w", ref, context.Cause(ctx))
 }
 
-// awaitLocked waits, with mu free, until an image is not being removed.
-func (s *Store) awaitLocked(id digest.Digest) {
+// awaitLocked waits, with mu free, until an image is not being removed. An error is
+// ctx's.
+func (s *Store) awaitLocked(ctx context.Context, id digest.Digest) error {
 	for {
 		end := s.leaving[id]
 		if end == nil {
-			return
+			return nil
 		}
 		s.mu.Unlock()
-		<-end // a transaction of the database's
+		var err error
+		select {
+		case <-end: // of a transaction of the database's
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
 		s.mu.Lock()
+		if err != nil {
+			return err
+		}
 	}
 }
 
@@ -68,7 +89,7 @@ func (s *Store) awaitLocked(id digest.Digest) {
 // soon, in either case. inUse nil means Config.InUse.
 func (s *Store) leave(id digest.Digest, inUse func(string) []string) (used []string, done func()) {
 	s.mu.Lock()
-	s.awaitLocked(id)
+	_ = s.awaitLocked(context.Background(), id) // which does not end
 	held := s.held[id.String()] > 0
 	end := make(chan struct{})
 	if !held {

@@ -254,3 +254,26 @@ func TestPullUnderBudget(t *testing.T) {
 		t.Errorf("%v, %v", dirs, err)
 	}
 }
+
+// Who wants an image that is being removed does not wait for that beyond his context.
+func TestAcquireEnds(t *testing.T) {
+	s := open(t)
+	load(t, s, dockerArchive(t, []string{"a:1"}, mkTar(t, fileEntry("f", "x"))))
+	_, done := s.leave(digest.Digest(resolve(t, s, "a:1").ID), nil)
+	defer done()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	got := make(chan error, 1)
+	go func() {
+		_, _, err := s.Acquire(ctx, "a:1", nil)
+		got <- err
+	}()
+	select {
+	case err := <-got:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v", err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Error("it waits on")
+	}
+}

@@ -15,7 +15,7 @@ import (
 // values mean the defaults named with the fields.
 type RepositoryLimits struct {
 	// Uploads, in bytes, is what uploads under way and blobs that no manifest needs yet
-	// may take together; half of what the disk has for them.
+	// may take together, half of it those of one client; half of what the disk has for them.
 	Uploads int64
 	// Free is what stays free on the disk, in bytes; a twentieth of it, at most 2 GiB,
 	// and not less than Limits.FreeBytes.
@@ -64,13 +64,21 @@ type pushState struct {
 	mu      sync.Mutex
 	granted int64 // to uploads
 	loose   map[digest.Digest]looseBlob
-	bytes   int64 // of loose
+	bytes   int64            // of loose
+	own     map[string]int64 // of granted and bytes, by who has them
 }
 
 // looseBlob is a blob that was pushed and that no manifest needs yet.
 type looseBlob struct {
 	size int64
-	at   time.Time
+	wait
+}
+
+// wait is since when a blob is kept for a manifest to come, and for which client: who
+// pushed it or, if a manifest needed it meanwhile, asked for it last.
+type wait struct {
+	at time.Time
+	by string
 }
 
 // free is what clients may fill of the disk, in bytes.
@@ -86,8 +94,9 @@ func (r *Repositories) free() (int64, error) {
 	return free - r.limits.Free, nil
 }
 
-// grant gives an upload n bytes of the limits; ungrant takes them back. ErrNoRoom, ENOSPC.
-func (r *Repositories) grant(n int64) error {
+// grant gives an upload of a client's n bytes of the limits; ungrant takes them back.
+// ErrNoRoom, ENOSPC.
+func (r *Repositories) grant(by string, n int64) error {
 	free, err := r.free()
 	if err != nil {
 		return err
@@ -99,21 +108,44 @@ func (r *Repositories) grant(n int64) error {
 	if most <= 0 {
 		most = (free + p.granted + p.bytes) / 2
 	}
-	if p.granted+p.bytes+n > most {
+	if p.fullLocked(by, n, most) != nil {
 		p.expireLocked(r.s.expectFor)
 	}
-	if taken := p.granted + p.bytes; taken+n > most {
-		return fmt.Errorf("uploads under way, and blobs that no manifest needs, take %d bytes of %d: %w", taken, most, ErrNoRoom)
+	if err := p.fullLocked(by, n, most); err != nil {
+		return err
 	}
 	p.granted += n
+	p.oweLocked(by, n)
 	return nil
 }
 
-func (r *Repositories) ungrant(n int64) {
+// fullLocked tells why a client can't have n bytes more. One has half at most, or a step.
+func (p *pushState) fullLocked(by string, n, most int64) error {
+	if taken := p.granted + p.bytes; taken+n > most {
+		return fmt.Errorf("uploads under way, and blobs that no manifest needs, take %d bytes of %d: %w", taken, most, ErrNoRoom)
+	}
+	if own, each := p.own[by], max(most/2, uploadStep); by != "" && own+n > each {
+		return fmt.Errorf("uploads of yours under way, and blobs that no manifest needs, take %d bytes of %d: %w", own, each, ErrNoRoom)
+	}
+	return nil
+}
+
+func (r *Repositories) ungrant(by string, n int64) {
 	p := &r.s.pushes
 	p.mu.Lock()
 	p.granted -= n
+	p.oweLocked(by, -n)
 	p.mu.Unlock()
+}
+
+// oweLocked has a client have n bytes more, or with less than nothing fewer.
+func (p *pushState) oweLocked(by string, n int64) {
+	if p.own == nil {
+		p.own = map[string]int64{}
+	}
+	if p.own[by] += n; p.own[by] == 0 {
+		delete(p.own, by)
+	}
 }
 
 // expireLocked forgets the blobs that are not kept any longer.
@@ -126,20 +158,44 @@ func (p *pushState) expireLocked(after time.Duration) {
 }
 
 func (p *pushState) dropLocked(d digest.Digest) {
-	p.bytes -= p.loose[d].size // nothing for one that is not there
-	delete(p.loose, d)
+	if b, is := p.loose[d]; is {
+		p.bytes -= b.size
+		p.oweLocked(b.by, -b.size)
+		delete(p.loose, d)
+	}
 }
 
-// add remembers a blob that has come.
-func (p *pushState) add(d digest.Digest, size int64) {
+// add remembers a blob that has come from a client.
+func (p *pushState) add(d digest.Digest, size int64, by string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.addLocked(d, looseBlob{size, wait{time.Now(), by}})
+}
+
+func (p *pushState) addLocked(d digest.Digest, b looseBlob) {
 	if p.loose == nil {
 		p.loose = map[digest.Digest]looseBlob{}
 	}
 	p.dropLocked(d)
-	p.loose[d] = looseBlob{size, time.Now()}
-	p.bytes += size
+	p.loose[d] = b
+	p.bytes += b.size
+	p.oweLocked(b.by, b.size)
+}
+
+// countLoose counts the blobs that are kept although no manifest needs them and that do
+// not count: their manifests were removed.
+func (s *Store) countLoose(all map[digest.Digest]wait) {
+	p := &s.pushes
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for d, w := range all {
+		if _, counted := p.loose[d]; counted {
+			continue
+		}
+		if st, err := os.Lstat(s.blobPath(d)); err == nil { // else it takes nothing
+			p.addLocked(d, looseBlob{st.Size(), w})
+		}
+	}
 }
 
 // keep counts a blob that is kept for longer for longer, too.

@@ -236,8 +236,9 @@ func (s *Store) putDocument(d ocispec.Descriptor, data []byte) error {
 	return err
 }
 
-// Mount gives the repository a blob that another one has; false if that has not.
-func (r *Repositories) Mount(repo, from string, d digest.Digest) (bool, error) {
+// Mount gives the repository a blob that another one has; false if that has not. by is
+// the client, as for NewUpload.
+func (r *Repositories) Mount(repo, from string, d digest.Digest, by string) (bool, error) {
 	name, err := r.own(repo)
 	if err != nil {
 		return false, err
@@ -260,7 +261,7 @@ func (r *Repositories) Mount(repo, from string, d digest.Digest) (bool, error) {
 	if !slices.ContainsFunc(names, func(n string) bool { return r.has(n, d) }) {
 		return false, nil
 	}
-	if err := r.s.expect(name, d); err != nil {
+	if err := r.s.expect(name, d, by); err != nil {
 		return false, err
 	}
 	return true, nil
@@ -319,12 +320,14 @@ func (r *Repositories) DeleteBlob(repo string, d digest.Digest) error {
 type Upload struct {
 	r       *Repositories
 	name    string
+	by      string
 	w       *ingest
 	granted int64 // bytes of the limits
 }
 
-// NewUpload begins an upload to the repository.
-func (r *Repositories) NewUpload(repo string) (*Upload, error) {
+// NewUpload begins an upload to the repository. by tells clients apart, of which each has
+// half of the room for uploads at most; for "" there is no such bound.
+func (r *Repositories) NewUpload(repo, by string) (*Upload, error) {
 	name, err := r.own(repo)
 	if err != nil {
 		return nil, err
@@ -332,14 +335,14 @@ func (r *Repositories) NewUpload(repo string) (*Upload, error) {
 	if err := r.s.ctx.Err(); err != nil {
 		return nil, fmt.Errorf("image store is closed: %w", errdefs.ErrUnavailable)
 	}
-	if err := r.grant(0); err != nil {
+	if err := r.grant(by, 0); err != nil {
 		return nil, err
 	}
 	w, err := r.s.newIngest(digest.SHA256)
 	if err != nil {
 		return nil, err
 	}
-	return &Upload{r: r, name: name, w: w}, nil
+	return &Upload{r: r, name: name, by: by, w: w}, nil
 }
 
 // Write appends. errdefs.ErrResourceExhausted beyond Limits.BlobBytes; ErrNoRoom and
@@ -350,7 +353,7 @@ func (u *Upload) Write(p []byte) (int, error) {
 		if step <= 0 {
 			break // the blob is too large: its Write says so
 		}
-		if err := u.r.grant(step); err != nil {
+		if err := u.r.grant(u.by, step); err != nil {
 			return 0, err
 		}
 		u.granted += step
@@ -360,7 +363,7 @@ func (u *Upload) Write(p []byte) (int, error) {
 
 // release gives back what the upload has of the limits.
 func (u *Upload) release() {
-	u.r.ungrant(u.granted)
+	u.r.ungrant(u.by, u.granted)
 	u.granted = 0
 	u.w.close()
 }
@@ -417,7 +420,7 @@ func (u *Upload) place(d digest.Digest) error {
 		return err
 	}
 	defer end()
-	if err := s.expect(u.name, d); err != nil {
+	if err := s.expect(u.name, d, u.by); err != nil {
 		u.w.abort(err)
 		return err
 	}
@@ -428,7 +431,7 @@ func (u *Upload) place(d digest.Digest) error {
 	}
 	u.w.finish(nil)
 	if !known {
-		s.pushes.add(d, u.w.n)
+		s.pushes.add(d, u.w.n, u.by)
 	}
 	return nil
 }

@@ -183,10 +183,10 @@ func (r *Repositories) Blob(repo, host string, d digest.Digest) (*os.File, error
 }
 
 // Expect keeps a blob of the repository from being collected for some time: a
-// client that has asked for it may be about to push a manifest that needs it.
-func (r *Repositories) Expect(repo string, d digest.Digest) {
+// client that has asked for it may be about to push a manifest that needs it. by is the client, as for NewUpload.
+func (r *Repositories) Expect(repo string, d digest.Digest, by string) {
 	if name, err := r.own(repo); err == nil {
-		_ = r.s.expect(name, d) // then it is not
+		_ = r.s.expect(name, d, by) // then it is not
 	}
 }
 

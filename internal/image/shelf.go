@@ -22,7 +22,7 @@ import (
 type shelf struct {
 	manifests map[digest.Digest]*pushed
 	tags      map[string]digest.Digest
-	expected  map[digest.Digest]time.Time // in memory only; when it was pushed or asked for; Store.expected counts them
+	expected  map[digest.Digest]wait // in memory only; since it was pushed or asked for; Store.expected counts them
 }
 
 // pushed is one manifest on a shelf. Values are never changed, only replaced.
@@ -74,7 +74,7 @@ func (s *Store) readShelves(tx *bolt.Tx) error {
 func (s *Store) shelfLocked(name string) *shelf {
 	sh := s.shelves[name]
 	if sh == nil {
-		sh = &shelf{manifests: map[digest.Digest]*pushed{}, tags: map[string]digest.Digest{}, expected: map[digest.Digest]time.Time{}}
+		sh = &shelf{manifests: map[digest.Digest]*pushed{}, tags: map[string]digest.Digest{}, expected: map[digest.Digest]wait{}}
 		s.shelves[name] = sh
 	}
 	return sh
@@ -250,9 +250,9 @@ func (s *Store) unshelve(name, tag string, d digest.Digest) error {
 	return nil
 }
 
-// expect keeps a blob for a repository until a manifest needs it, for a time. ErrNoRoom
-// if too many are expected.
-func (s *Store) expect(name string, d digest.Digest) error {
+// expect keeps a blob for a repository until a manifest needs it, for a time, as a client
+// has asked for. ErrNoRoom if too many are expected.
+func (s *Store) expect(name string, d digest.Digest, by string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.expected >= maxExpected {
@@ -265,7 +265,7 @@ func (s *Store) expect(name string, d digest.Digest) error {
 	if _, known := sh.expected[d]; !known {
 		s.expected++
 	}
-	sh.expected[d] = time.Now()
+	sh.expected[d] = wait{time.Now(), by}
 	s.pushes.keep(d)
 	s.armExpiryLocked(s.expectFor)
 	return nil
@@ -277,11 +277,11 @@ func (s *Store) forgetExpectedLocked(since time.Time) (next time.Duration) {
 	next = s.expectFor
 	for _, sh := range s.shelves {
 		before := len(sh.expected)
-		maps.DeleteFunc(sh.expected, func(_ digest.Digest, t time.Time) bool {
-			if !t.After(since) {
+		maps.DeleteFunc(sh.expected, func(_ digest.Digest, w wait) bool {
+			if !w.at.After(since) {
 				return true
 			}
-			next = min(next, s.expectFor-time.Since(t))
+			next = min(next, s.expectFor-time.Since(w.at))
 			return false
 		})
 		s.expected -= before - len(sh.expected)
@@ -310,8 +310,8 @@ func (s *Store) isExpected(name string, d digest.Digest) bool {
 	if sh == nil {
 		return false
 	}
-	t, ok := sh.expected[d]
-	return ok && time.Since(t) < s.expectFor
+	w, ok := sh.expected[d]
+	return ok && time.Since(w.at) < s.expectFor
 }
 
 func (s *Store) unexpect(name string, d digest.Digest) bool {
@@ -330,7 +330,8 @@ func (s *Store) unexpect(name string, d digest.Digest) bool {
 }
 
 // shelved lists what shelves keep: manifests, and blobs that are expected still.
-func (s *Store) shelved() (targets []ocispec.Descriptor, blobs []digest.Digest) {
+func (s *Store) shelved() (targets []ocispec.Descriptor, blobs map[digest.Digest]wait) {
+	blobs = map[digest.Digest]wait{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if next := s.forgetExpectedLocked(time.Now().Add(-s.expectFor)); s.expected > 0 {
@@ -340,8 +341,10 @@ func (s *Store) shelved() (targets []ocispec.Descriptor, blobs []digest.Digest) 
 		for _, p := range sh.manifests {
 			targets = append(targets, p.Desc)
 		}
-		for d := range sh.expected {
-			blobs = append(blobs, d)
+		for d, w := range sh.expected {
+			if w.at.After(blobs[d].at) {
+				blobs[d] = w
+			}
 		}
 		if len(sh.manifests)+len(sh.tags)+len(sh.expected) == 0 {
 			delete(s.shelves, name)

@@ -374,6 +374,7 @@ func NetNamespace(user string) *Plan {
 	fd := b.slot()
 	b.call(unix.SYS_OPENAT, fdcwd, b.str(user), num(unix.O_RDONLY|unix.O_CLOEXEC), num(0)).out(fd)
 	b.call(unix.SYS_SETNS, fd.arg(), num(unix.CLONE_NEWUSER))
+	b.call(unix.SYS_PRCTL, num(unix.PR_SET_DUMPABLE), num(0)) // setns(2) may have changed it
 	b.step("new network namespace")
 	b.call(unix.SYS_UNSHARE, num(unix.CLONE_NEWNET))
 	b.step("hold the network namespace")

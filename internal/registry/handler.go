@@ -458,7 +458,7 @@ func (c *call) blob(d digest.Digest) error {
 			return err
 		}
 		if c.r.Method == http.MethodHead && c.host == "" && !c.g.cfg.ReadOnly {
-			reps.Expect(c.repo, d)
+			reps.Expect(c.repo, d, c.payer())
 		}
 		return c.file(f, descriptorOf(d, st.Size()))
 	case http.MethodDelete:

@@ -61,15 +61,15 @@ func (g *Registry) fullLocked(from string) error {
 	return nil
 }
 
-// begin makes an upload, of somebody's.
-func (g *Registry) begin(repo, from string) (*upload, error) {
+// begin makes an upload, of somebody's; payer is whose the room is that it takes.
+func (g *Registry) begin(repo, from, payer string) (*upload, error) {
 	g.mu.Lock()
 	err := g.fullLocked(from)
 	g.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	w, err := g.cfg.Repositories.NewUpload(repo)
+	w, err := g.cfg.Repositories.NewUpload(repo, payer)
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +180,7 @@ func (c *call) start() error {
 	q := c.r.URL.Query()
 	if m := q.Get("mount"); m != "" {
 		d := digest.Digest(m)
-		ok, err := c.g.cfg.Repositories.Mount(c.repo, q.Get("from"), d)
+		ok, err := c.g.cfg.Repositories.Mount(c.repo, q.Get("from"), d, c.payer())
 		if err != nil {
 			return err
 		}
@@ -193,7 +193,7 @@ func (c *call) start() error {
 	if whole != "" && digest.Digest(whole).Validate() != nil {
 		return fail(http.StatusBadRequest, "DIGEST_INVALID", "%.100q is not a digest", whole)
 	}
-	u, err := c.g.begin(c.repo, c.from())
+	u, err := c.g.begin(c.repo, c.from(), c.payer())
 	if err != nil {
 		return err
 	}
@@ -212,6 +212,15 @@ func (c *call) from() string {
 		return "user " + c.user
 	}
 	return address(c.r.RemoteAddr).String()
+}
+
+// payer is from for the room that uploads take. Without users those of this machine
+// aren't told apart: nobody ("").
+func (c *call) payer() string {
+	if c.user == "" && address(c.r.RemoteAddr).IsLoopback() {
+		return ""
+	}
+	return c.from()
 }
 
 func (c *call) created(d digest.Digest) {

@@ -254,6 +254,9 @@ func Patience(d time.Duration) time.Duration {
 	return d
 }
 
+// buildTime bounds the build of the programs.
+const buildTime = 10 * time.Minute
+
 // Bin is the directory of the built programs: $TENON_BIN, or bin/ of this module,
 // which is then built.
 var Bin = sync.OnceValues(func() (string, error) {
@@ -281,8 +284,12 @@ var Bin = sync.OnceValues(func() (string, error) {
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // other packages' tests build the same
 		return "", fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
-	if out, err := exec.Command("make", "-s", "-C", dir, "build").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("make build: %w\n%s", err, out)
+	ctx, cancel := context.WithTimeout(context.Background(), buildTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "make", "-s", "-C", dir, "build")
+	cmd.WaitDelay = 10 * time.Second // what make has started may hold its output
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("make build: %w\n%s", errors.Join(err, ctx.Err()), out)
 	}
 	return filepath.Join(dir, "bin"), nil
 })

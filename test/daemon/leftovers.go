@@ -2,11 +2,13 @@ package daemon
 
 import (
 	"bytes"
+	"context"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // Leftovers lists what an engine that was shut down must have taken with it: all that
@@ -27,13 +29,18 @@ func (d *Daemon) Leftovers() []string {
 			left = append(left, "interface "+l.Name())
 		}
 	}
-	if out, err := exec.Command("nft", "list", "tables").Output(); err == nil {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, "nft", "list", "tables").Output(); err == nil {
 		for line := range strings.Lines(string(out)) {
 			f := strings.Fields(line)
 			if len(f) == 3 && (f[2] == d.Name || strings.HasPrefix(f[2], d.Name+"-") || strings.HasPrefix(f[2], d.Name+"_")) {
 				left = append(left, "nftables "+strings.TrimSpace(line))
 			}
 		}
+	}
+	if ctx.Err() != nil {
+		left = append(left, "nftables, perhaps: nft does not end")
 	}
 	_ = filepath.WalkDir("/sys/fs/cgroup", func(path string, e fs.DirEntry, err error) error {
 		if err == nil && e.IsDir() && (e.Name() == d.Name || e.Name() == d.Name+"-vm") {

@@ -10,14 +10,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
+
+	"github.com/distribution/reference"
 
 	"tenon.dev/tenon/client/imageapi"
 )
 
 // How an image was built is kept by the daemon, and names files of the user's machine. A
 // seal is what makes the daemon's word the user's own: a code over the definition and the
-// daemon that was told, by a key that no daemon has. A definition without it may come from
+// daemon that was told and the name that the image got, by a key that no daemon has. A definition without it may come from
 // anybody who may write to that daemon, or from the daemon itself.
 
 // keyFile is the key's file, in the configuration directory.
@@ -25,9 +28,9 @@ const keyFile = "tenon-build-key"
 
 const keySize = 32
 
-// Seal is the code of a definition that is given to a daemon. The key is made with the
-// first.
-func Seal(configDir, daemon string, d imageapi.Definition) (string, error) {
+// Seal is the code of a definition that is given to a daemon for an image with these
+// names, of which the first is sealed. The key is made with the first seal.
+func Seal(configDir, daemon string, names []string, d imageapi.Definition) (string, error) {
 	key, err := readKey(configDir)
 	if errors.Is(err, os.ErrNotExist) {
 		key, err = makeKey(configDir)
@@ -35,26 +38,39 @@ func Seal(configDir, daemon string, d imageapi.Definition) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("key of builds: %w", err)
 	}
-	return code(key, daemon, d)
+	name := ""
+	if len(names) > 0 {
+		name = names[0]
+	}
+	return code(key, daemon, name, d)
 }
 
-// Sealed tells whether this user gave the definition, as it is, to this daemon.
-func Sealed(configDir, daemon string, d imageapi.Definition) bool {
+// Sealed tells whether this user gave the definition, as it is, to this daemon for an
+// image with one of these names; without names, for one that got none.
+func Sealed(configDir, daemon string, names []string, d imageapi.Definition) bool {
 	key, err := readKey(configDir)
 	if err != nil {
 		return false
 	}
-	want, err := code(key, daemon, d)
-	return err == nil && hmac.Equal([]byte(want), []byte(d.Seal))
+	if len(names) == 0 {
+		names = []string{""}
+	}
+	return slices.ContainsFunc(names, func(name string) bool {
+		want, err := code(key, daemon, name, d)
+		return err == nil && hmac.Equal([]byte(want), []byte(d.Seal))
+	})
 }
 
 // code covers all that the client says; what the daemon adds is not of it.
-func code(key []byte, daemon string, d imageapi.Definition) (string, error) {
+func code(key []byte, daemon, name string, d imageapi.Definition) (string, error) {
+	if n, err := reference.ParseNormalizedNamed(name); err == nil {
+		name = reference.TagNameOnly(n).String()
+	}
 	d.Seal, d.Bases, d.Commit, d.Created = "", nil, false, time.Time{}
 	b, err := json.Marshal(struct {
-		Daemon     string
-		Definition imageapi.Definition
-	}{daemon, d})
+		Daemon, Image string
+		Definition    imageapi.Definition
+	}{daemon, name, d})
 	if err != nil {
 		return "", err
 	}

@@ -15,7 +15,8 @@ import (
 func TestSeal(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "config")
 	d := imageapi.Definition{Context: "/src/app", Dockerfile: "/src/app/Dockerfile", Args: []string{"V=1", "TOKEN"}, Secrets: []string{"id=a,src=/a"}, Host: "here"}
-	if Sealed(dir, "unix:///d", d) {
+	names := []string{"app", "app:2"}
+	if Sealed(dir, "unix:///d", names, d) {
 		t.Error("sealed without a key")
 	}
 	seals := make([]string, 4) // the first builds of a user, at once
@@ -23,7 +24,7 @@ func TestSeal(t *testing.T) {
 	for i := range seals {
 		g.Go(func() {
 			var err error
-			if seals[i], err = Seal(dir, "unix:///d", d); err != nil {
+			if seals[i], err = Seal(dir, "unix:///d", names, d); err != nil {
 				t.Error(err)
 			}
 		})
@@ -44,7 +45,7 @@ func TestSeal(t *testing.T) {
 	d.Seal, d.Created, d.Bases = seals[0], time.Now().UTC(), []imageapi.Base{{Name: "a:1"}}
 	b, err := json.Marshal(d)
 	var back imageapi.Definition
-	if err != nil || json.Unmarshal(b, &back) != nil || !Sealed(dir, "unix:///d", back) {
+	if err != nil || json.Unmarshal(b, &back) != nil || !Sealed(dir, "unix:///d", names, back) {
 		t.Errorf("not sealed: %s", b)
 	}
 	for what, forge := range map[string]func(*imageapi.Definition){
@@ -60,14 +61,22 @@ func TestSeal(t *testing.T) {
 	} {
 		f := back
 		forge(&f)
-		if Sealed(dir, "unix:///d", f) {
+		if Sealed(dir, "unix:///d", names, f) {
 			t.Errorf("a forged %s is sealed", what)
 		}
 	}
-	if Sealed(dir, "tcp://elsewhere:1", back) {
+	if !Sealed(dir, "unix:///d", []string{"other:1", "docker.io/library/app:latest"}, back) {
+		t.Error("the image's is not sealed under its full name")
+	}
+	for _, other := range [][]string{nil, {"other"}, {"app:2"}} {
+		if Sealed(dir, "unix:///d", other, back) {
+			t.Errorf("another image's is sealed: %q", other)
+		}
+	}
+	if Sealed(dir, "tcp://elsewhere:1", names, back) {
 		t.Error("another daemon's is sealed")
 	}
-	if Sealed(t.TempDir(), "unix:///d", back) {
+	if Sealed(t.TempDir(), "unix:///d", names, back) {
 		t.Error("another user's is sealed")
 	}
 }

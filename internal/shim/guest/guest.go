@@ -6,6 +6,8 @@
 //	boot.go      from the kernel's first instruction for it to a root of its own
 //	guest.go     the port, the sessions, the end
 //	apply.go     the Guest service: what the host has done before containers run
+//	disk.go      what containers write: its bounds, its removal, growing disks
+//	userns.go    user namespaces, and the lowest layer of roots in them
 //	netlink.go   network interfaces
 //	netns.go     network namespaces, and one that is made ahead
 //	fuse.go      host directories

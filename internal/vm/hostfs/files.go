@@ -173,6 +173,7 @@ func (s *server) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
 		return errno(err)
 	}
 	s.dropLocks(in.NodeId, in.LockOwner)
+	s.forgetOwner(h, in.LockOwner)
 	fd, err := unix.FcntlInt(uintptr(h.fd), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		return errno(err)

@@ -30,6 +30,7 @@ import (
 	"log"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -75,7 +76,8 @@ type handle struct {
 	mu     sync.Mutex // of a directory's position
 	pos    int64
 	rest   []byte          // entries that were read and not given
-	owners map[uint64]bool // who has taken POSIX locks by it
+	owners map[uint64]bool // who has asked for POSIX locks by it
+	closed bool
 }
 
 // server is the file system. It implements fuse.RawFileSystem.
@@ -97,6 +99,7 @@ type server struct {
 	handles map[uint64]*handle
 	nextFH  uint64
 	locks   map[lockKey]*lockFile
+	owners  atomic.Int64 // of all handles
 	// What is to be sent with the answers of requests, by their numbers; and the
 	// devices on which closing says nothing.
 	foretold map[uint64][]byte
@@ -370,6 +373,8 @@ func (s *server) dropHandle(fh uint64) {
 	h.f.Close()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.closed = true
+	s.owners.Add(-int64(len(h.owners)))
 	for owner := range h.owners {
 		s.dropLocks(h.node.id, owner)
 	}

@@ -430,15 +430,70 @@ func TestForetold(t *testing.T) {
 }
 
 // TestLocksAsked: who has asked for locks, and closed the file, leaves nothing with the
-// server.
+// server, even if he does not say that he closes it, as of files that are only read.
 func TestLocksAsked(t *testing.T) {
-	at := mount(t, t.TempDir(), false, filesEnv+"=64") // of which locks get an eighth
-	for i := range 40 {
-		f, err := os.Create(filepath.Join(at, fmt.Sprint(i)))
-		must(t, err)
-		must(t, unix.FcntlFlock(f.Fd(), unix.F_GETLK, &unix.Flock_t{Type: unix.F_WRLCK}))
-		must(t, f.Close())
-	}
+	dir := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(dir, "f"), nil, 0o600))
+	const lookup, open, release, flush, getlk, setlk = 1, 14, 18, 25, 31, 32
+	limited(t, 200, func() { // of which locks get an eighth, and what is known of owners half
+		x := newClient(t, dir)
+		e, b := x.call(lookup, 1, []byte("f\x00"))
+		if e != 0 {
+			t.Fatal(e)
+		}
+		id := binary.NativeEndian.Uint64(b)
+		opened := func() []byte {
+			e, b := x.call(open, id, make([]byte, 8))
+			if e != 0 {
+				t.Fatal(e)
+			}
+			return b[:8]
+		}
+		lock := func(op uint32, handle []byte, owner uint64) syscall.Errno {
+			lk := make([]byte, 48) // struct fuse_lk_in
+			copy(lk, handle)
+			binary.NativeEndian.PutUint64(lk[8:], owner)
+			binary.NativeEndian.PutUint32(lk[32:], unix.F_RDLCK)
+			e, _ := x.call(op, id, lk)
+			return e
+		}
+		flushed := func(handle []byte, owner uint64) {
+			in := make([]byte, 24) // struct fuse_flush_in
+			copy(in, handle)
+			binary.NativeEndian.PutUint64(in[16:], owner)
+			if e, _ := x.call(flush, id, in); e != 0 {
+				t.Fatal(e)
+			}
+		}
+		for owner := range uint64(150) {
+			for _, op := range []uint32{getlk, setlk} {
+				h := opened()
+				if e := lock(op, h, owner); e != 0 {
+					t.Fatal(op, owner, e)
+				}
+				in := make([]byte, 24) // struct fuse_release_in
+				copy(in, h)
+				if e, _ := x.call(release, id, in); e != 0 {
+					t.Fatal(e)
+				}
+			}
+		}
+		one, other := opened(), opened()
+		for owner := range uint64(150) {
+			if e := lock(setlk, one, owner); e != 0 {
+				t.Fatal(owner, e)
+			}
+			flushed(one, owner)
+		}
+		var refused syscall.Errno
+		for owner := uint64(0); owner < 150 && refused == 0; owner++ {
+			refused = lock(setlk, one, owner)
+			flushed(other, owner)
+		}
+		if refused != unix.ENOLCK {
+			t.Error("what is known of a file's owners has no bound:", refused)
+		}
+	})
 }
 
 // netRaw is a value of file capabilities: CAP_NET_RAW.

@@ -74,17 +74,36 @@ func (s *server) dropLocks(node, owner uint64) {
 
 // noteOwner has an owner's lockFile go with the open file at the latest: one that is
 // only read is not flushed.
-func (s *server) noteOwner(in *fuse.LkIn) {
+func (s *server) noteOwner(in *fuse.LkIn) error {
 	h, err := s.handle(in.Fh)
 	if err != nil {
-		return
+		return err
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	switch {
+	case h.closed:
+		return unix.EBADF
+	case h.owners[in.Owner]:
+		return nil
+	case s.owners.Add(1) > 4*int64(s.maxLocks): // some have lost their locks by other files
+		s.owners.Add(-1)
+		return unix.ENOLCK
+	}
 	if h.owners == nil {
 		h.owners = map[uint64]bool{}
 	}
 	h.owners[in.Owner] = true
+	return nil
+}
+
+func (s *server) forgetOwner(h *handle, owner uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.owners[owner] {
+		delete(h.owners, owner)
+		s.owners.Add(-1)
+	}
 }
 
 func flockT(lk *fuse.FileLock) *unix.Flock_t {
@@ -100,11 +119,13 @@ func (s *server) GetLk(_ <-chan struct{}, in *fuse.LkIn, out *fuse.LkOut) fuse.S
 	if err != nil {
 		return errno(err)
 	}
+	if err := s.noteOwner(in); err != nil {
+		return errno(err)
+	}
 	l, err := s.lockFile(n, in.Owner)
 	if err != nil {
 		return errno(err)
 	}
-	s.noteOwner(in)
 	t := flockT(&in.Lk)
 	if err := unix.FcntlFlock(l.f.Fd(), unix.F_OFD_GETLK, t); err != nil {
 		return errno(err)
@@ -167,6 +188,9 @@ func (s *server) lock(in *fuse.LkIn) error {
 	if err != nil {
 		return err
 	}
+	if err := s.noteOwner(in); err != nil {
+		return err
+	}
 	l, err := s.lockFile(n, in.Owner)
 	if err != nil {
 		return err
@@ -177,6 +201,5 @@ func (s *server) lock(in *fuse.LkIn) error {
 	if err := unix.FcntlFlock(l.f.Fd(), unix.F_OFD_SETLK, flockT(&in.Lk)); err != nil || in.Lk.Typ == unix.F_UNLCK {
 		return err
 	}
-	s.noteOwner(in)
 	return s.refresh(n)
 }

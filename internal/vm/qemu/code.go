@@ -33,6 +33,8 @@ const codeKept = 128 << 10
 // Code is the memory of an emulator's translated code.
 type Code struct {
 	areas []area
+	all   int64 // bytes, with areas that take nothing
+	parts int64
 	// Resident is what it takes, in bytes.
 	Resident int64
 }
@@ -68,6 +70,8 @@ func (p *Process) Code() (Code, error) {
 			if err := errors.Join(e1, e2); err != nil {
 				return Code{}, err
 			}
+			c.all += int64(at.end - at.start)
+			c.parts++
 		} else if w[0] == "Rss:" && at.end != 0 {
 			n, err := strconv.ParseInt(w[1], 10, 64)
 			if err != nil {
@@ -98,6 +102,13 @@ func (p *Process) DropCode(ctx context.Context, wake func()) (err error) {
 	if err != nil {
 		return err
 	}
+	_, capacity, err := p.translated(ctx)
+	if err != nil {
+		return err
+	}
+	if err := c.check(capacity); err != nil {
+		return err
+	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), contTime)
 		defer cancel()
@@ -109,7 +120,7 @@ func (p *Process) DropCode(ctx context.Context, wake func()) (err error) {
 		return fmt.Errorf("qemu: a single step: %w", err)
 	}
 	for end := time.Now().Add(settleTime); ; time.Sleep(time.Millisecond) {
-		n, err := p.translated(ctx)
+		n, _, err := p.translated(ctx)
 		if err != nil {
 			return err
 		}
@@ -132,19 +143,34 @@ func (p *Process) DropCode(ctx context.Context, wake func()) (err error) {
 	return nil
 }
 
-var codeSize = regexp.MustCompile(`(?m)^gen code size +(\d+)/`)
+// highWater is what QEMU leaves free at the end of each part of its buffer, and does not
+// count as room for code.
+const highWater = 1024
 
-// translated is how much code QEMU has, in bytes.
-func (p *Process) translated(ctx context.Context) (int64, error) {
+// check tells whether the areas are QEMU's buffer, of which it says how much code it can
+// hold. What is not of it is then smaller than codeKept, and stays.
+func (c Code) check(capacity int64) error {
+	if more := c.all - capacity; more < 0 || more > codeKept/2+c.parts*highWater {
+		return fmt.Errorf("qemu: %d bytes can be executed, not the %d for translated code", c.all, capacity)
+	}
+	return nil
+}
+
+var codeSize = regexp.MustCompile(`(?m)^gen code size +(\d+)/(\d+)`)
+
+// translated is how much code QEMU has, and how much it can have, in bytes.
+func (p *Process) translated(ctx context.Context) (size, capacity int64, err error) {
 	text, err := p.monitor(ctx, "info jit")
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	m := codeSize.FindStringSubmatch(text)
 	if m == nil {
-		return 0, errors.New("qemu: it does not say how much code it has translated")
+		return 0, 0, errors.New("qemu: it does not say how much code it has translated")
 	}
-	return strconv.ParseInt(m[1], 10, 64)
+	size, e1 := strconv.ParseInt(m[1], 10, 64)
+	capacity, e2 := strconv.ParseInt(m[2], 10, 64)
+	return size, capacity, errors.Join(e1, e2)
 }
 
 // monitor runs a command of the monitor for people.
@@ -188,15 +214,21 @@ func (p *Process) forget(ctx context.Context, wake func()) (err error) {
 	if _, err := p.monitor(ctx, "gdbserver chardev:"+debugger); err != nil {
 		return err
 	}
-	const stepped, interrupted = "$T05", "$T02" // SIGTRAP, SIGINT
-	err = answer(conn, wakeTime, stepped)
+	return awaitStep(conn, wake, stepTime)
+}
+
+// awaitStep waits for the end of a single step, for a time and after wake.
+func awaitStep(conn *net.UnixConn, wake func(), limit time.Duration) error {
+	const stepped, halted = "$T05", "$T0" // by SIGTRAP; by any signal
+	err := answer(conn, min(wakeTime, limit), stepped)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		go wake()
-		err = answer(conn, stepTime, stepped)
+		err = answer(conn, limit, stepped)
 	}
 	if err != nil { // it must not be left to a step that nobody waits for
 		_, _ = conn.Write([]byte{3}) // then neither is there an answer
-		if answer(conn, stepTime, interrupted) == nil {
+		// The step may have come to its end just now.
+		if answer(conn, limit, halted) == nil {
 			err = fmt.Errorf("the guest does not run: %w", err)
 		}
 	}

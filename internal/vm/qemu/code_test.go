@@ -54,3 +54,53 @@ func TestDropCode(t *testing.T) {
 		t.Error("a machine that has ended gave something up")
 	}
 }
+
+// A step that ends only when it is interrupted is known to have ended.
+func TestInterruptedStep(t *testing.T) {
+	for _, how := range []string{"$T02thread:01;#00", "$T05thread:01;#00"} {
+		conn, f, err := Socketpair()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		defer f.Close()
+		go func() { // as QEMU does; it ends with the connection
+			b := make([]byte, 1)
+			for b[0] != 3 {
+				if n, err := f.Read(b); err != nil || n == 0 {
+					return
+				}
+			}
+			_, _ = f.WriteString("+" + how) // or nobody waits any more
+		}()
+		woken := make(chan bool, 1)
+		err = awaitStep(conn, func() { woken <- true }, 20*time.Millisecond)
+		if err == nil || !strings.Contains(err.Error(), "the guest does not run") {
+			t.Errorf("%s: %v", how, err)
+		}
+		select {
+		case <-woken:
+		case <-limited(t).Done():
+			t.Error("it was not woken")
+		}
+	}
+}
+
+// Only QEMU's buffer is given up.
+func TestCodeCheck(t *testing.T) {
+	const capacity = 1<<26 - 4096 - highWater // as of 64 MiB
+	for _, c := range []struct {
+		code Code
+		good bool
+	}{
+		{Code{all: 1<<26 - 4096, parts: 1}, true},
+		{Code{all: 1<<26 - 4096 + 8192, parts: 2}, true}, // a little more, which stays
+		{Code{all: 1<<26 - 4096 + codeKept + 4096, parts: 2}, false},
+		{Code{all: 1 << 25, parts: 1}, false},
+		{Code{}, false},
+	} {
+		if err := c.code.check(capacity); (err == nil) != c.good {
+			t.Errorf("%+v: %v", c.code, err)
+		}
+	}
+}

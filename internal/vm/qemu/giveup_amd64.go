@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,8 +22,8 @@ const CanDropCode = true
 func giveUp(pid int, areas []area) error {
 	res := make(chan error, 1)
 	go func() {
-		// Never unlocked: when this thread ends, what it traces is let go, whatever
-		// has happened.
+		// Never unlocked: when this thread ends, what it traces is let go, also what
+		// did not stop. (The program's first thread does not end.)
 		runtime.LockOSThread()
 		res <- giveUpIn(pid, areas)
 	}()
@@ -45,20 +46,45 @@ func giveUpIn(pid int, areas []area) error {
 	slices.Sort(threads) // the oldest waits for work, and gets no signals
 	err = errRuns
 	for _, tid := range threads {
-		if err = giveUpBy(tid, areas); !errors.Is(err, errRuns) {
+		if err = giveUpBy(pid, tid, areas); !errors.Is(err, errRuns) {
 			break
 		}
 	}
 	return err
 }
 
-// errRuns: a thread is not in a system call.
-var errRuns = errors.New("no thread waits")
+// errRuns: a thread is not in a system call. errNotIts: it is another process's.
+var (
+	errRuns   = errors.New("no thread waits")
+	errNotIts = errors.New("it has ended")
+)
 
-func giveUpBy(tid int, areas []area) (err error) {
+// processOf is the process that a thread is of.
+func processOf(tid int) (int, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "Tgid:"); ok {
+			return strconv.Atoi(strings.TrimSpace(v))
+		}
+	}
+	return 0, errors.New("its status tells no process")
+}
+
+func giveUpBy(pid, tid int, areas []area) (err error) {
 	if err := unix.PtraceSeize(tid); err != nil {
 		return os.NewSyscallError("ptrace", err)
 	}
+	var sig unix.Signal // one that came meanwhile
+	defer func() {
+		_, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_DETACH, uintptr(tid), 0, uintptr(sig), 0, 0)
+		// One that did not stop is let go when this thread ends.
+		if e != 0 && (e != unix.ESRCH || err == nil) {
+			err = errors.Join(err, os.NewSyscallError("ptrace", e))
+		}
+	}()
 	if err := unix.PtraceInterrupt(tid); err != nil {
 		return os.NewSyscallError("ptrace", err)
 	}
@@ -66,14 +92,14 @@ func giveUpBy(tid int, areas []area) (err error) {
 	if err != nil {
 		return err
 	}
-	var sig unix.Signal // one that came meanwhile
-	defer func() {
-		if _, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_DETACH, uintptr(tid), 0, uintptr(sig), 0, 0); e != 0 {
-			err = errors.Join(err, os.NewSyscallError("ptrace", e))
-		}
-	}()
 	if st>>16 != unix.PTRACE_EVENT_STOP {
 		sig = st.StopSignal()
+	}
+	// Since it is traced, the number can't become another thread's.
+	if of, err := processOf(tid); err != nil || of != pid {
+		return fmt.Errorf("thread %d is none of process %d, but of %d: %w", tid, pid, of, errors.Join(errNotIts, err))
+	}
+	if st>>16 != unix.PTRACE_EVENT_STOP {
 		return errRuns
 	}
 	var was unix.PtraceRegs
