@@ -99,8 +99,8 @@ func TestOnlySignedImagesAreTaken(t *testing.T) {
 		t.Errorf("run: %q", got)
 	}
 	// What the name is moved to is another image, and not signed.
-	a.Must(t, "run", "--name", "c", "busybox", "sh", "-c", "echo 2 >/v")
-	a.Must(t, "commit", "c", child)
+	a.Must(t, "run", "--name", "c1", "busybox", "sh", "-c", "echo 2 >/v")
+	a.Must(t, "commit", "c1", child)
 	a.Must(t, "tag", child, ref)
 	a.Must(t, "push", ref)
 	if r := b.Docker(t, "pull", ref); r.Code == 0 || !strings.Contains(r.Err, "no signature of it was found") {
