@@ -186,7 +186,7 @@ func (q *inquiry) check(ctx context.Context, d digest.Digest) (key signature.Key
 		}
 		var doc ocispec.Manifest
 		if err := json.Unmarshal(b, &doc); err != nil {
-			reasons = append(reasons, fmt.Sprintf("%s: %v", where, err))
+			reasons = append(reasons, fmt.Sprintf("%s: %.200s", where, err))
 			return false, nil
 		}
 		for i, l := range doc.Layers {
@@ -252,6 +252,9 @@ func (q *inquiry) check(ctx context.Context, d digest.Digest) (key signature.Key
 		return key, "", append(reasons, fmt.Sprintf("referrers: %v", err)), nil
 	}
 	for i, m := range referrers {
+		if checkDescriptor(m) != nil {
+			continue
+		}
 		if i >= signature.MaxReferrers {
 			reasons = append(reasons, fmt.Sprintf("%d referrers, %d are looked at", len(referrers), signature.MaxReferrers))
 			break
