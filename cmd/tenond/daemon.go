@@ -23,6 +23,7 @@ import (
 	tenonevents "tenon.dev/tenon/internal/events"
 	"tenon.dev/tenon/internal/footprint"
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/image/signature"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/rootfs"
 	"tenon.dev/tenon/internal/sandbox/host"
@@ -101,7 +102,11 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	}
 	d.closers = append(d.closers, hub.Close)
 
-	if d.images, err = image.Open(ctx, d.imageConfig(hub)); err != nil {
+	images := d.imageConfig(hub)
+	if images.Registries.Policy, err = policy(cfg.Registries.Policy); err != nil {
+		return nil, err
+	}
+	if d.images, err = image.Open(ctx, images); err != nil {
 		return nil, err
 	}
 	d.closers = append(d.closers, d.images.Close)
@@ -222,6 +227,35 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 		}
 	}
 	return cfg
+}
+
+// policy reads the keys that the settings name. One that can't be read is an error: no
+// daemon runs by less than what it was told to check.
+func policy(settings []config.Policy) (*signature.Policy, error) {
+	if len(settings) == 0 {
+		return nil, nil
+	}
+	var rules []signature.Rule
+	for _, p := range settings {
+		r := signature.Rule{Prefix: p.Prefix, Action: signature.Action(p.Require), Identity: p.Identity}
+		for _, file := range p.Keys {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				return nil, fmt.Errorf("registries.policy of %s: %w", p.Prefix, err)
+			}
+			keys, err := signature.ParsePublicKeys(filepath.Base(file), b)
+			if err != nil {
+				return nil, fmt.Errorf("registries.policy of %s: %w", p.Prefix, err)
+			}
+			r.Keys = append(r.Keys, keys...)
+		}
+		rules = append(rules, r)
+	}
+	p, err := signature.New(rules)
+	if err != nil {
+		return nil, fmt.Errorf("registries.policy: %w", err)
+	}
+	return p, nil
 }
 
 func (d *daemon) networkConfig(dns string, hub *tenonevents.Hub) (network.Config, error) {

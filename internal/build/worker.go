@@ -97,7 +97,10 @@ func (w *tenonWorker) Exporter(name string, sm *session.Manager) (exporter.Expor
 
 // localFirst is the source of images: one that is here wins, unless the client asks
 // for what the registry has (--pull).
-type localFirst struct{ *containerimage.Source }
+type localFirst struct {
+	*containerimage.Source
+	images *image.Store
+}
 
 // Identifier reads a reference.
 func (s localFirst) Identifier(scheme, ref string, attrs map[string]string, platform *pb.Platform) (source.Identifier, error) {
@@ -195,7 +198,7 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 	if err := r.checkShared(w.CacheMgr); err != nil {
 		return nil, err
 	}
-	w.SourceManager.Register(localFirst{w.ImageSource})
+	w.SourceManager.Register(localFirst{w.ImageSource, b.opt.Images})
 	r.worker = &tenonWorker{Worker: w, r: r}
 	wc := &worker.Controller{}
 	if err := wc.Add(r.worker); err != nil {
@@ -233,7 +236,7 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 			"inline":   inlineremotecache.ResolveCacheExporterFunc(),
 		},
 		ResolveCacheImporterFuncs: map[string]remotecache.ResolveCacheImporterFunc{
-			"registry": r.localCache(registryremotecache.ResolveCacheImporterFunc(r.sessions, r.content, hosts)),
+			"registry": r.localCache(r.judgedCache(registryremotecache.ResolveCacheImporterFunc(r.sessions, r.content, hosts))),
 			"local":    localremotecache.ResolveCacheImporterFunc(r.sessions),
 		},
 		Entitlements:   []string{string(entitlements.EntitlementNetworkHost)},

@@ -378,8 +378,10 @@ func (a *app) imageCmd() *cobra.Command {
 		}},
 		verb{name: "save", make: (*app).saveCmd},
 		verb{name: "sbom", make: (*app).sbomCmd},
+		verb{name: "sign", make: (*app).signCmd},
 		verb{name: "tag", make: (*app).tagCmd},
 		verb{name: "tree", make: (*app).treeCmd},
 		verb{name: "unpin", make: (*app).unpinCmd},
+		verb{name: "verify", make: (*app).verifyCmd},
 	)
 }

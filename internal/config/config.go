@@ -25,6 +25,7 @@ import (
 	"github.com/docker/go-units"
 	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/image/signature"
 	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/userns"
 )
@@ -133,6 +134,16 @@ type Registries struct {
 	Mirrors  map[string][]string `toml:"mirrors" comment:"host = [URLs, tried in order before the host itself]"`
 	Insecure []string            `toml:"insecure" comment:"hosts or networks that may speak plain HTTP or show unknown certificates; loopback always may"`
 	CertsDir string              `toml:"certs-dir" comment:"HOST/ca.crt, client.cert, client.key"`
+	Policy   []Policy            `toml:"policy" comment:"which images may come from registries; none: all"`
+}
+
+// Policy says what holds for the images whose names begin with Prefix; the longest
+// prefix decides. See docs/images.md.
+type Policy struct {
+	Prefix   string   `toml:"prefix" comment:"registry, namespace or repository (registry.lan/prod); * is every image"`
+	Require  string   `toml:"require" comment:"accept, reject or signed"`
+	Keys     []string `toml:"keys" comment:"files of public keys (PEM), of which one must have signed"`
+	Identity string   `toml:"identity" comment:"the name that must have been signed: empty, the repository asked for; a repository or namespace; or any"`
 }
 
 // Registry serves the engine's images as a registry.
@@ -322,6 +333,33 @@ func (c *Config) Validate() error {
 	for _, a := range c.Network.DNS {
 		if _, err := netip.ParseAddr(a); err != nil {
 			bad("network.dns %q is not an address", a)
+		}
+	}
+	prefixes := map[string]bool{}
+	for _, p := range c.Registries.Policy {
+		if err := signature.CheckPrefix(p.Prefix); err != nil || p.Prefix == "" {
+			bad("registries.policy: prefix %q: give a registry's host, or a namespace or repository with it, or *", p.Prefix)
+		}
+		if prefixes[p.Prefix] {
+			bad("registries.policy: prefix %q is there twice", p.Prefix)
+		}
+		prefixes[p.Prefix] = true
+		switch p.Require {
+		case "signed":
+			if len(p.Keys) == 0 {
+				bad("registries.policy of %s: signed by whom? give keys", p.Prefix)
+			}
+		case "accept", "reject":
+			if len(p.Keys) > 0 || p.Identity != "" {
+				bad("registries.policy of %s: keys and identity are for require = \"signed\"", p.Prefix)
+			}
+		default:
+			bad("registries.policy of %s: require %q: use accept, reject or signed", p.Prefix, p.Require)
+		}
+		for _, k := range p.Keys {
+			if !filepath.IsAbs(k) {
+				bad("registries.policy of %s: key %q must be an absolute path", p.Prefix, k)
+			}
 		}
 	}
 	for name, r := range c.Runtimes {

@@ -89,3 +89,40 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+func TestPolicyOfImages(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "c.toml")
+	for text, want := range map[string]string{
+		"prefix = 'reg.lan/prod'\nrequire = 'signed'\nkeys = ['/k.pem']\nidentity = 'any'":                      "",
+		"prefix = '*'\nrequire = 'reject'":                                                                      "",
+		"prefix = 'debian'\nrequire = 'accept'":                                                                 "registry's host",
+		"require = 'reject'":                                                                                    "prefix",
+		"prefix = 'reg.lan'\nrequire = 'signed'":                                                                "signed by whom",
+		"prefix = 'reg.lan'\nrequire = 'maybe'":                                                                 "use accept, reject or signed",
+		"prefix = 'reg.lan'\nrequire = 'accept'\nkeys = ['/k.pem']":                                             "keys and identity",
+		"prefix = 'reg.lan'\nrequire = 'signed'\nkeys = ['k.pem']":                                              "absolute",
+		"prefix = 'reg.lan'\nrequire = 'accept'\n[[registries.policy]]\nprefix = 'reg.lan'\nrequire = 'reject'": "twice",
+	} {
+		if err := os.WriteFile(file, []byte("[[registries.policy]]\n"+text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p, _, err := FromArgs([]string{"--config", file})
+		if want != "" {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%q: got %v, want %q", text, err, want)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%q: %v", text, err)
+			continue
+		}
+		again := Default()
+		if _, err := toml.Decode(p.Config.String(), again); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(p.Config.Registries.Policy, again.Registries.Policy); diff != "" {
+			t.Errorf("printed and read again: %s", diff)
+		}
+	}
+}

@@ -10,6 +10,8 @@ import (
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/image/signature"
 )
 
 // Image is one image for one platform. It is immutable: the store hands out
@@ -70,6 +72,8 @@ type RegistryConfig struct {
 	// CertsDir holds, as Docker's /etc/docker/certs.d does, a directory by
 	// host[:port] with *.crt (CAs), *.cert and *.key (client certificates).
 	CertsDir string
+	// Policy decides which images may come from registries; nil accepts all.
+	Policy *signature.Policy
 	// UserAgent is sent with each request; "tenon" by default.
 	UserAgent string
 }

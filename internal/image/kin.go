@@ -133,7 +133,8 @@ func (s *Store) Definitions() (map[string]json.RawMessage, error) {
 const remoteTimeout = 30 * time.Second
 
 // Remote asks a registry (or its mirrors) what a name means there: the digest of an
-// index or manifest. Nothing is fetched.
+// index or manifest. Nothing is fetched but what the policy needs to see; what it
+// refuses is an errdefs.ErrPermissionDenied.
 func (s *Store) Remote(ctx context.Context, ref string, auth *registry.AuthConfig) (string, error) {
 	named, err := parseRef(ref)
 	if err != nil {
@@ -141,9 +142,13 @@ func (s *Store) Remote(ctx context.Context, ref string, auth *registry.AuthConfi
 	}
 	ctx, cancel := context.WithTimeout(log.WithLogger(ctx, quiet), remoteTimeout)
 	defer cancel()
-	_, desc, err := resolveRef(ctx, s.resolver(auth, nil), canonical(named))
+	rule, err := s.rule("ask for", named)
 	if err != nil {
-		return "", registryError("ask for", reference.FamiliarString(named), err)
+		return "", err
+	}
+	_, desc, err := s.admitRemote(ctx, "ask for", s.resolver(auth, nil), named, rule, nil)
+	if err != nil {
+		return "", err
 	}
 	return desc.Digest.String(), nil
 }

@@ -42,6 +42,7 @@ type puller struct {
 	progress ProgressFunc
 	// Slots of this pull alone, so that a slow registry holds up no one else.
 	fetches, unpacks chan struct{}
+	admitted         *admission // by the policy
 }
 
 func (s *Store) newPuller(f remotes.Fetcher, progress ProgressFunc) *puller {
@@ -77,6 +78,10 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	name := canonical(named)
 	show := reference.FamiliarString(named)
 	progress := serial(opts.Progress)
+	rule, err := s.rule("pull", named)
+	if err != nil {
+		return nil, err
+	}
 	res := s.resolver(opts.Auth, nil)
 	tag := "latest"
 	if t, ok := named.(reference.Tagged); ok {
@@ -105,8 +110,17 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 	if err := p.document(ctx, target); err != nil {
 		return nil, registryError("pull", show, err)
 	}
+	q := &inquiry{s: s, named: named, rule: rule, res: res, read: func(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+		if err := p.document(ctx, d); err != nil {
+			return nil, err
+		}
+		return s.readBlob(d)
+	}}
+	if p.admitted, err = q.admit(ctx, "pull", target, opts.Platform); err != nil {
+		return nil, err
+	}
 	desc, err := p.manifest(ctx, target, opts)
-	if errors.Is(err, ErrPlatform) {
+	if errors.Is(err, ErrPlatform) || errors.Is(err, errRefused) {
 		return nil, fmt.Errorf("pull %s: %w", show, err)
 	}
 	if err != nil {
@@ -129,6 +143,9 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 		return nil, fmt.Errorf("pull %s: %w", show, err)
 	}
 	progress.say(Progress{Status: "Digest: " + target.Digest.String()})
+	if p.admitted.source != "" {
+		progress.say(Progress{Status: "Signed by " + p.admitted.key.String()})
+	}
 	if had && !fetched {
 		progress.say(Progress{Status: "Status: Image is up to date for " + show})
 	} else {
@@ -171,35 +188,24 @@ func (p *puller) manifest(ctx context.Context, target ocispec.Descriptor, opts P
 	if err := p.flatten(ctx, doc, &flat, 0); err != nil {
 		return target, err
 	}
-	var all []candidate
-	for _, m := range flat {
-		if isAttestation(m) || m.Platform == nil && len(flat) > 1 {
-			continue
-		}
-		c := candidate{desc: m, available: true, platform: *p.s.cfg.Platform}
-		if m.Platform != nil {
-			c.platform = platforms.Normalize(*m.Platform)
-		}
-		all = append(all, c)
-	}
-	want := opts.Platform
-	if want == nil {
-		want = p.s.cfg.Platform
-	}
-	chosen, err := p.s.chooseAmong(all, want)
+	chosen, err := p.s.chooseOffered(flat, opts.Platform)
 	if err != nil {
-		var names []string
-		for _, c := range all {
-			names = append(names, platforms.Format(c.platform))
-		}
-		return target, fmt.Errorf("no matching manifest for %s in the manifest list entries: there is %s: %w",
-			platforms.Format(*want), strings.Join(names, ", "), ErrPlatform)
+		return target, err
+	}
+	if !p.admitted.whole && chosen.Digest != p.admitted.manifest {
+		return target, fmt.Errorf("manifest %s is not the one that is signed: %w", chosen.Digest, errRefused)
 	}
 	for _, m := range flat {
 		main := m.Digest == chosen.Digest
 		kept := isAttestation(m) && m.Annotations[annotationRefDigest] == chosen.Digest.String()
 		if !main && !kept && !opts.AllPlatforms {
 			continue
+		}
+		if !p.admitted.whole && isAttestation(m) {
+			continue // the index names it, and that nobody has signed
+		}
+		if err := p.admitted.one(ctx, m.Digest); err != nil {
+			return target, err
 		}
 		err := p.whole(ctx, m, !main)
 		if err != nil && kept {
@@ -209,6 +215,36 @@ func (p *puller) manifest(ctx context.Context, target ocispec.Descriptor, opts P
 		if err != nil {
 			return target, err
 		}
+	}
+	return chosen, nil
+}
+
+// chooseOffered picks the manifest for a platform (nil: the default one) among those
+// that a registry offers.
+func (s *Store) chooseOffered(flat []ocispec.Descriptor, platform *ocispec.Platform) (ocispec.Descriptor, error) {
+	var all []candidate
+	for _, m := range flat {
+		if isAttestation(m) || m.Platform == nil && len(flat) > 1 {
+			continue
+		}
+		c := candidate{desc: m, available: true, platform: *s.cfg.Platform}
+		if m.Platform != nil {
+			c.platform = platforms.Normalize(*m.Platform)
+		}
+		all = append(all, c)
+	}
+	want := platform
+	if want == nil {
+		want = s.cfg.Platform
+	}
+	chosen, err := s.chooseAmong(all, want)
+	if err != nil {
+		var names []string
+		for _, c := range all {
+			names = append(names, platforms.Format(c.platform))
+		}
+		return chosen, fmt.Errorf("no matching manifest for %s in the manifest list entries: there is %s: %w",
+			platforms.Format(*want), strings.Join(names, ", "), ErrPlatform)
 	}
 	return chosen, nil
 }

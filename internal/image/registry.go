@@ -77,7 +77,7 @@ func (s *Store) hosts(host string, auth *registry.AuthConfig, header http.Header
 			p += "/v2"
 		}
 		rh.Path = p
-		rh.Capabilities = docker.HostCapabilityPull | docker.HostCapabilityResolve
+		rh.Capabilities = docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityReferrers
 		out = append(out, rh)
 	}
 	api, err := docker.DefaultHost(host)
@@ -100,7 +100,7 @@ func (s *Store) host(host, scheme string, auth *registry.AuthConfig, header http
 	opts := []docker.AuthorizerOpt{docker.WithAuthClient(client), docker.WithAuthHeader(header)}
 	rh := docker.RegistryHost{
 		Client: client, Host: host, Scheme: cmp.Or(scheme, "https"), Path: "/v2",
-		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityPush,
+		Capabilities: docker.HostCapabilityPull | docker.HostCapabilityResolve | docker.HostCapabilityPush | docker.HostCapabilityReferrers,
 	}
 	if auth != nil {
 		user, secret, err := credentials(*auth)

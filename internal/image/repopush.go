@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/image/signature"
 )
 
 // PutManifest takes a manifest or index under a tag, or under its digest. What it
@@ -203,6 +205,9 @@ func (s *Store) isImage(d ocispec.Descriptor) bool {
 		doc, err := s.readDocument(c.desc)
 		if err != nil || doc.Config == nil {
 			continue
+		}
+		if slices.ContainsFunc(doc.Layers, func(l ocispec.Descriptor) bool { return l.MediaType == signature.MediaType }) {
+			continue // cosign's signatures have an image's config
 		}
 		switch doc.Config.MediaType {
 		case ocispec.MediaTypeImageConfig, images.MediaTypeDockerSchema2Config:

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -130,6 +131,10 @@ func allTags(name, tag string) bool {
 	return err == nil && tag == "" && reference.IsNameOnly(ref)
 }
 
+// aside are tags of what lies beside an image: cosign's signatures, attestations and
+// lists of parts, and the lists of what refers to it.
+var aside = regexp.MustCompile(`^sha(256|512)-[0-9a-f]{64,128}(\.(sig|att|sbom))?$`)
+
 func (a *API) everyTag(c *call, ref string) ([]string, error) {
 	named, err := reference.ParseNormalizedNamed(ref)
 	if err != nil {
@@ -142,6 +147,9 @@ func (a *API) everyTag(c *call, ref string) ([]string, error) {
 	}
 	var refs []string
 	for _, tag := range tags {
+		if aside.MatchString(tag) {
+			continue
+		}
 		if t, err := reference.WithTag(repo, tag); err == nil { // what no name can have can't be pulled
 			refs = append(refs, t.String())
 		}

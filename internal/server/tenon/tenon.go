@@ -69,6 +69,7 @@ func New(cfg Config) *API {
 	a.imageRoutes()
 	a.handle("POST /tenon/v1/shutdown", a.shutdown)
 	a.spaceRoutes()
+	a.signatureRoutes()
 	a.handle("POST "+registryapi.Path, a.serveRegistry)
 	a.machineRoutes()
 	a.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
