@@ -241,6 +241,9 @@ func (c *Controller) allocateLocked(n *netw, req EndpointRequest, port string, i
 	if n == nil {
 		return Endpoint{}, fmt.Errorf("default network is missing: %w", errdefs.ErrFailedPrecondition)
 	}
+	if n.rec.ConfigOnly {
+		return Endpoint{}, fmt.Errorf("cannot create endpoint on configuration-only network %s: %w", n.rec.Name, errdefs.ErrPermissionDenied)
+	}
 	if n.rec.Driver == "null" || n.rec.Driver == "host" {
 		return Endpoint{}, fmt.Errorf("container cannot be connected to network %s besides others: %w", n.rec.Name, errdefs.ErrInvalidArgument)
 	}

@@ -28,7 +28,8 @@ func (c *Controller) inspectLocked(n *netw) Inspect {
 	r := n.rec
 	out := Inspect{Network: mobynet.Network{Name: r.Name, ID: r.ID, Created: r.Created, Scope: "local", Driver: r.Driver,
 		EnableIPv4: r.EnableIPv4, EnableIPv6: r.EnableIPv6, Internal: r.Internal, Attachable: r.Attachable,
-		IPAM: r.IPAM, Options: maps.Clone(r.Options), Labels: maps.Clone(r.Labels)},
+		IPAM: r.IPAM, Options: maps.Clone(r.Options), Labels: maps.Clone(r.Labels),
+		ConfigOnly: r.ConfigOnly, ConfigFrom: mobynet.ConfigReference{Network: r.ConfigFrom}},
 		Containers: map[string]mobynet.EndpointResource{}}
 	out.IPAM.Config = slices.Clone(r.IPAM.Config)
 	for id, ep := range n.eps {

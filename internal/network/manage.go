@@ -72,6 +72,9 @@ func (n *netw) subnetFor(v4 bool) *subnet {
 // load makes the address plan of a record.
 func newNetw(rec netRecord) (*netw, error) {
 	n := &netw{rec: rec, eps: map[string]*Endpoint{}, ghosts: map[netip.Addr]string{}, segments: make([]segment, 1)}
+	if rec.ConfigOnly {
+		return n, nil
+	}
 	for _, cfg := range rec.IPAM.Config {
 		s, err := ipam.New(cfg.Subnet, cfg.IPRange)
 		if err != nil {
@@ -353,6 +356,11 @@ func (c *Controller) remove(ref, action string) error {
 		slices.Sort(who)
 		err = errdefs.ErrPermissionDenied.WithMessage(fmt.Sprintf("error while removing network: network %s has active endpoints (%s)", n.rec.Name, strings.Join(who, ", ")))
 	}
+	if err == nil {
+		if users := c.usersLocked(n); len(users) > 0 {
+			err = errdefs.ErrPermissionDenied.WithMessage(fmt.Sprintf("configuration network %q is in use (by %s)", n.rec.Name, strings.Join(users, ", ")))
+		}
+	}
 	if err != nil {
 		c.mu.Unlock()
 		return err
@@ -381,7 +389,7 @@ func (c *Controller) Prune(ctx context.Context, f Filters) ([]string, error) {
 	c.mu.Lock()
 	var ids, names []string
 	for _, n := range c.sortedLocked() {
-		if len(n.eps) == 0 && !predefined(n.rec.Name) && f.labels(n.rec.Labels) && (until.IsZero() || n.rec.Created.Before(until)) {
+		if len(n.eps) == 0 && !predefined(n.rec.Name) && !n.rec.ConfigOnly && f.labels(n.rec.Labels) && (until.IsZero() || n.rec.Created.Before(until)) {
 			ids = append(ids, n.rec.ID)
 		}
 	}

@@ -18,6 +18,22 @@ import (
 // plan checks a request and settles everything that it left open. Nothing is
 // changed. bridge is the interface's name for the default network.
 func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
+	if err := checkName(req.Name); err != nil {
+		return netRecord{}, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if req.ConfigOnly {
+		rec, err := planTemplate(req)
+		if err != nil {
+			return netRecord{}, err
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return rec, c.freeNameLocked(rec.Name)
+	}
+	req, err := c.configured(req)
+	if err != nil {
+		return netRecord{}, err
+	}
 	rec := netRecord{ID: randomHex(64), Name: req.Name, Driver: req.Driver, Created: time.Now().UTC(),
 		Internal: req.Internal, Attachable: req.Attachable, EnableIPv4: true,
 		Options: maps.Clone(req.Options), Labels: maps.Clone(req.Labels), MTU: c.cfg.MTU}
@@ -30,8 +46,8 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 	bad := func(format string, a ...any) (netRecord, error) {
 		return netRecord{}, fmt.Errorf(format+": %w", append(a, errdefs.ErrInvalidArgument)...)
 	}
-	if err := checkName(req.Name); err != nil {
-		return bad("%w", err)
+	if req.ConfigFrom != nil {
+		rec.ConfigFrom = req.ConfigFrom.Network
 	}
 	if rec.Driver == "" || rec.Driver == "default" {
 		rec.Driver = "bridge"
@@ -53,9 +69,6 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 	}
 	if req.Ingress {
 		return bad("ingress networks need a swarm and are not supported")
-	}
-	if req.ConfigOnly || req.ConfigFrom != nil && req.ConfigFrom.Network != "" {
-		return bad("config-only networks are not supported")
 	}
 	if req.EnableIPv4 != nil {
 		rec.EnableIPv4 = *req.EnableIPv4
@@ -109,8 +122,8 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.names[rec.Name]; ok {
-		return netRecord{}, fmt.Errorf("network with name %s already exists: %w", rec.Name, errdefs.ErrAlreadyExists)
+	if err := c.freeNameLocked(rec.Name); err != nil {
+		return netRecord{}, err
 	}
 	for _, n := range c.nets {
 		if rec.Bridge != "" && n.rec.Bridge == rec.Bridge {
@@ -136,6 +149,14 @@ func (c *Controller) plan(req CreateRequest, bridge string) (netRecord, error) {
 		return netRecord{}, err
 	}
 	return rec, nil
+}
+
+// freeNameLocked refuses a name that a network has. Error: AlreadyExists.
+func (c *Controller) freeNameLocked(name string) error {
+	if _, ok := c.names[name]; ok {
+		return fmt.Errorf("network with name %s already exists: %w", name, errdefs.ErrAlreadyExists)
+	}
+	return nil
 }
 
 // planSubnetsLocked checks the wanted subnets and adds those that are missing.

@@ -28,6 +28,10 @@ type netRecord struct {
 	// Bridge is the interface's name.
 	Bridge string
 	MTU    int
+	// ConfigOnly: it has no interface, addresses or endpoints, others are made
+	// from it. ConfigFrom is the name of the one that this was made from.
+	ConfigOnly bool   `json:",omitempty"`
+	ConfigFrom string `json:",omitempty"`
 }
 
 // netFile is StateDir/networks.json.

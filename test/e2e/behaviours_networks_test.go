@@ -25,6 +25,9 @@ var networks = []behaviour{
 	{"network in use can't be removed", `docker network create $n >/dev/null; bg --network $n --name $c busybox sleep 1000; docker network rm $n >/dev/null 2>&1 || echo refused`, `refused`, 0},
 	{"internal network reaches nothing outside", `docker network create --internal $n >/dev/null; run --network $n busybox sh -c 'ip route | grep -c ^default || true'`, `0`, 0},
 	{"add-host and dns options", `run --add-host db.test:10.9.8.7 --dns 192.0.2.53 --dns-search s.test --dns-option ndots:3 busybox sh -c 'grep -c "10.9.8.7.*db.test" /etc/hosts; grep -c s.test /etc/resolv.conf; grep -c ndots:3 /etc/resolv.conf'`, "1\n1\n1", 0},
+	{"a network made from a configuration", `docker network create --config-only --label a=b -o com.docker.network.driver.mtu=1400 ${n}c >/dev/null; docker network create --config-from ${n}c --internal $n >/dev/null
+docker network inspect -f '{{.ConfigFrom.Network}} {{.Labels}} {{.Options}} {{.Internal}} {{.Driver}}' $n | sed "s/${n}c/conf/"; docker network inspect -f '{{.ConfigOnly}} {{.Driver}}' ${n}c
+docker network rm ${n}c 2>&1 | grep -c 'is in use'; docker create $m --name $c --network ${n}c busybox >/dev/null 2>&1 && docker start $c 2>&1 | grep -c configuration-only; docker rm -f $c >/dev/null 2>&1; docker network rm $n ${n}c >/dev/null`, `conf map\[a:b\] map\[com.docker.network.driver.mtu:1400\] true bridge\ntrue null\n1\n1`, 0},
 	{"ingress networks are refused", `docker network create --ingress $n 2>&1 | grep -c 'need a swarm'`, `1`, 0},
 	{"settings of an endpoint's interface", `run --network name=bridge,driver-opt=com.docker.network.endpoint.sysctls=net.ipv4.conf.IFNAME.log_martians=1 busybox cat /proc/sys/net/ipv4/conf/eth0/log_martians`, `1`, 0},
 	{"host-gateway", `run --add-host h:host-gateway busybox sh -c '[ "$(grep -w h /etc/hosts | cut -f1)" = "$(ip route | grep default | cut -d" " -f3)" ] && echo same'`, `same`, 0},
