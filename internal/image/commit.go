@@ -219,6 +219,11 @@ func (s *Store) Import(ctx context.Context, r io.Reader, opts ImportOptions) (*I
 	if opts.Platform != nil {
 		p = opts.Platform
 	}
+	if img, rest, err := s.importDisk(ctx, r, names, opts); img != nil || err != nil {
+		return img, err
+	} else {
+		r = rest
+	}
 	now := time.Now().UTC()
 	c := dockerspec.DockerOCIImage{Image: ocispec.Image{Created: &now, Platform: *p}}
 	if err := applyChanges(&c.Config, opts.Changes); err != nil {

@@ -160,6 +160,9 @@ func (s *Store) collect() (n int, err error) {
 	if err := s.collectEROFS(chains, trash); err != nil {
 		return n, err
 	}
+	if err := s.collectDisks(blobs, trash); err != nil {
+		return n, err
+	}
 	for _, a := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
 		ents, err := os.ReadDir(s.blobDir(a))
 		if isNotExist(err) {

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"tenon.dev/tenon/internal/image/diskimage"
 	"tenon.dev/tenon/internal/image/signature"
 )
 
@@ -49,6 +50,10 @@ type Image struct {
 	// Comment and Parent are what commit and import recorded: the history's
 	// last comment, and the ID of the image a container was made from.
 	Comment, Parent string
+	// Disk is the configuration of a disk image: the disk of a machine with its own
+	// system, which has no layers that containers could stand on. nil for all others.
+	// See DiskFile.
+	Disk *diskimage.Config
 }
 
 // Ref is the name to show for the image: its first tag, or its ID.
@@ -84,6 +89,7 @@ type Limits struct {
 	LayerBytes    int64 // of one uncompressed layer, holes counted as zeros; 64 GiB
 	LayerEntries  int64 // files in one layer; 4 Mi
 	BlobBytes     int64 // of one compressed blob; 64 GiB
+	DiskBytes     int64 // that a machine sees of a disk image; 1 TiB
 	ManifestBytes int64 // of an index, manifest or config; 8 MiB
 	FreeBytes     int64 // left free on the disk, or the operation ends with ENOSPC; 256 MiB, on a small disk a twentieth
 }
@@ -164,6 +170,8 @@ type LoadOptions struct {
 	// any image gets one.
 	Name     func(ref string) error
 	Progress ProgressFunc
+	// Disk says what becomes of a file that is a disk.
+	Disk DiskOptions
 }
 
 // Loaded is one image that Load brought in.
@@ -179,6 +187,8 @@ type ImportOptions struct {
 	Changes  []string
 	Message  string
 	Platform *ocispec.Platform
+	// Disk says what becomes of a file that is a disk; its names are not used.
+	Disk DiskOptions
 }
 
 // CommitOptions are the options of Commit.

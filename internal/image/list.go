@@ -298,6 +298,7 @@ func (s *Store) History(ctx context.Context, ref string, platform *ocispec.Platf
 	}
 	out := []image.HistoryResponseItem{}
 	layer := 0
+	disk := img.Size // of a disk image, shown with its first entry
 	for _, h := range img.Config.History {
 		it := image.HistoryResponseItem{ID: "<missing>", Comment: h.Comment, CreatedBy: h.CreatedBy}
 		if h.Created != nil {
@@ -306,6 +307,8 @@ func (s *Store) History(ctx context.Context, ref string, platform *ocispec.Platf
 		if !h.EmptyLayer && layer < len(img.ChainIDs) {
 			it.Size = size(layer)
 			layer++
+		} else if !h.EmptyLayer && img.Disk != nil {
+			it.Size, disk = disk, 0
 		}
 		out = append(out, it)
 	}
@@ -424,7 +427,7 @@ func (s *Store) reclaimable(unused []*record, total map[digest.Digest]int64) (n 
 			return 0
 		}
 		for d := range blobs {
-			need[d] = true
+			need[d], need["disk "+d] = true, true
 		}
 		for _, c := range chains {
 			need["chain "+c], need["erofs "+c] = true, true

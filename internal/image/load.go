@@ -2,6 +2,7 @@ package image
 
 import (
 	"archive/tar"
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -70,7 +71,7 @@ type loader struct {
 
 // Load reads a docker archive or an OCI layout, either compressed with gzip or
 // zstd or not, in one pass: layers are unpacked while the archive is still
-// being read. The images are there when it returns without an error; none is
+// being read. A disk (qcow2 or raw, compressed or not) becomes a disk image. The images are there when it returns without an error; none is
 // otherwise.
 func (s *Store) Load(ctx context.Context, r io.Reader, opts LoadOptions) ([]Loaded, error) {
 	end, err := s.begin()
@@ -81,7 +82,7 @@ func (s *Store) Load(ctx context.Context, r io.Reader, opts LoadOptions) ([]Load
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	l := &loader{s: s, ctx: ctx, files: map[string]*archiveFile{}, slots: make(chan struct{}, s.cfg.Unpacks), progress: serial(opts.Progress), name: opts.Name}
-	imgs, err := l.load(r, opts.Platform)
+	imgs, err := l.load(r, opts)
 	if err != nil {
 		cancel(err)
 	}
@@ -98,22 +99,30 @@ func (s *Store) Load(ctx context.Context, r io.Reader, opts LoadOptions) ([]Load
 	return imgs, nil
 }
 
-func (l *loader) load(r io.Reader, platform *ocispec.Platform) ([]Loaded, error) {
+func (l *loader) load(r io.Reader, opts LoadOptions) ([]Loaded, error) {
+	platform := opts.Platform
 	zr, format, err := decompress(r)
 	if err != nil {
 		return nil, err
 	}
-	if format == unknownFormat {
-		zr.Close()
-		return nil, fmt.Errorf("not a tar archive: %w", errdefs.ErrInvalidArgument)
-	}
-	var plain io.Reader = zr
+	plain := bufio.NewReaderSize(zr, chunkBytes)
 	stop := func() {}
-	if format != uncompressed {
+	if format == gzipped || format == zstandard {
 		ra := newReadahead(zr)
-		plain, stop = ra, ra.stop
+		plain, stop = bufio.NewReaderSize(ra, chunkBytes), ra.stop
 	}
 	defer func() { stop(); zr.Close() }()
+	disk, err := opts.Disk.diskFormat(plain)
+	if err != nil {
+		return nil, err
+	}
+	if disk != "" {
+		one, err := l.s.loadDisk(l.ctx, plain, disk, "load", platform, opts.Disk, opts.Name, l.progress)
+		return []Loaded{one}, err
+	}
+	if format == unknownFormat {
+		return nil, fmt.Errorf("neither a tar archive nor a disk that can be told by its first bytes (tenon load --disk raw says that it is one): %w", errdefs.ErrInvalidArgument)
+	}
 	if err := l.read(plain); err != nil {
 		return nil, err
 	}

@@ -80,6 +80,9 @@ func (l *loader) layout(platform *ocispec.Platform) ([]Loaded, error) {
 		if err := l.place(img, files); err != nil {
 			return nil, err
 		}
+		if err := l.s.placeDisk(l.ctx, img); err != nil {
+			return nil, err
+		}
 		byTarget[d.Digest] = len(all)
 		all = append(all, loadedImage{img: img, names: names})
 	}

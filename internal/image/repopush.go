@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"tenon.dev/tenon/internal/image/diskimage"
 	"tenon.dev/tenon/internal/image/signature"
 )
 
@@ -210,7 +211,7 @@ func (s *Store) isImage(d ocispec.Descriptor) bool {
 			continue // cosign's signatures have an image's config
 		}
 		switch doc.Config.MediaType {
-		case ocispec.MediaTypeImageConfig, images.MediaTypeDockerSchema2Config:
+		case ocispec.MediaTypeImageConfig, images.MediaTypeDockerSchema2Config, diskimage.ConfigMediaType:
 			if _, err := s.readImage(d, c.desc); err == nil {
 				return true
 			}

@@ -15,6 +15,8 @@ import (
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/image/diskimage"
 )
 
 const (
@@ -230,7 +232,7 @@ func (s *Store) build(rec *record, platform *ocispec.Platform) (*Image, error) {
 			img.RepoDigests = append(img.RepoDigests, dg)
 		}
 	}
-	img.Size = s.layersSize(img)
+	img.Size = s.layersSize(img) + s.diskSize(img)
 	key := imageKey{target: rec.Target.Digest}
 	if platform != nil {
 		key.platform = platformKey(*platform)
@@ -448,7 +450,12 @@ func (s *Store) readImage(target, desc ocispec.Descriptor) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := parseConfig(img, b); err != nil {
+	if doc.Config.MediaType == diskimage.ConfigMediaType {
+		err = s.parseDisk(img, b)
+	} else {
+		err = parseConfig(img, b)
+	}
+	if err != nil {
 		return nil, err
 	}
 	img.ContentSize = desc.Size + doc.Config.Size
@@ -494,6 +501,9 @@ func parseConfig(img *Image, b []byte) error {
 // Layers returns the image's overlay lower directories, topmost first. Layers
 // that are not unpacked yet are; otherwise it is answered from memory.
 func (s *Store) Layers(ctx context.Context, img *Image) ([]string, error) {
+	if img.Disk != nil {
+		return nil, errDiskImage(img)
+	}
 	if img.ChainID == "" {
 		return nil, nil
 	}

@@ -91,6 +91,7 @@ const (
 	defaultLayerBytes    = 64 << 30
 	defaultLayerEntries  = 4 << 20
 	defaultBlobBytes     = 64 << 30
+	defaultDiskBytes     = 1 << 40
 	defaultManifestBytes = 8 << 20
 	defaultFreeBytes     = 256 << 20
 )
@@ -107,6 +108,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	setDefault(&cfg.Limits.LayerBytes, defaultLayerBytes)
 	setDefault(&cfg.Limits.LayerEntries, defaultLayerEntries)
 	setDefault(&cfg.Limits.BlobBytes, defaultBlobBytes)
+	setDefault(&cfg.Limits.DiskBytes, defaultDiskBytes)
 	setDefault(&cfg.Limits.ManifestBytes, defaultManifestBytes)
 	setDefault(&cfg.Downloads, 4)
 	setDefault(&cfg.Unpacks, max(2, runtime.GOMAXPROCS(0)))
@@ -125,7 +127,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		lowers: map[digest.Digest][]string{}, held: map[string]int{}, leaving: map[digest.Digest]chan struct{}{}, shelves: map[string]*shelf{},
 		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{},
 	}
-	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir(), s.heldDir()} {
+	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir(), s.disksDir(), s.heldDir()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
 		}
