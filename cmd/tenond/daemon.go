@@ -168,9 +168,13 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 		return nil, err
 	}
 	d.users.Store(d.engine)
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
 	d.builder = build.New(build.Options{
 		Dir: filepath.Join(cfg.Root, "build"), RunDir: filepath.Join(cfg.RunRoot, "build"), Images: d.images, Steps: d.engine,
-		CacheSize: config.Bytes(cfg.BuildCache), Log: log,
+		CacheSize: config.Bytes(cfg.BuildCache), Git: self, Log: log,
 	})
 	d.closers = append(d.closers, d.builder.Close)
 	d.images.SetCache(&buildCache{root: cfg.Root, images: d.images, builder: d.builder})

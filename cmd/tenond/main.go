@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"tenon.dev/tenon/internal/build/gitjail"
 	"tenon.dev/tenon/internal/config"
 	"tenon.dev/tenon/internal/version"
 )
@@ -32,6 +33,9 @@ SIGKILL, leaves all containers running; the next tenond with the same --root and
 const configExit = 78
 
 func main() {
+	if gitjail.Is(os.Args[0]) {
+		os.Exit(gitjail.Main()) // started by the builder, instead of git
+	}
 	p, usage, err := config.FromArgs(os.Args[1:])
 	switch {
 	case p.Help:

@@ -44,6 +44,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"tenon.dev/tenon/internal/build/gitjail"
 	"tenon.dev/tenon/internal/image"
 )
 
@@ -59,7 +60,10 @@ type Options struct {
 	// CacheSize is what the build cache may take, in bytes; 0: a tenth of the disk,
 	// at most 20 GB.
 	CacheSize int64
-	Log       *slog.Logger
+	// Git is the program that is gitjail.Main if it is started by the name git, so that
+	// repositories are fetched in a jail; "": git itself runs.
+	Git string
+	Log *slog.Logger
 }
 
 // Builder builds images. It is safe for concurrent use.
@@ -119,6 +123,14 @@ func (b *Builder) start(context.Context) (*running, error) {
 	restore, err := setTemp(b.tmpDir())
 	if err != nil {
 		return nil, err
+	}
+	if b.opt.Git != "" {
+		remove, err := gitjail.Install(filepath.Join(b.opt.RunDir, "git"), b.opt.Git)
+		if err != nil {
+			return nil, errors.Join(err, restore())
+		}
+		temp := restore
+		restore = func() error { return errors.Join(remove(), temp()) }
 	}
 	logToSlog(b.log)
 	began := time.Now()

@@ -14,9 +14,12 @@ import (
 type names struct{ images *image.Store }
 
 // Get finds an image by its name.
-func (n names) Get(_ context.Context, name string) (images.Image, error) {
+func (n names) Get(ctx context.Context, name string) (images.Image, error) {
 	target, err := n.images.Lookup(name)
 	if err != nil {
+		return images.Image{}, err
+	}
+	if err := n.images.CompleteTarget(ctx, target.Digest); err != nil {
 		return images.Image{}, err
 	}
 	return images.Image{Name: name, Target: target}, nil
