@@ -27,7 +27,7 @@ func (e *Engine) machineAccounts(ctx context.Context, c *ctr, g *guest, client *
 		if err != nil {
 			return nil, fmt.Errorf("container %s: its image: %w", r.ID, err)
 		}
-		layers, err := e.cfg.Images.Layers(ctx, img)
+		layers, _, err := e.cfg.Images.Root(ctx, img)
 		if err != nil {
 			return nil, err
 		}

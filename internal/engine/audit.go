@@ -154,7 +154,7 @@ func (e *Engine) auditFiles(ctx context.Context, r *container.Record, named bool
 	defer cancel()
 	owned := sync.OnceValue(func() func(string) bool { // few containers have anything to ask for
 		if img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform); err == nil {
-			if dirs, err := e.cfg.Images.Layers(ctx, img); err == nil { // the container keeps them
+			if dirs, _, err := e.cfg.Images.Root(ctx, img); err == nil { // the container keeps them
 				return audit.Packaged(ctx, dirs)
 			}
 		}

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -111,6 +112,10 @@ func (e *Engine) graphDriver(ctx context.Context, r *container.Record) *storage.
 	d := &storage.DriverData{Name: "overlayfs", Data: map[string]string{}}
 	img, err := e.cfg.Images.Resolve(ctx, r.Image.ID, &r.Image.Platform)
 	if err != nil {
+		return d
+	}
+	if st, ok := e.cfg.Images.Lazy(ctx, img); ok {
+		d.Data["Lazy"] = fmt.Sprintf("%d of %d bytes are here", st.Here, st.Total)
 		return d
 	}
 	if layers, err := e.cfg.Images.Layers(ctx, img); err == nil && len(layers) > 0 {

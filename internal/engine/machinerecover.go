@@ -131,8 +131,7 @@ func (e *Engine) hasLayers(ctx context.Context, r *container.Record) bool {
 	if err != nil {
 		return true
 	}
-	layers, err := e.cfg.Images.Layers(ctx, img)
-	return err != nil || len(layers) > 0
+	return img.ChainID != ""
 }
 
 // applyMachines acts on the verdicts and returns when each has been acted on.

@@ -287,6 +287,9 @@ func (e *Engine) mapMounts(r *container.Record, p *prepared) error {
 	for i := range p.root.Mounts {
 		m := &p.root.Mounts[i]
 		m.Options = append(slices.Clone(m.Options), "idmap")
+		if at := p.root.MappedAt(); at != "" {
+			m.Options = append(m.Options, at)
+		}
 	}
 	for i := range p.mounts {
 		s := &p.mounts[i]

@@ -96,7 +96,7 @@ func (e *Engine) populateVolumes(ctx context.Context, c *ctr, img *image.Image, 
 			continue
 		}
 		if layers == nil {
-			if layers, err = e.cfg.Images.Layers(ctx, img); err != nil {
+			if layers, _, err = e.cfg.Images.Root(ctx, img); err != nil {
 				return err
 			}
 		}

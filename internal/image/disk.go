@@ -33,6 +33,9 @@ func (s *Store) erofsPath(chain digest.Digest) string {
 // for an image without layers. It is made once, whoever waits for it. Nobody may
 // write to it. ResourceExhausted, and ENOSPC, if the disk is too small for it.
 func (s *Store) EROFS(ctx context.Context, img *Image) (string, error) {
+	if path, err := s.lazyDisk(ctx, img); path != "" || err != nil {
+		return path, err
+	}
 	stack, err := s.Layers(ctx, img)
 	if err != nil || len(stack) == 0 {
 		return "", err

@@ -160,6 +160,7 @@ func (s *Store) collect() (n int, err error) {
 	if err := s.collectEROFS(chains, trash); err != nil {
 		return n, err
 	}
+	s.collectLazy(chains, trash)
 	if err := s.collectDisks(blobs, trash); err != nil {
 		return n, err
 	}

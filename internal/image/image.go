@@ -111,6 +111,8 @@ type Config struct {
 	// has used for longest are removed; 0 is without a limit. Images that InUse
 	// names stay.
 	Budget int64
+	// Lazy says how lazy images are served.
+	Lazy LazyConfig
 	// OnEvent, when set, is told of each change after it is durable in memory
 	// and in the database. It must not block and must not call the Store.
 	OnEvent func(Event)
@@ -154,6 +156,8 @@ type PullOptions struct {
 	AllPlatforms bool
 	Auth         *registry.AuthConfig
 	Progress     ProgressFunc
+	// Lazy is LazyNever, LazyAuto or LazyAlways; "": Config.Lazy.Pull.
+	Lazy string
 }
 
 // PushOptions are the options of Push.

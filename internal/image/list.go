@@ -430,7 +430,7 @@ func (s *Store) reclaimable(unused []*record, total map[digest.Digest]int64) (n 
 			need[d], need["disk "+d] = true, true
 		}
 		for _, c := range chains {
-			need["chain "+c], need["erofs "+c] = true, true
+			need["chain "+c], need["erofs "+c], need["lazy "+c] = true, true, true
 		}
 	}
 	for d, size := range total {

@@ -134,7 +134,7 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 		return nil, fmt.Errorf("image with reference %s was found but does not match the specified platform: wanted %s, actual: %s: %w",
 			show, platforms.Format(*opts.Platform), platforms.Format(img.Platform), ErrPlatform)
 	}
-	fetched, err := p.content(ctx, img)
+	fetched, err := p.contents(ctx, named, img, opts)
 	if err != nil {
 		return nil, registryError("pull", show, err)
 	}

@@ -58,6 +58,11 @@ func (s *Store) Push(ctx context.Context, ref string, opts PushOptions) error {
 	}
 	progress := serial(opts.Progress)
 	progress.say(Progress{Status: "The push refers to repository [" + named.Name() + "]"})
+	if img, err := s.Resolve(ctx, rec.Target.Digest.String(), opts.Platform); err == nil {
+		if err := s.complete1(ctx, img); err != nil {
+			return fmt.Errorf("push %s: %w", show, err)
+		}
+	}
 	target, note, err := s.pushTarget(rec.Target, opts.Platform)
 	if err != nil {
 		return fmt.Errorf("push %s: %w", show, err)

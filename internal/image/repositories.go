@@ -175,6 +175,9 @@ func (r *Repositories) Blob(repo, host string, d digest.Digest) (*os.File, error
 		return nil, fmt.Errorf("%.100q: %w", d, ErrDigest)
 	}
 	for _, name := range names {
+		if err := r.s.completeBlob(r, name, d); err != nil {
+			return nil, err
+		}
 		if r.has(name, d) {
 			return r.s.openBlob(d)
 		}

@@ -46,6 +46,9 @@ func (s *Store) Save(ctx context.Context, w io.Writer, refs []string, platform *
 			if err != nil {
 				return err
 			}
+			if err := s.complete1(ctx, img); err != nil {
+				return err
+			}
 			sv = &saved{img: img}
 			by[target] = sv
 			all = append(all, sv)
@@ -85,7 +88,9 @@ func (s *Store) Save(ctx context.Context, w io.Writer, refs []string, platform *
 			}
 			idx.Manifests = append(idx.Manifests, d)
 		}
-		docker = append(docker, m)
+		if sv.img.Disk == nil { // Docker's own format has layers only
+			docker = append(docker, m)
+		}
 	}
 	for _, f := range []struct {
 		name string

@@ -17,6 +17,7 @@ import (
 type Space struct {
 	Blobs  int64 // as they came from registries and archives
 	Layers int64 // unpacked, those of images
+	Lazy   int64 // what is here of lazy images
 	EROFS  int64 // file systems for virtual machines
 	Disks  int64 // decompressed disks of disk images
 	Cache  int64 // layers that the build cache alone holds
@@ -24,7 +25,7 @@ type Space struct {
 }
 
 // Images is what images take, Sum what the store takes.
-func (s Space) Images() int64 { return s.Blobs + s.Layers + s.EROFS + s.Disks }
+func (s Space) Images() int64 { return s.Blobs + s.Layers + s.EROFS + s.Lazy + s.Disks }
 func (s Space) Sum() int64    { return s.Images() + s.Cache + s.Other }
 
 // Space measures the store. The first time after the daemon's start each layer is
@@ -59,6 +60,10 @@ func (s *Store) Space(ctx context.Context) (out Space, err error) {
 	count(&own, s.disksDir(), false)
 	count(&out.Disks, s.disksDir(), true)
 	out.Other, out.Disks = out.Other+own, out.Disks-own
+	own = 0
+	count(&own, s.lazyDir(), false)
+	count(&out.Lazy, s.lazyDir(), true)
+	out.Other, out.Lazy = out.Other+own, out.Lazy-own
 	ofImages := s.LayerDirs()
 	ents, rerr := os.ReadDir(s.layersDir())
 	if rerr != nil {
@@ -86,7 +91,7 @@ func (s *Store) Space(ctx context.Context) (out Space, err error) {
 		return out, rerr
 	}
 	for _, e := range ents {
-		if n := e.Name(); n != "content" && n != "layers" && n != filepath.Base(s.erofsDir()) && n != filepath.Base(s.disksDir()) {
+		if n := e.Name(); n != "content" && n != "layers" && n != filepath.Base(s.erofsDir()) && n != filepath.Base(s.lazyDir()) && n != filepath.Base(s.disksDir()) {
 			count(&out.Other, filepath.Join(s.cfg.Root, n), true)
 		}
 	}
@@ -169,13 +174,18 @@ func diskUse(ctx context.Context, path string) (total int64, err error) {
 }
 
 // diskOf is what an image takes on the disk, by what it is: blobs by digest, layers as
-// "chain "+ID, file systems as "erofs "+ID, disks by their layer as "disk "+digest.
+// "chain "+ID, file systems as "erofs "+ID and "lazy "+ID, disks by their layer as "disk "+digest.
 func (s *Store) diskOf(ctx context.Context, blobs map[digest.Digest]int64, chains []digest.Digest) map[digest.Digest]int64 {
 	out := make(map[digest.Digest]int64, len(blobs)+len(chains))
 	for d := range blobs {
 		out[d] = s.blobDisk(d)
 		if n := s.diskFileSize(d); n > 0 {
 			out["disk "+d] = n
+		}
+	}
+	for _, c := range chains {
+		if n := s.lazySize(c); n > 0 {
+			out["lazy "+c] = n
 		}
 	}
 	dirs := make(map[digest.Digest]string, len(chains))

@@ -45,6 +45,7 @@ type Store struct {
 	gcWanted atomic.Bool
 	gcKick   chan struct{}
 	budget   budgetTurn
+	lazy     lazyImages
 	flush    chan struct{}
 
 	dbMu sync.Mutex // one update at a time
@@ -149,6 +150,9 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		}
 	}()
 	if err := s.readDB(); err != nil {
+		return nil, err
+	}
+	if err := s.readLazy(); err != nil {
 		return nil, err
 	}
 	// The process that had these is gone: the database's lock is ours.

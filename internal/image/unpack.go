@@ -379,6 +379,9 @@ func (s *Store) checkDiffID(u *unpacked, blob, want digest.Digest) error {
 
 // unpackImage brings all layers to their places, from their blobs.
 func (s *Store) unpackImage(ctx context.Context, img *Image) error {
+	if err := s.complete1(ctx, img); err != nil {
+		return err
+	}
 	if !slices.ContainsFunc(img.ChainIDs, func(c digest.Digest) bool { return !s.hasLayer(c) }) {
 		return nil
 	}

@@ -14,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/loop"
 )
 
 // A writable layer with a limit lies in a file system of its own: an ext4 in a
@@ -29,10 +31,9 @@ import (
 // daemon that is killed in between.
 
 const (
-	diskFile  = "disk.img"
-	diskDir   = "disk"
-	mkfsTime  = time.Minute
-	loopTries = 64
+	diskFile = "disk.img"
+	diskDir  = "disk"
+	mkfsTime = time.Minute
 )
 
 // MinLimit and MaxLimit bound Options.SizeLimit, in bytes.
@@ -170,7 +171,7 @@ func mountDisk(dir string) error {
 	if is, err := mounted(dir); is || err != nil {
 		return err
 	}
-	loop, err := attachLoop(filepath.Join(dir, diskFile))
+	loop, err := loop.Attach(filepath.Join(dir, diskFile), false)
 	if err != nil {
 		return err
 	}
@@ -186,47 +187,6 @@ func mountDisk(dir string) error {
 		return &os.PathError{Op: "make private", Path: at, Err: err}
 	}
 	return nil
-}
-
-// attachLoop takes a free loop device, which is free again when its last user
-// has gone.
-func attachLoop(path string) (*os.File, error) {
-	back, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer back.Close()
-	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("loop devices: %w", err)
-	}
-	defer ctl.Close()
-	for range loopTries {
-		n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
-		if err != nil {
-			return nil, os.NewSyscallError("LOOP_CTL_GET_FREE", err)
-		}
-		dev, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), os.O_RDWR, 0)
-		if err != nil {
-			return nil, err
-		}
-		// Direct, so that the container's files are not twice in memory.
-		for _, flags := range []uint32{unix.LO_FLAGS_AUTOCLEAR | unix.LO_FLAGS_DIRECT_IO, unix.LO_FLAGS_AUTOCLEAR} {
-			cfg := &unix.LoopConfig{Fd: uint32(back.Fd()), Info: unix.LoopInfo64{Flags: flags}}
-			copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], path)
-			if err = unix.IoctlLoopConfigure(int(dev.Fd()), cfg); err == nil {
-				return dev, nil
-			}
-			if err != unix.EINVAL {
-				break
-			}
-		}
-		dev.Close()
-		if err != unix.EBUSY { // another was faster
-			return nil, os.NewSyscallError("LOOP_CONFIGURE", err)
-		}
-	}
-	return nil, fmt.Errorf("no loop device is free: %w", errdefs.ErrUnavailable)
 }
 
 // unmountDisk is no error if nothing is mounted or there is no disk.

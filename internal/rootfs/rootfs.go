@@ -97,6 +97,23 @@ type Root struct {
 	// topmost first.
 	Upper, Work string
 	Lower       []string
+	// Lazy says that the layers are one, a file system of its own, of which some has
+	// not come yet.
+	Lazy bool
+}
+
+// MappedAt is the option that has the layers' owners mapped by a container's user
+// namespace where option "idmap" alone, which maps the directories that they lie in,
+// would not find them; "" if it would.
+func (r *Root) MappedAt() string {
+	if !r.Lazy {
+		return ""
+	}
+	dirs := []string{r.Lower[0], filepath.Dir(r.Upper)}
+	for _, d := range r.Lower[1:] {
+		dirs = append(dirs, filepath.Dir(d))
+	}
+	return "idmap-at=" + strings.Join(dirs, ":")
 }
 
 // Open opens the store and starts deleting what lies in the trash.
@@ -233,14 +250,14 @@ func (s *Store) Prepare(ctx context.Context, id string, img *image.Image, opts O
 	if err != nil {
 		return nil, err
 	}
-	lower, err := s.cfg.Images.Layers(ctx, img)
+	lower, lazy, err := s.cfg.Images.Root(ctx, img)
 	if err != nil {
 		return nil, err
 	}
 	if len(lower) > 0 {
 		lower = append(slices.Clone(lower), s.base())
 	}
-	r := &Root{Upper: dir + "/upper", Work: dir + "/work", Lower: lower}
+	r := &Root{Upper: dir + "/upper", Work: dir + "/work", Lower: lower, Lazy: lazy}
 	if opts.SizeLimit != 0 {
 		r.Upper, r.Work = filepath.Join(dir, diskDir, "upper"), filepath.Join(dir, diskDir, "work")
 	}

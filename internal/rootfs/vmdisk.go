@@ -80,7 +80,7 @@ func (s *Store) PrepareDisks(ctx context.Context, id string, img *image.Image, o
 		return nil, err
 	}
 	d := &Disks{Upper: filepath.Join(dir, vmDiskFile), Volatile: opts.Volatile}
-	if d.Lower, err = s.cfg.Images.Layers(ctx, img); err != nil {
+	if d.Lower, _, err = s.cfg.Images.Root(ctx, img); err != nil {
 		return nil, err
 	}
 	if d.Image, err = s.cfg.Images.EROFS(ctx, img); err != nil {

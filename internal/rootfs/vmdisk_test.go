@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"tenon.dev/tenon/internal/loop"
 )
 
 // readSuper reads a disk's super block.
@@ -61,12 +63,12 @@ func TestDisks(t *testing.T) {
 			t.Errorf("%s: %v\n%s", path, err, out)
 		}
 		at := t.TempDir()
-		loop, err := attachLoop(path)
+		dev, err := loop.Attach(path, false)
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = unix.Mount(loop.Name(), at, "ext4", unix.MS_NOATIME, "noinit_itable,discard,errors=remount-ro")
-		loop.Close()
+		err = unix.Mount(dev.Name(), at, "ext4", unix.MS_NOATIME, "noinit_itable,discard,errors=remount-ro")
+		dev.Close()
 		if err != nil {
 			t.Fatal(err)
 		}
