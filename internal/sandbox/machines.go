@@ -38,6 +38,9 @@ type Machines interface {
 	// List finds those that run or have ended and are still to be removed, as
 	// another Machines with the same directories has left them. It starts nothing.
 	List(ctx context.Context) ([]Machine, error)
+	// SystemFirmware is where the host has UEFI's program for a System, and the
+	// variables of one that was never started. NotFound names what to install.
+	SystemFirmware() (code, vars string, err error)
 	// Teardown ends all machines, and what holds them.
 	Teardown(ctx context.Context) error
 	// Close ends the connection; the machines run on.
@@ -70,6 +73,10 @@ type MachineRequest struct {
 	// Lasting asks for a machine that holds containers until it is ended: it has
 	// no Disks and no Logs of its own, each container brings them.
 	Lasting *Lasting
+
+	// System asks for a machine with an operating system of its own; nil: with a
+	// kernel of ours. It has Memory and CPUs, no Disks and no Logs.
+	System *System
 }
 
 // Lasting is what only a machine that lasts has.

@@ -79,8 +79,11 @@ func (m *machine) end(reason string) {
 // ID is the machine's name.
 func (m *machine) ID() string { return m.about.Id }
 
-// Isolation is "vm", or "machine=" and the name of one that lasts.
+// Isolation is "vm", "machine", or "machine=" and the name of one that lasts.
 func (m *machine) Isolation() string {
+	if m.about.System {
+		return sandbox.OwnSystem
+	}
 	if m.lasting != nil {
 		return sandbox.OnMachine + m.about.Name
 	}
@@ -169,6 +172,9 @@ func (m *machine) apply(ctx context.Context, steps []*taskv1.Step) error {
 
 // service is the connection to the guest's own service.
 func (m *machine) service(ctx context.Context) (taskv1.GuestService, error) {
+	if m.about.System {
+		return nil, errdefs.ErrNotImplemented.WithMessage("nothing of Tenon runs in a machine with its own operating system")
+	}
 	if g, err := m.connected(); g != nil || err != nil {
 		return g, err
 	}
@@ -234,6 +240,9 @@ func (m *machine) endedLocked() error {
 
 // PowerOff ends the guest in order.
 func (m *machine) PowerOff(ctx context.Context) error {
+	if m.about.System { // its task has ended, or it is to end at once
+		return nil
+	}
 	g, err := m.service(ctx)
 	if err != nil {
 		return err

@@ -512,7 +512,9 @@ func (v *VMs) Create(ctx context.Context, r sandbox.MachineRequest) (sandbox.Mac
 	}
 	defer made()
 	req := &vmv1.CreateRequest{Id: r.ID, Hostname: r.Hostname, Logs: r.Logs}
-	if r.Lasting != nil {
+	if r.System != nil {
+		systemRequest(r, req)
+	} else if r.Lasting != nil {
 		if err := lastingRequest(ctx, r, req); err != nil {
 			return nil, err
 		}

@@ -105,6 +105,7 @@ type fds struct {
 	qmp, port, console, ram int
 	kernel, initrd          int // 0: none
 	taps                    []int
+	system                  systemFDs
 }
 
 func procFD(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }

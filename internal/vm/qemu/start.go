@@ -34,6 +34,8 @@ type Config struct {
 	Append         string // the kernel's command line
 	Incoming       bool   // wait for a saved state (Restore)
 
+	System *System // nil: the guest is a kernel of ours
+
 	// Events are QEMU's, from the goroutine that reads: it must not wait for a
 	// command.
 	Events func(qmp.Event)
@@ -189,7 +191,11 @@ func (l *Launcher) start(ctx context.Context, c Config) (_ *Process, err error) 
 	for _, t := range c.Taps {
 		f.taps = append(f.taps, give(t))
 	}
-	arg, err := c.Jail.encode(c.Binary, c.Accel, f.qmp, append([]string{Program}, c.args(f)...))
+	args := c.args
+	if c.System != nil {
+		f.system, args = c.System.give(give), c.systemArgs
+	}
+	arg, err := c.Jail.encode(c.Binary, c.Accel, f.qmp, append([]string{Program}, args(f)...))
 	if err != nil {
 		return nil, err
 	}

@@ -36,6 +36,9 @@ func (s *Service) change(ctx context.Context, id string, f func(context.Context,
 	defer cancel()
 	v.change.Lock()
 	defer v.change.Unlock()
+	if v.system != nil {
+		return fmt.Errorf("virtual machine %s has an operating system of its own: its devices are those that it was turned on with: %w", id, errdefs.ErrNotImplemented)
+	}
 	if err := v.running(); err != nil {
 		return err
 	}

@@ -57,6 +57,7 @@ type machine struct {
 	freeOnce   sync.Once
 	serving    sync.WaitGroup // of shares
 	ahead      sync.WaitGroup // what makes interfaces for the next containers
+	system     *systemTask    // of a machine with an operating system of its own; nil: a kernel of ours
 
 	// Of a machine in use.
 	id       string
@@ -326,6 +327,9 @@ func (v *machine) free() {
 		if v.session != nil {
 			v.session.Close()
 		}
+		if v.system != nil {
+			v.system.close()
+		}
 		v.ahead.Wait() // QEMU refuses everything now
 		v.dropShares()
 		if v.id != "" {
@@ -357,7 +361,7 @@ func (v *machine) describe() *vmv1.Machine {
 		Created: v.created.UnixNano(), Origin: v.origin, Memory: v.memory, Cpus: uint32(v.cpus),
 		KernelLog: v.console.file(), Uid: v.uid, Template: v.template, Lasting: v.lasting, Name: v.title,
 		MaxCpus: uint32(max(v.hardware.MaxCPUs, v.hardware.CPUs)), MaxMemory: max(v.hardware.MaxMemory, v.hardware.Memory),
-		Disks: v.ownedLocked(), Shares: map[string]string{}, Base: true,
+		Disks: v.ownedLocked(), Shares: map[string]string{}, Base: true, System: v.system != nil,
 	}
 	for tag, s := range v.shares {
 		if s.owner != "" {

@@ -87,6 +87,16 @@ func (s *Service) Create(ctx context.Context, r *vmv1.CreateRequest) (_ *vmv1.Cr
 	if r.KernelLog != "" && !filepath.IsAbs(r.KernelLog) {
 		return nil, fmt.Errorf("virtual machine %s: kernel log %q: %w", r.Id, r.KernelLog, errdefs.ErrInvalidArgument)
 	}
+	if r.System != nil {
+		v, err := m.createSystem(ctx, r)
+		if err == nil {
+			if err = m.addSystem(v); err == nil {
+				return &vmv1.CreateResponse{Machine: v.describe()}, nil
+			}
+			v.free()
+		}
+		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
+	}
 	if err := m.lasting(ctx, r); err != nil {
 		return nil, fmt.Errorf("virtual machine %s: %w", r.Id, err)
 	}

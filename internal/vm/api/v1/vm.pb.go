@@ -76,7 +76,7 @@ func (x Event_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Type.Descriptor instead.
 func (Event_Type) EnumDescriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{38, 0}
+	return file_vm_proto_rawDescGZIP(), []int{40, 0}
 }
 
 type InfoRequest struct {
@@ -431,21 +431,24 @@ type CreateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // letters, digits, '_', '.', '-'
 	// A cloned machine has what the template may grow to.
-	Memory        int64              `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`                        // bytes; 0: the template's
-	Cpus          uint32             `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`                            // 0: the template's; of a cold machine the host's
-	Cold          bool               `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`                            // boot it, with the memory and CPUs given
-	MaxMemory     int64              `protobuf:"varint,5,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"` // cold machines: what Resize may give; 0: memory
-	Disks         []*Disk            `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`                           // "disk0" read-only, "disk1" writable; an empty path leaves one empty
-	Hostname      string             `protobuf:"bytes,7,opt,name=hostname,proto3" json:"hostname,omitempty"`
-	MachineId     string             `protobuf:"bytes,8,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`                                                 // 32 hexadecimal digits; empty: random
-	Steps         []*v1.Step         `protobuf:"bytes,9,rep,name=steps,proto3" json:"steps,omitempty"`                                                                          // after the identity
-	Nics          uint32             `protobuf:"varint,10,opt,name=nics,proto3" json:"nics,omitempty"`                                                                          // cold machines; clones have one
-	Shares        []*HostShare       `protobuf:"bytes,11,rep,name=shares,proto3" json:"shares,omitempty"`                                                                       // there before the steps
-	Logs          map[string]*v1.Log `protobuf:"bytes,12,rep,name=logs,proto3" json:"logs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as by KeepLog, by container
-	MaxCpus       uint32             `protobuf:"varint,13,opt,name=max_cpus,json=maxCpus,proto3" json:"max_cpus,omitempty"`                                                     // cold machines: what Resize may give; 0: cpus
-	Lasting       bool               `protobuf:"varint,14,opt,name=lasting,proto3" json:"lasting,omitempty"`                                                                    // containers come to it and leave it
-	Name          string             `protobuf:"bytes,15,opt,name=name,proto3" json:"name,omitempty"`                                                                           // the daemon's, of one that lasts
-	KernelLog     string             `protobuf:"bytes,16,opt,name=kernel_log,json=kernelLog,proto3" json:"kernel_log,omitempty"`                                                // a file to add the kernel's messages to; empty: one of the machine's
+	Memory    int64              `protobuf:"varint,2,opt,name=memory,proto3" json:"memory,omitempty"`                        // bytes; 0: the template's
+	Cpus      uint32             `protobuf:"varint,3,opt,name=cpus,proto3" json:"cpus,omitempty"`                            // 0: the template's; of a cold machine the host's
+	Cold      bool               `protobuf:"varint,4,opt,name=cold,proto3" json:"cold,omitempty"`                            // boot it, with the memory and CPUs given
+	MaxMemory int64              `protobuf:"varint,5,opt,name=max_memory,json=maxMemory,proto3" json:"max_memory,omitempty"` // cold machines: what Resize may give; 0: memory
+	Disks     []*Disk            `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`                           // "disk0" read-only, "disk1" writable; an empty path leaves one empty
+	Hostname  string             `protobuf:"bytes,7,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	MachineId string             `protobuf:"bytes,8,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`                                                 // 32 hexadecimal digits; empty: random
+	Steps     []*v1.Step         `protobuf:"bytes,9,rep,name=steps,proto3" json:"steps,omitempty"`                                                                          // after the identity
+	Nics      uint32             `protobuf:"varint,10,opt,name=nics,proto3" json:"nics,omitempty"`                                                                          // cold machines; clones have one
+	Shares    []*HostShare       `protobuf:"bytes,11,rep,name=shares,proto3" json:"shares,omitempty"`                                                                       // there before the steps
+	Logs      map[string]*v1.Log `protobuf:"bytes,12,rep,name=logs,proto3" json:"logs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as by KeepLog, by container
+	MaxCpus   uint32             `protobuf:"varint,13,opt,name=max_cpus,json=maxCpus,proto3" json:"max_cpus,omitempty"`                                                     // cold machines: what Resize may give; 0: cpus
+	Lasting   bool               `protobuf:"varint,14,opt,name=lasting,proto3" json:"lasting,omitempty"`                                                                    // containers come to it and leave it
+	Name      string             `protobuf:"bytes,15,opt,name=name,proto3" json:"name,omitempty"`                                                                           // the daemon's, of one that lasts
+	KernelLog string             `protobuf:"bytes,16,opt,name=kernel_log,json=kernelLog,proto3" json:"kernel_log,omitempty"`                                                // a file to add the kernel's messages to; empty: one of the machine's
+	// A machine with an operating system of its own: it has memory and cpus, and of
+	// the rest nothing. It stands still until its task is started.
+	System        *System `protobuf:"bytes,17,opt,name=system,proto3" json:"system,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -592,6 +595,224 @@ func (x *CreateRequest) GetKernelLog() string {
 	return ""
 }
 
+func (x *CreateRequest) GetSystem() *System {
+	if x != nil {
+		return x.System
+	}
+	return nil
+}
+
+// System is a machine that boots from its own disk. What answers on its socket is
+// the Task API of one task, the machine, whose terminal is the serial console.
+type System struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Base          string                 `protobuf:"bytes,1,opt,name=base,proto3" json:"base,omitempty"`                               // a file that is only read
+	BaseFormat    string                 `protobuf:"bytes,2,opt,name=base_format,json=baseFormat,proto3" json:"base_format,omitempty"` // "raw" or "qcow2"
+	Disk          string                 `protobuf:"bytes,3,opt,name=disk,proto3" json:"disk,omitempty"`                               // qcow2: what is written; it has no backing file of its own
+	Volatile      bool                   `protobuf:"varint,4,opt,name=volatile,proto3" json:"volatile,omitempty"`                      // need not survive the host
+	Seed          string                 `protobuf:"bytes,5,opt,name=seed,proto3" json:"seed,omitempty"`                               // a further disk, only read; empty: none
+	Uefi          bool                   `protobuf:"varint,6,opt,name=uefi,proto3" json:"uefi,omitempty"`                              // else BIOS
+	Vars          string                 `protobuf:"bytes,7,opt,name=vars,proto3" json:"vars,omitempty"`                               // file with UEFI's variables
+	Uuid          string                 `protobuf:"bytes,8,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Quota         int64                  `protobuf:"varint,9,opt,name=quota,proto3" json:"quota,omitempty"` // of processor time, in millionths of a processor; 0: none
+	Nics          []*SystemNIC           `protobuf:"bytes,10,rep,name=nics,proto3" json:"nics,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *System) Reset() {
+	*x = System{}
+	mi := &file_vm_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *System) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*System) ProtoMessage() {}
+
+func (x *System) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use System.ProtoReflect.Descriptor instead.
+func (*System) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *System) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *System) GetBaseFormat() string {
+	if x != nil {
+		return x.BaseFormat
+	}
+	return ""
+}
+
+func (x *System) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *System) GetVolatile() bool {
+	if x != nil {
+		return x.Volatile
+	}
+	return false
+}
+
+func (x *System) GetSeed() string {
+	if x != nil {
+		return x.Seed
+	}
+	return ""
+}
+
+func (x *System) GetUefi() bool {
+	if x != nil {
+		return x.Uefi
+	}
+	return false
+}
+
+func (x *System) GetVars() string {
+	if x != nil {
+		return x.Vars
+	}
+	return ""
+}
+
+func (x *System) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *System) GetQuota() int64 {
+	if x != nil {
+		return x.Quota
+	}
+	return 0
+}
+
+func (x *System) GetNics() []*SystemNIC {
+	if x != nil {
+		return x.Nics
+	}
+	return nil
+}
+
+// SystemNIC is an interface, and what DHCP says on it.
+type SystemNIC struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mac           string                 `protobuf:"bytes,1,opt,name=mac,proto3" json:"mac,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // CIDR; empty: no answer to DHCP
+	Router        string                 `protobuf:"bytes,3,opt,name=router,proto3" json:"router,omitempty"`
+	Dns           []string               `protobuf:"bytes,4,rep,name=dns,proto3" json:"dns,omitempty"`
+	Search        []string               `protobuf:"bytes,5,rep,name=search,proto3" json:"search,omitempty"`
+	Mtu           uint32                 `protobuf:"varint,6,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Hostname      string                 `protobuf:"bytes,7,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SystemNIC) Reset() {
+	*x = SystemNIC{}
+	mi := &file_vm_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SystemNIC) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SystemNIC) ProtoMessage() {}
+
+func (x *SystemNIC) ProtoReflect() protoreflect.Message {
+	mi := &file_vm_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SystemNIC.ProtoReflect.Descriptor instead.
+func (*SystemNIC) Descriptor() ([]byte, []int) {
+	return file_vm_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SystemNIC) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *SystemNIC) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *SystemNIC) GetRouter() string {
+	if x != nil {
+		return x.Router
+	}
+	return ""
+}
+
+func (x *SystemNIC) GetDns() []string {
+	if x != nil {
+		return x.Dns
+	}
+	return nil
+}
+
+func (x *SystemNIC) GetSearch() []string {
+	if x != nil {
+		return x.Search
+	}
+	return nil
+}
+
+func (x *SystemNIC) GetMtu() uint32 {
+	if x != nil {
+		return x.Mtu
+	}
+	return 0
+}
+
+func (x *SystemNIC) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Machine       *Machine               `protobuf:"bytes,1,opt,name=machine,proto3" json:"machine,omitempty"`
@@ -602,7 +823,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_vm_proto_msgTypes[6]
+	mi := &file_vm_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -614,7 +835,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[6]
+	mi := &file_vm_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -627,7 +848,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{6}
+	return file_vm_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateResponse) GetMachine() *Machine {
@@ -670,13 +891,14 @@ type Machine struct {
 	Disks         []*OwnedDisk           `protobuf:"bytes,22,rep,name=disks,proto3" json:"disks,omitempty"`
 	Shares        map[string]string      `protobuf:"bytes,23,rep,name=shares,proto3" json:"shares,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // owners, by tag
 	Base          bool                   `protobuf:"varint,24,opt,name=base,proto3" json:"base,omitempty"`                                                                              // the guest has the lowest layer of roots
+	System        bool                   `protobuf:"varint,25,opt,name=system,proto3" json:"system,omitempty"`                                                                          // it has an operating system of its own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Machine) Reset() {
 	*x = Machine{}
-	mi := &file_vm_proto_msgTypes[7]
+	mi := &file_vm_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +910,7 @@ func (x *Machine) String() string {
 func (*Machine) ProtoMessage() {}
 
 func (x *Machine) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[7]
+	mi := &file_vm_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +923,7 @@ func (x *Machine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Machine.ProtoReflect.Descriptor instead.
 func (*Machine) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{7}
+	return file_vm_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Machine) GetId() string {
@@ -872,6 +1094,13 @@ func (x *Machine) GetBase() bool {
 	return false
 }
 
+func (x *Machine) GetSystem() bool {
+	if x != nil {
+		return x.System
+	}
+	return false
+}
+
 type NIC struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -884,7 +1113,7 @@ type NIC struct {
 
 func (x *NIC) Reset() {
 	*x = NIC{}
-	mi := &file_vm_proto_msgTypes[8]
+	mi := &file_vm_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -896,7 +1125,7 @@ func (x *NIC) String() string {
 func (*NIC) ProtoMessage() {}
 
 func (x *NIC) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[8]
+	mi := &file_vm_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -909,7 +1138,7 @@ func (x *NIC) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NIC.ProtoReflect.Descriptor instead.
 func (*NIC) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{8}
+	return file_vm_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NIC) GetId() string {
@@ -952,7 +1181,7 @@ type OwnedDisk struct {
 
 func (x *OwnedDisk) Reset() {
 	*x = OwnedDisk{}
-	mi := &file_vm_proto_msgTypes[9]
+	mi := &file_vm_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1193,7 @@ func (x *OwnedDisk) String() string {
 func (*OwnedDisk) ProtoMessage() {}
 
 func (x *OwnedDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[9]
+	mi := &file_vm_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1206,7 @@ func (x *OwnedDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OwnedDisk.ProtoReflect.Descriptor instead.
 func (*OwnedDisk) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{9}
+	return file_vm_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *OwnedDisk) GetSerial() string {
@@ -1009,7 +1238,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_vm_proto_msgTypes[10]
+	mi := &file_vm_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1021,7 +1250,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[10]
+	mi := &file_vm_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1034,7 +1263,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{10}
+	return file_vm_proto_rawDescGZIP(), []int{12}
 }
 
 type ListResponse struct {
@@ -1047,7 +1276,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_vm_proto_msgTypes[11]
+	mi := &file_vm_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1288,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[11]
+	mi := &file_vm_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1301,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{11}
+	return file_vm_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListResponse) GetMachines() []*Machine {
@@ -1098,7 +1327,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_vm_proto_msgTypes[12]
+	mi := &file_vm_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1110,7 +1339,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[12]
+	mi := &file_vm_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1352,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{12}
+	return file_vm_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveRequest) GetId() string {
@@ -1141,7 +1370,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_vm_proto_msgTypes[13]
+	mi := &file_vm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1153,7 +1382,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[13]
+	mi := &file_vm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1166,7 +1395,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{13}
+	return file_vm_proto_rawDescGZIP(), []int{15}
 }
 
 // HostShare is a directory or file of the host.
@@ -1184,7 +1413,7 @@ type HostShare struct {
 
 func (x *HostShare) Reset() {
 	*x = HostShare{}
-	mi := &file_vm_proto_msgTypes[14]
+	mi := &file_vm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1425,7 @@ func (x *HostShare) String() string {
 func (*HostShare) ProtoMessage() {}
 
 func (x *HostShare) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[14]
+	mi := &file_vm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1438,7 @@ func (x *HostShare) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostShare.ProtoReflect.Descriptor instead.
 func (*HostShare) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{14}
+	return file_vm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HostShare) GetTag() string {
@@ -1265,7 +1494,7 @@ type IDRange struct {
 
 func (x *IDRange) Reset() {
 	*x = IDRange{}
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1277,7 +1506,7 @@ func (x *IDRange) String() string {
 func (*IDRange) ProtoMessage() {}
 
 func (x *IDRange) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[15]
+	mi := &file_vm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1290,7 +1519,7 @@ func (x *IDRange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IDRange.ProtoReflect.Descriptor instead.
 func (*IDRange) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{15}
+	return file_vm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *IDRange) GetStart() uint32 {
@@ -1317,7 +1546,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1329,7 +1558,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[16]
+	mi := &file_vm_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1342,7 +1571,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{16}
+	return file_vm_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ShareRequest) GetId() string {
@@ -1367,7 +1596,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1379,7 +1608,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[17]
+	mi := &file_vm_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1392,7 +1621,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{17}
+	return file_vm_proto_rawDescGZIP(), []int{19}
 }
 
 type UnshareRequest struct {
@@ -1405,7 +1634,7 @@ type UnshareRequest struct {
 
 func (x *UnshareRequest) Reset() {
 	*x = UnshareRequest{}
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1646,7 @@ func (x *UnshareRequest) String() string {
 func (*UnshareRequest) ProtoMessage() {}
 
 func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[18]
+	mi := &file_vm_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1659,7 @@ func (x *UnshareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnshareRequest.ProtoReflect.Descriptor instead.
 func (*UnshareRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{18}
+	return file_vm_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *UnshareRequest) GetId() string {
@@ -1455,7 +1684,7 @@ type UnshareResponse struct {
 
 func (x *UnshareResponse) Reset() {
 	*x = UnshareResponse{}
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1467,7 +1696,7 @@ func (x *UnshareResponse) String() string {
 func (*UnshareResponse) ProtoMessage() {}
 
 func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[19]
+	mi := &file_vm_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1480,7 +1709,7 @@ func (x *UnshareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnshareResponse.ProtoReflect.Descriptor instead.
 func (*UnshareResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{19}
+	return file_vm_proto_rawDescGZIP(), []int{21}
 }
 
 type AttachDiskRequest struct {
@@ -1495,7 +1724,7 @@ type AttachDiskRequest struct {
 
 func (x *AttachDiskRequest) Reset() {
 	*x = AttachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +1736,7 @@ func (x *AttachDiskRequest) String() string {
 func (*AttachDiskRequest) ProtoMessage() {}
 
 func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[20]
+	mi := &file_vm_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +1749,7 @@ func (x *AttachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskRequest.ProtoReflect.Descriptor instead.
 func (*AttachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{20}
+	return file_vm_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AttachDiskRequest) GetId() string {
@@ -1560,7 +1789,7 @@ type AttachDiskResponse struct {
 
 func (x *AttachDiskResponse) Reset() {
 	*x = AttachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1572,7 +1801,7 @@ func (x *AttachDiskResponse) String() string {
 func (*AttachDiskResponse) ProtoMessage() {}
 
 func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[21]
+	mi := &file_vm_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1585,7 +1814,7 @@ func (x *AttachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDiskResponse.ProtoReflect.Descriptor instead.
 func (*AttachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{21}
+	return file_vm_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AttachDiskResponse) GetSerial() string {
@@ -1607,7 +1836,7 @@ type DetachDiskRequest struct {
 
 func (x *DetachDiskRequest) Reset() {
 	*x = DetachDiskRequest{}
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1848,7 @@ func (x *DetachDiskRequest) String() string {
 func (*DetachDiskRequest) ProtoMessage() {}
 
 func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[22]
+	mi := &file_vm_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1861,7 @@ func (x *DetachDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskRequest.ProtoReflect.Descriptor instead.
 func (*DetachDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{22}
+	return file_vm_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DetachDiskRequest) GetId() string {
@@ -1671,7 +1900,7 @@ type DetachDiskResponse struct {
 
 func (x *DetachDiskResponse) Reset() {
 	*x = DetachDiskResponse{}
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1912,7 @@ func (x *DetachDiskResponse) String() string {
 func (*DetachDiskResponse) ProtoMessage() {}
 
 func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[23]
+	mi := &file_vm_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1925,7 @@ func (x *DetachDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDiskResponse.ProtoReflect.Descriptor instead.
 func (*DetachDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{23}
+	return file_vm_proto_rawDescGZIP(), []int{25}
 }
 
 type GrowDiskRequest struct {
@@ -1710,7 +1939,7 @@ type GrowDiskRequest struct {
 
 func (x *GrowDiskRequest) Reset() {
 	*x = GrowDiskRequest{}
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1722,7 +1951,7 @@ func (x *GrowDiskRequest) String() string {
 func (*GrowDiskRequest) ProtoMessage() {}
 
 func (x *GrowDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[24]
+	mi := &file_vm_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1735,7 +1964,7 @@ func (x *GrowDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrowDiskRequest.ProtoReflect.Descriptor instead.
 func (*GrowDiskRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{24}
+	return file_vm_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GrowDiskRequest) GetId() string {
@@ -1767,7 +1996,7 @@ type GrowDiskResponse struct {
 
 func (x *GrowDiskResponse) Reset() {
 	*x = GrowDiskResponse{}
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +2008,7 @@ func (x *GrowDiskResponse) String() string {
 func (*GrowDiskResponse) ProtoMessage() {}
 
 func (x *GrowDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[25]
+	mi := &file_vm_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +2021,7 @@ func (x *GrowDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrowDiskResponse.ProtoReflect.Descriptor instead.
 func (*GrowDiskResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{25}
+	return file_vm_proto_rawDescGZIP(), []int{27}
 }
 
 type AttachNICRequest struct {
@@ -1806,7 +2035,7 @@ type AttachNICRequest struct {
 
 func (x *AttachNICRequest) Reset() {
 	*x = AttachNICRequest{}
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1818,7 +2047,7 @@ func (x *AttachNICRequest) String() string {
 func (*AttachNICRequest) ProtoMessage() {}
 
 func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[26]
+	mi := &file_vm_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1831,7 +2060,7 @@ func (x *AttachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICRequest.ProtoReflect.Descriptor instead.
 func (*AttachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{26}
+	return file_vm_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AttachNICRequest) GetId() string {
@@ -1864,7 +2093,7 @@ type AttachNICResponse struct {
 
 func (x *AttachNICResponse) Reset() {
 	*x = AttachNICResponse{}
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2105,7 @@ func (x *AttachNICResponse) String() string {
 func (*AttachNICResponse) ProtoMessage() {}
 
 func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[27]
+	mi := &file_vm_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2118,7 @@ func (x *AttachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachNICResponse.ProtoReflect.Descriptor instead.
 func (*AttachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{27}
+	return file_vm_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AttachNICResponse) GetNic() *NIC {
@@ -1910,7 +2139,7 @@ type DetachNICRequest struct {
 
 func (x *DetachNICRequest) Reset() {
 	*x = DetachNICRequest{}
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1922,7 +2151,7 @@ func (x *DetachNICRequest) String() string {
 func (*DetachNICRequest) ProtoMessage() {}
 
 func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[28]
+	mi := &file_vm_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1935,7 +2164,7 @@ func (x *DetachNICRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICRequest.ProtoReflect.Descriptor instead.
 func (*DetachNICRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{28}
+	return file_vm_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DetachNICRequest) GetId() string {
@@ -1967,7 +2196,7 @@ type DetachNICResponse struct {
 
 func (x *DetachNICResponse) Reset() {
 	*x = DetachNICResponse{}
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1979,7 +2208,7 @@ func (x *DetachNICResponse) String() string {
 func (*DetachNICResponse) ProtoMessage() {}
 
 func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[29]
+	mi := &file_vm_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1992,7 +2221,7 @@ func (x *DetachNICResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachNICResponse.ProtoReflect.Descriptor instead.
 func (*DetachNICResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{29}
+	return file_vm_proto_rawDescGZIP(), []int{31}
 }
 
 type ResizeRequest struct {
@@ -2006,7 +2235,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2018,7 +2247,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[30]
+	mi := &file_vm_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2031,7 +2260,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{30}
+	return file_vm_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ResizeRequest) GetId() string {
@@ -2065,7 +2294,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2077,7 +2306,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[31]
+	mi := &file_vm_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2090,7 +2319,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{31}
+	return file_vm_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResizeResponse) GetMemory() int64 {
@@ -2118,7 +2347,7 @@ type KeepLogRequest struct {
 
 func (x *KeepLogRequest) Reset() {
 	*x = KeepLogRequest{}
-	mi := &file_vm_proto_msgTypes[32]
+	mi := &file_vm_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2130,7 +2359,7 @@ func (x *KeepLogRequest) String() string {
 func (*KeepLogRequest) ProtoMessage() {}
 
 func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[32]
+	mi := &file_vm_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2143,7 +2372,7 @@ func (x *KeepLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogRequest.ProtoReflect.Descriptor instead.
 func (*KeepLogRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{32}
+	return file_vm_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *KeepLogRequest) GetId() string {
@@ -2175,7 +2404,7 @@ type KeepLogResponse struct {
 
 func (x *KeepLogResponse) Reset() {
 	*x = KeepLogResponse{}
-	mi := &file_vm_proto_msgTypes[33]
+	mi := &file_vm_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2187,7 +2416,7 @@ func (x *KeepLogResponse) String() string {
 func (*KeepLogResponse) ProtoMessage() {}
 
 func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[33]
+	mi := &file_vm_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2200,7 +2429,7 @@ func (x *KeepLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepLogResponse.ProtoReflect.Descriptor instead.
 func (*KeepLogResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{33}
+	return file_vm_proto_rawDescGZIP(), []int{35}
 }
 
 type UsageRequest struct {
@@ -2212,7 +2441,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_vm_proto_msgTypes[34]
+	mi := &file_vm_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2224,7 +2453,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[34]
+	mi := &file_vm_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2237,7 +2466,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{34}
+	return file_vm_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *UsageRequest) GetIds() []string {
@@ -2256,7 +2485,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_vm_proto_msgTypes[35]
+	mi := &file_vm_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2497,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[35]
+	mi := &file_vm_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2510,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{35}
+	return file_vm_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *UsageResponse) GetUsages() []*Usage {
@@ -2303,7 +2532,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_vm_proto_msgTypes[36]
+	mi := &file_vm_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2315,7 +2544,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[36]
+	mi := &file_vm_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2328,7 +2557,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{36}
+	return file_vm_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Usage) GetId() string {
@@ -2368,7 +2597,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_vm_proto_msgTypes[37]
+	mi := &file_vm_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2609,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[37]
+	mi := &file_vm_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2622,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{37}
+	return file_vm_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EventsRequest) GetAfter() uint64 {
@@ -2417,7 +2646,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_vm_proto_msgTypes[38]
+	mi := &file_vm_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2429,7 +2658,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[38]
+	mi := &file_vm_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2442,7 +2671,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{38}
+	return file_vm_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2495,7 +2724,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_vm_proto_msgTypes[39]
+	mi := &file_vm_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2507,7 +2736,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[39]
+	mi := &file_vm_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2520,7 +2749,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{39}
+	return file_vm_proto_rawDescGZIP(), []int{41}
 }
 
 type ShutdownResponse struct {
@@ -2531,7 +2760,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_vm_proto_msgTypes[40]
+	mi := &file_vm_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2543,7 +2772,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_vm_proto_msgTypes[40]
+	mi := &file_vm_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2556,7 +2785,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_vm_proto_rawDescGZIP(), []int{40}
+	return file_vm_proto_rawDescGZIP(), []int{42}
 }
 
 var File_vm_proto protoreflect.FileDescriptor
@@ -2592,7 +2821,7 @@ const file_vm_proto_rawDesc = "" +
 	"\x04Disk\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1b\n" +
 	"\tread_only\x18\x02 \x01(\bR\breadOnly\x12\x1a\n" +
-	"\bvolatile\x18\x03 \x01(\bR\bvolatile\"\xc0\x04\n" +
+	"\bvolatile\x18\x03 \x01(\bR\bvolatile\"\xed\x04\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06memory\x18\x02 \x01(\x03R\x06memory\x12\x12\n" +
@@ -2613,13 +2842,35 @@ const file_vm_proto_rawDesc = "" +
 	"\alasting\x18\x0e \x01(\bR\alasting\x12\x12\n" +
 	"\x04name\x18\x0f \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
-	"kernel_log\x18\x10 \x01(\tR\tkernelLog\x1aK\n" +
+	"kernel_log\x18\x10 \x01(\tR\tkernelLog\x12+\n" +
+	"\x06system\x18\x11 \x01(\v2\x13.tenon.vm.v1.SystemR\x06system\x1aK\n" +
 	"\tLogsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12(\n" +
-	"\x05value\x18\x02 \x01(\v2\x12.tenon.task.v1.LogR\x05value:\x028\x01\"{\n" +
+	"\x05value\x18\x02 \x01(\v2\x12.tenon.task.v1.LogR\x05value:\x028\x01\"\xff\x01\n" +
+	"\x06System\x12\x12\n" +
+	"\x04base\x18\x01 \x01(\tR\x04base\x12\x1f\n" +
+	"\vbase_format\x18\x02 \x01(\tR\n" +
+	"baseFormat\x12\x12\n" +
+	"\x04disk\x18\x03 \x01(\tR\x04disk\x12\x1a\n" +
+	"\bvolatile\x18\x04 \x01(\bR\bvolatile\x12\x12\n" +
+	"\x04seed\x18\x05 \x01(\tR\x04seed\x12\x12\n" +
+	"\x04uefi\x18\x06 \x01(\bR\x04uefi\x12\x12\n" +
+	"\x04vars\x18\a \x01(\tR\x04vars\x12\x12\n" +
+	"\x04uuid\x18\b \x01(\tR\x04uuid\x12\x14\n" +
+	"\x05quota\x18\t \x01(\x03R\x05quota\x12*\n" +
+	"\x04nics\x18\n" +
+	" \x03(\v2\x16.tenon.vm.v1.SystemNICR\x04nics\"\xa7\x01\n" +
+	"\tSystemNIC\x12\x10\n" +
+	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
+	"\x06router\x18\x03 \x01(\tR\x06router\x12\x10\n" +
+	"\x03dns\x18\x04 \x03(\tR\x03dns\x12\x16\n" +
+	"\x06search\x18\x05 \x03(\tR\x06search\x12\x10\n" +
+	"\x03mtu\x18\x06 \x01(\rR\x03mtu\x12\x1a\n" +
+	"\bhostname\x18\a \x01(\tR\bhostname\"{\n" +
 	"\x0eCreateResponse\x12.\n" +
 	"\amachine\x18\x01 \x01(\v2\x14.tenon.vm.v1.MachineR\amachine\x129\n" +
-	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xcd\x05\n" +
+	"\bidentity\x18\x02 \x01(\v2\x1d.tenon.task.v1.IdentityResultR\bidentity\"\xe5\x05\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x16\n" +
@@ -2647,7 +2898,8 @@ const file_vm_proto_rawDesc = "" +
 	"max_memory\x18\x15 \x01(\x03R\tmaxMemory\x12,\n" +
 	"\x05disks\x18\x16 \x03(\v2\x16.tenon.vm.v1.OwnedDiskR\x05disks\x128\n" +
 	"\x06shares\x18\x17 \x03(\v2 .tenon.vm.v1.Machine.SharesEntryR\x06shares\x12\x12\n" +
-	"\x04base\x18\x18 \x01(\bR\x04base\x1a9\n" +
+	"\x04base\x18\x18 \x01(\bR\x04base\x12\x16\n" +
+	"\x06system\x18\x19 \x01(\bR\x06system\x1a9\n" +
 	"\vSharesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
@@ -2786,7 +3038,7 @@ func file_vm_proto_rawDescGZIP() []byte {
 }
 
 var file_vm_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_vm_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_vm_proto_goTypes = []any{
 	(Event_Type)(0),            // 0: tenon.vm.v1.Event.Type
 	(*InfoRequest)(nil),        // 1: tenon.vm.v1.InfoRequest
@@ -2795,105 +3047,109 @@ var file_vm_proto_goTypes = []any{
 	(*PrepareResponse)(nil),    // 4: tenon.vm.v1.PrepareResponse
 	(*Disk)(nil),               // 5: tenon.vm.v1.Disk
 	(*CreateRequest)(nil),      // 6: tenon.vm.v1.CreateRequest
-	(*CreateResponse)(nil),     // 7: tenon.vm.v1.CreateResponse
-	(*Machine)(nil),            // 8: tenon.vm.v1.Machine
-	(*NIC)(nil),                // 9: tenon.vm.v1.NIC
-	(*OwnedDisk)(nil),          // 10: tenon.vm.v1.OwnedDisk
-	(*ListRequest)(nil),        // 11: tenon.vm.v1.ListRequest
-	(*ListResponse)(nil),       // 12: tenon.vm.v1.ListResponse
-	(*RemoveRequest)(nil),      // 13: tenon.vm.v1.RemoveRequest
-	(*RemoveResponse)(nil),     // 14: tenon.vm.v1.RemoveResponse
-	(*HostShare)(nil),          // 15: tenon.vm.v1.HostShare
-	(*IDRange)(nil),            // 16: tenon.vm.v1.IDRange
-	(*ShareRequest)(nil),       // 17: tenon.vm.v1.ShareRequest
-	(*ShareResponse)(nil),      // 18: tenon.vm.v1.ShareResponse
-	(*UnshareRequest)(nil),     // 19: tenon.vm.v1.UnshareRequest
-	(*UnshareResponse)(nil),    // 20: tenon.vm.v1.UnshareResponse
-	(*AttachDiskRequest)(nil),  // 21: tenon.vm.v1.AttachDiskRequest
-	(*AttachDiskResponse)(nil), // 22: tenon.vm.v1.AttachDiskResponse
-	(*DetachDiskRequest)(nil),  // 23: tenon.vm.v1.DetachDiskRequest
-	(*DetachDiskResponse)(nil), // 24: tenon.vm.v1.DetachDiskResponse
-	(*GrowDiskRequest)(nil),    // 25: tenon.vm.v1.GrowDiskRequest
-	(*GrowDiskResponse)(nil),   // 26: tenon.vm.v1.GrowDiskResponse
-	(*AttachNICRequest)(nil),   // 27: tenon.vm.v1.AttachNICRequest
-	(*AttachNICResponse)(nil),  // 28: tenon.vm.v1.AttachNICResponse
-	(*DetachNICRequest)(nil),   // 29: tenon.vm.v1.DetachNICRequest
-	(*DetachNICResponse)(nil),  // 30: tenon.vm.v1.DetachNICResponse
-	(*ResizeRequest)(nil),      // 31: tenon.vm.v1.ResizeRequest
-	(*ResizeResponse)(nil),     // 32: tenon.vm.v1.ResizeResponse
-	(*KeepLogRequest)(nil),     // 33: tenon.vm.v1.KeepLogRequest
-	(*KeepLogResponse)(nil),    // 34: tenon.vm.v1.KeepLogResponse
-	(*UsageRequest)(nil),       // 35: tenon.vm.v1.UsageRequest
-	(*UsageResponse)(nil),      // 36: tenon.vm.v1.UsageResponse
-	(*Usage)(nil),              // 37: tenon.vm.v1.Usage
-	(*EventsRequest)(nil),      // 38: tenon.vm.v1.EventsRequest
-	(*Event)(nil),              // 39: tenon.vm.v1.Event
-	(*ShutdownRequest)(nil),    // 40: tenon.vm.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),   // 41: tenon.vm.v1.ShutdownResponse
-	nil,                        // 42: tenon.vm.v1.CreateRequest.LogsEntry
-	nil,                        // 43: tenon.vm.v1.Machine.SharesEntry
-	(*v1.Step)(nil),            // 44: tenon.task.v1.Step
-	(*v1.IdentityResult)(nil),  // 45: tenon.task.v1.IdentityResult
-	(*v1.Log)(nil),             // 46: tenon.task.v1.Log
+	(*System)(nil),             // 7: tenon.vm.v1.System
+	(*SystemNIC)(nil),          // 8: tenon.vm.v1.SystemNIC
+	(*CreateResponse)(nil),     // 9: tenon.vm.v1.CreateResponse
+	(*Machine)(nil),            // 10: tenon.vm.v1.Machine
+	(*NIC)(nil),                // 11: tenon.vm.v1.NIC
+	(*OwnedDisk)(nil),          // 12: tenon.vm.v1.OwnedDisk
+	(*ListRequest)(nil),        // 13: tenon.vm.v1.ListRequest
+	(*ListResponse)(nil),       // 14: tenon.vm.v1.ListResponse
+	(*RemoveRequest)(nil),      // 15: tenon.vm.v1.RemoveRequest
+	(*RemoveResponse)(nil),     // 16: tenon.vm.v1.RemoveResponse
+	(*HostShare)(nil),          // 17: tenon.vm.v1.HostShare
+	(*IDRange)(nil),            // 18: tenon.vm.v1.IDRange
+	(*ShareRequest)(nil),       // 19: tenon.vm.v1.ShareRequest
+	(*ShareResponse)(nil),      // 20: tenon.vm.v1.ShareResponse
+	(*UnshareRequest)(nil),     // 21: tenon.vm.v1.UnshareRequest
+	(*UnshareResponse)(nil),    // 22: tenon.vm.v1.UnshareResponse
+	(*AttachDiskRequest)(nil),  // 23: tenon.vm.v1.AttachDiskRequest
+	(*AttachDiskResponse)(nil), // 24: tenon.vm.v1.AttachDiskResponse
+	(*DetachDiskRequest)(nil),  // 25: tenon.vm.v1.DetachDiskRequest
+	(*DetachDiskResponse)(nil), // 26: tenon.vm.v1.DetachDiskResponse
+	(*GrowDiskRequest)(nil),    // 27: tenon.vm.v1.GrowDiskRequest
+	(*GrowDiskResponse)(nil),   // 28: tenon.vm.v1.GrowDiskResponse
+	(*AttachNICRequest)(nil),   // 29: tenon.vm.v1.AttachNICRequest
+	(*AttachNICResponse)(nil),  // 30: tenon.vm.v1.AttachNICResponse
+	(*DetachNICRequest)(nil),   // 31: tenon.vm.v1.DetachNICRequest
+	(*DetachNICResponse)(nil),  // 32: tenon.vm.v1.DetachNICResponse
+	(*ResizeRequest)(nil),      // 33: tenon.vm.v1.ResizeRequest
+	(*ResizeResponse)(nil),     // 34: tenon.vm.v1.ResizeResponse
+	(*KeepLogRequest)(nil),     // 35: tenon.vm.v1.KeepLogRequest
+	(*KeepLogResponse)(nil),    // 36: tenon.vm.v1.KeepLogResponse
+	(*UsageRequest)(nil),       // 37: tenon.vm.v1.UsageRequest
+	(*UsageResponse)(nil),      // 38: tenon.vm.v1.UsageResponse
+	(*Usage)(nil),              // 39: tenon.vm.v1.Usage
+	(*EventsRequest)(nil),      // 40: tenon.vm.v1.EventsRequest
+	(*Event)(nil),              // 41: tenon.vm.v1.Event
+	(*ShutdownRequest)(nil),    // 42: tenon.vm.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),   // 43: tenon.vm.v1.ShutdownResponse
+	nil,                        // 44: tenon.vm.v1.CreateRequest.LogsEntry
+	nil,                        // 45: tenon.vm.v1.Machine.SharesEntry
+	(*v1.Step)(nil),            // 46: tenon.task.v1.Step
+	(*v1.IdentityResult)(nil),  // 47: tenon.task.v1.IdentityResult
+	(*v1.Log)(nil),             // 48: tenon.task.v1.Log
 }
 var file_vm_proto_depIdxs = []int32{
 	5,  // 0: tenon.vm.v1.CreateRequest.disks:type_name -> tenon.vm.v1.Disk
-	44, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
-	15, // 2: tenon.vm.v1.CreateRequest.shares:type_name -> tenon.vm.v1.HostShare
-	42, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
-	8,  // 4: tenon.vm.v1.CreateResponse.machine:type_name -> tenon.vm.v1.Machine
-	45, // 5: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
-	9,  // 6: tenon.vm.v1.Machine.nics:type_name -> tenon.vm.v1.NIC
-	10, // 7: tenon.vm.v1.Machine.disks:type_name -> tenon.vm.v1.OwnedDisk
-	43, // 8: tenon.vm.v1.Machine.shares:type_name -> tenon.vm.v1.Machine.SharesEntry
-	8,  // 9: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
-	16, // 10: tenon.vm.v1.HostShare.ids:type_name -> tenon.vm.v1.IDRange
-	15, // 11: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
-	5,  // 12: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
-	9,  // 13: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
-	46, // 14: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
-	37, // 15: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
-	0,  // 16: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
-	46, // 17: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
-	1,  // 18: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
-	3,  // 19: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
-	6,  // 20: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
-	11, // 21: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
-	13, // 22: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
-	21, // 23: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
-	23, // 24: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
-	25, // 25: tenon.vm.v1.VMM.GrowDisk:input_type -> tenon.vm.v1.GrowDiskRequest
-	27, // 26: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
-	29, // 27: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
-	31, // 28: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
-	17, // 29: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
-	19, // 30: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
-	33, // 31: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
-	35, // 32: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
-	38, // 33: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
-	40, // 34: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
-	2,  // 35: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
-	4,  // 36: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
-	7,  // 37: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
-	12, // 38: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
-	14, // 39: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
-	22, // 40: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
-	24, // 41: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
-	26, // 42: tenon.vm.v1.VMM.GrowDisk:output_type -> tenon.vm.v1.GrowDiskResponse
-	28, // 43: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
-	30, // 44: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
-	32, // 45: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
-	18, // 46: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
-	20, // 47: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
-	34, // 48: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
-	36, // 49: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
-	39, // 50: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
-	41, // 51: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
-	35, // [35:52] is the sub-list for method output_type
-	18, // [18:35] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	46, // 1: tenon.vm.v1.CreateRequest.steps:type_name -> tenon.task.v1.Step
+	17, // 2: tenon.vm.v1.CreateRequest.shares:type_name -> tenon.vm.v1.HostShare
+	44, // 3: tenon.vm.v1.CreateRequest.logs:type_name -> tenon.vm.v1.CreateRequest.LogsEntry
+	7,  // 4: tenon.vm.v1.CreateRequest.system:type_name -> tenon.vm.v1.System
+	8,  // 5: tenon.vm.v1.System.nics:type_name -> tenon.vm.v1.SystemNIC
+	10, // 6: tenon.vm.v1.CreateResponse.machine:type_name -> tenon.vm.v1.Machine
+	47, // 7: tenon.vm.v1.CreateResponse.identity:type_name -> tenon.task.v1.IdentityResult
+	11, // 8: tenon.vm.v1.Machine.nics:type_name -> tenon.vm.v1.NIC
+	12, // 9: tenon.vm.v1.Machine.disks:type_name -> tenon.vm.v1.OwnedDisk
+	45, // 10: tenon.vm.v1.Machine.shares:type_name -> tenon.vm.v1.Machine.SharesEntry
+	10, // 11: tenon.vm.v1.ListResponse.machines:type_name -> tenon.vm.v1.Machine
+	18, // 12: tenon.vm.v1.HostShare.ids:type_name -> tenon.vm.v1.IDRange
+	17, // 13: tenon.vm.v1.ShareRequest.share:type_name -> tenon.vm.v1.HostShare
+	5,  // 14: tenon.vm.v1.AttachDiskRequest.disk:type_name -> tenon.vm.v1.Disk
+	11, // 15: tenon.vm.v1.AttachNICResponse.nic:type_name -> tenon.vm.v1.NIC
+	48, // 16: tenon.vm.v1.KeepLogRequest.log:type_name -> tenon.task.v1.Log
+	39, // 17: tenon.vm.v1.UsageResponse.usages:type_name -> tenon.vm.v1.Usage
+	0,  // 18: tenon.vm.v1.Event.type:type_name -> tenon.vm.v1.Event.Type
+	48, // 19: tenon.vm.v1.CreateRequest.LogsEntry.value:type_name -> tenon.task.v1.Log
+	1,  // 20: tenon.vm.v1.VMM.Info:input_type -> tenon.vm.v1.InfoRequest
+	3,  // 21: tenon.vm.v1.VMM.Prepare:input_type -> tenon.vm.v1.PrepareRequest
+	6,  // 22: tenon.vm.v1.VMM.Create:input_type -> tenon.vm.v1.CreateRequest
+	13, // 23: tenon.vm.v1.VMM.List:input_type -> tenon.vm.v1.ListRequest
+	15, // 24: tenon.vm.v1.VMM.Remove:input_type -> tenon.vm.v1.RemoveRequest
+	23, // 25: tenon.vm.v1.VMM.AttachDisk:input_type -> tenon.vm.v1.AttachDiskRequest
+	25, // 26: tenon.vm.v1.VMM.DetachDisk:input_type -> tenon.vm.v1.DetachDiskRequest
+	27, // 27: tenon.vm.v1.VMM.GrowDisk:input_type -> tenon.vm.v1.GrowDiskRequest
+	29, // 28: tenon.vm.v1.VMM.AttachNIC:input_type -> tenon.vm.v1.AttachNICRequest
+	31, // 29: tenon.vm.v1.VMM.DetachNIC:input_type -> tenon.vm.v1.DetachNICRequest
+	33, // 30: tenon.vm.v1.VMM.Resize:input_type -> tenon.vm.v1.ResizeRequest
+	19, // 31: tenon.vm.v1.VMM.Share:input_type -> tenon.vm.v1.ShareRequest
+	21, // 32: tenon.vm.v1.VMM.Unshare:input_type -> tenon.vm.v1.UnshareRequest
+	35, // 33: tenon.vm.v1.VMM.KeepLog:input_type -> tenon.vm.v1.KeepLogRequest
+	37, // 34: tenon.vm.v1.VMM.Usage:input_type -> tenon.vm.v1.UsageRequest
+	40, // 35: tenon.vm.v1.VMM.Events:input_type -> tenon.vm.v1.EventsRequest
+	42, // 36: tenon.vm.v1.VMM.Shutdown:input_type -> tenon.vm.v1.ShutdownRequest
+	2,  // 37: tenon.vm.v1.VMM.Info:output_type -> tenon.vm.v1.InfoResponse
+	4,  // 38: tenon.vm.v1.VMM.Prepare:output_type -> tenon.vm.v1.PrepareResponse
+	9,  // 39: tenon.vm.v1.VMM.Create:output_type -> tenon.vm.v1.CreateResponse
+	14, // 40: tenon.vm.v1.VMM.List:output_type -> tenon.vm.v1.ListResponse
+	16, // 41: tenon.vm.v1.VMM.Remove:output_type -> tenon.vm.v1.RemoveResponse
+	24, // 42: tenon.vm.v1.VMM.AttachDisk:output_type -> tenon.vm.v1.AttachDiskResponse
+	26, // 43: tenon.vm.v1.VMM.DetachDisk:output_type -> tenon.vm.v1.DetachDiskResponse
+	28, // 44: tenon.vm.v1.VMM.GrowDisk:output_type -> tenon.vm.v1.GrowDiskResponse
+	30, // 45: tenon.vm.v1.VMM.AttachNIC:output_type -> tenon.vm.v1.AttachNICResponse
+	32, // 46: tenon.vm.v1.VMM.DetachNIC:output_type -> tenon.vm.v1.DetachNICResponse
+	34, // 47: tenon.vm.v1.VMM.Resize:output_type -> tenon.vm.v1.ResizeResponse
+	20, // 48: tenon.vm.v1.VMM.Share:output_type -> tenon.vm.v1.ShareResponse
+	22, // 49: tenon.vm.v1.VMM.Unshare:output_type -> tenon.vm.v1.UnshareResponse
+	36, // 50: tenon.vm.v1.VMM.KeepLog:output_type -> tenon.vm.v1.KeepLogResponse
+	38, // 51: tenon.vm.v1.VMM.Usage:output_type -> tenon.vm.v1.UsageResponse
+	41, // 52: tenon.vm.v1.VMM.Events:output_type -> tenon.vm.v1.Event
+	43, // 53: tenon.vm.v1.VMM.Shutdown:output_type -> tenon.vm.v1.ShutdownResponse
+	37, // [37:54] is the sub-list for method output_type
+	20, // [20:37] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_vm_proto_init() }
@@ -2907,7 +3163,7 @@ func file_vm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_vm_proto_rawDesc), len(file_vm_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   43,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,689 @@
+package vmm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"tenon.dev/tenon/internal/channel"
+	"tenon.dev/tenon/internal/logs"
+	"tenon.dev/tenon/internal/task"
+	taskv1 "tenon.dev/tenon/internal/task/api/v1"
+	taskv3 "tenon.dev/tenon/internal/task/api/v3"
+	"tenon.dev/tenon/internal/task/replay"
+	"tenon.dev/tenon/internal/version"
+	"tenon.dev/tenon/internal/vm/dhcp"
+)
+
+// systemTask is the task that a system is: its life and its console.
+type systemTask struct {
+	v       *machine
+	events  *replay.Ring[taskv1.Event]
+	done    chan struct{} // closed when QEMU has ended and the console's output is kept
+	ctx     context.Context
+	cancel  context.CancelFunc
+	server  *ttrpc.Server
+	mux     *channel.Listener
+	dhcp    []*dhcp.Server
+	screen  screen
+	closing sync.Once
+
+	mu       sync.Mutex
+	id       string // empty: no task was created
+	owner    string
+	terminal bool
+	status   taskv1.Status
+	started  time.Time
+	exited   time.Time
+	code     uint32
+	ending   bool // the power button is being pressed
+}
+
+// ringOfTask is how many events of a system are kept.
+const ringOfTask = 128
+
+func newSystemTask(v *machine) *systemTask {
+	t := &systemTask{v: v, done: make(chan struct{}), events: replay.New(ringOfTask, func(e *taskv1.Event, n uint64) {
+		e.Sequence = n
+		if e.Time == 0 {
+			e.Time = time.Now().UnixNano()
+		}
+	}, func(n uint64) *taskv1.Event {
+		return &taskv1.Event{Type: taskv1.Event_GAP, Sequence: n, Time: time.Now().UnixNano()}
+	})}
+	t.ctx, t.cancel = context.WithCancel(context.Background())
+	return t
+}
+
+// listen serves the task on the machine's socket.
+func (t *systemTask) listen() error {
+	path := filepath.Join(t.v.dir(), socketName)
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return fmt.Errorf("the machine's socket: %w", err)
+	}
+	if t.server, err = ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(task.ServerInterceptor)); err != nil {
+		l.Close()
+		return err
+	}
+	taskv3.RegisterTaskService(t.server, systemService{t})
+	taskv1.RegisterKernelService(t.server, systemKernel{t})
+	t.mux = channel.Listen(l, t.stream)
+	go func() { _ = t.server.Serve(t.ctx, t.mux) }() // until close
+	return nil
+}
+
+// close frees everything. QEMU has ended.
+func (t *systemTask) close() {
+	t.closing.Do(func() {
+		t.cancel()
+		if t.server != nil {
+			_ = t.server.Close()
+		}
+		if t.mux != nil {
+			_ = t.mux.Close()
+		}
+		for _, s := range t.dhcp {
+			s.Close()
+		}
+		t.screen.end()
+		t.screen.setLog(nil, false)
+	})
+}
+
+// follow takes what the console says until the end, and tells of that.
+func (t *systemTask) follow() {
+	v := t.v
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		b := make([]byte, 32<<10)
+		for {
+			n, err := v.proc.Console.Read(b)
+			t.screen.write(b[:n])
+			if err != nil {
+				return
+			}
+		}
+	}()
+	<-v.proc.Done()
+	select {
+	case <-copied:
+	case <-time.After(consoleEnd):
+	}
+	t.screen.end()
+	why := v.systemReason()
+	v.mu.Lock()
+	v.why = why
+	v.mu.Unlock()
+	t.mu.Lock()
+	t.exited, t.status = time.Now(), taskv1.Status_STATUS_STOPPED
+	if !v.poweroff.Load() || v.panicked.Load() {
+		t.code = 128 + uint32(syscall.SIGKILL)
+	}
+	id, code := t.id, t.code
+	t.mu.Unlock()
+	close(t.done)
+	v.m.log.Info("a machine with its own system has ended", "sandbox", v.id, "reason", why)
+	if id != "" {
+		t.events.Publish(&taskv1.Event{Type: taskv1.Event_EXIT, Id: id, ExitStatus: code, Pid: uint32(v.proc.PID())})
+	}
+}
+
+// snapshot is the task as it is; nil: there is none.
+func (t *systemTask) snapshot() *taskv1.Process {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.id == "" {
+		return nil
+	}
+	p := &taskv1.Process{Id: t.id, Status: t.status, Pid: uint32(t.v.proc.PID()), ExitStatus: t.code, Owner: t.owner, Terminal: t.terminal}
+	if !t.started.IsZero() {
+		p.StartedAt = t.started.UnixNano()
+	}
+	if !t.exited.IsZero() {
+		p.ExitedAt = t.exited.UnixNano()
+	}
+	return p
+}
+
+// task returns an error unless id is the task's, and exec is empty.
+func (t *systemTask) task(id, exec string) error {
+	if exec != "" {
+		return noProcesses("a further process")
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.id == "" || t.id != id {
+		return fmt.Errorf("task %s: %w", id, errdefs.ErrNotFound)
+	}
+	return nil
+}
+
+// noProcesses refuses what only a shim in the guest could do.
+func noProcesses(what string) error {
+	return errdefs.ErrNotImplemented.WithMessage(what + " can't be had of a machine with its own operating system: nothing of Tenon runs in it; use its console (attach) or its network")
+}
+
+// pressAgain is how often the power button is pressed until the machine has ended: a
+// system that still boots does not hear the first time.
+const pressAgain = 5 * time.Second
+
+// powerTime bounds a command to QEMU.
+const powerTime = 10 * time.Second
+
+// powerButton presses it, now and again.
+func (t *systemTask) powerButton(ctx context.Context) error {
+	if err := t.v.proc.PowerButton(ctx); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	again := !t.ending
+	t.ending = true
+	t.mu.Unlock()
+	if again {
+		go func() {
+			tick := time.NewTicker(pressAgain)
+			defer tick.Stop()
+			for {
+				select {
+				case <-t.done:
+					return
+				case <-t.ctx.Done():
+					return
+				case <-tick.C:
+					ctx, cancel := context.WithTimeout(t.ctx, powerTime)
+					_ = t.v.proc.PowerButton(ctx) // the next time, or it has ended
+					cancel()
+				}
+			}
+		}()
+	}
+	return nil
+}
+
+// kill is a signal to a machine.
+func (t *systemTask) kill(ctx context.Context, sig syscall.Signal) error {
+	if isClosed(t.done) {
+		return fmt.Errorf("task: it has ended: %w", errdefs.ErrNotFound)
+	}
+	const rtminHalt, rtminPoweroff = 37, 38 // what stops systemd in a container
+	switch sig {
+	case syscall.SIGKILL:
+		why := "it was killed"
+		t.v.kill(why)
+		return nil
+	case syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGPWR, rtminHalt, rtminPoweroff:
+		ctx, cancel := context.WithTimeout(ctx, powerTime)
+		defer cancel()
+		return t.powerButton(ctx)
+	}
+	return errdefs.ErrInvalidArgument.WithMessage(fmt.Sprintf("a machine with its own operating system knows its power button (TERM, INT, QUIT, PWR, RTMIN+3, RTMIN+4) and its end (KILL), not signal %d", sig))
+}
+
+func isClosed(ch <-chan struct{}) bool {
+	select {
+	case <-ch:
+		return true
+	default:
+		return false
+	}
+}
+
+// await waits for the end.
+func (t *systemTask) await(ctx context.Context, id, exec string) (*taskv1.Process, error) {
+	if err := t.task(id, exec); err != nil {
+		return nil, err
+	}
+	select {
+	case <-t.done:
+		return t.snapshot(), nil
+	case <-t.ctx.Done():
+		return nil, fmt.Errorf("the machine was removed: %w", errdefs.ErrUnavailable)
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// systemService is containerd's Task API.
+type systemService struct{ t *systemTask }
+
+var _ taskv3.TaskService = systemService{}
+
+var empty = &emptypb.Empty{}
+
+// Create makes the task that the machine is.
+func (s systemService) Create(_ context.Context, r *taskv3.CreateTaskRequest) (*taskv3.CreateTaskResponse, error) {
+	t := s.t
+	o := new(taskv1.CreateOptions)
+	if r.Options != nil && r.Options.TypeUrl == task.CreateOptionsURL {
+		if err := proto.Unmarshal(r.Options.Value, o); err != nil {
+			return nil, fmt.Errorf("task %s: options: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
+		}
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case r.Id == "":
+		return nil, fmt.Errorf("task: no id: %w", errdefs.ErrInvalidArgument)
+	case t.id != "":
+		return nil, fmt.Errorf("task %s: %w", t.id, errdefs.ErrAlreadyExists)
+	case t.status == taskv1.Status_STATUS_STOPPED:
+		return nil, fmt.Errorf("task %s: its machine has ended (%s): %w", r.Id, t.v.systemReason(), errdefs.ErrUnavailable)
+	}
+	var sink logs.Sink
+	if l := o.Log; l != nil && l.Driver != logs.None {
+		if l.Driver != logs.Local && l.Driver != logs.JSONFile || !filepath.IsAbs(l.Path) {
+			return nil, fmt.Errorf("log of %s: driver %q, path %q: %w", r.Id, l.Driver, l.Path, errdefs.ErrInvalidArgument)
+		}
+		var err error
+		sink, err = logs.Open(logs.Config{
+			Driver: l.Driver, Path: l.Path, MaxSize: int64(min(l.MaxSize, math.MaxInt64)), MaxFiles: int(min(l.MaxFiles, 1<<20)), Compress: l.Compress, Attrs: l.Attrs,
+		}, func(err error) { t.v.m.log.Warn("output was lost", "sandbox", t.v.id, "err", err) })
+		if err != nil {
+			return nil, err
+		}
+	}
+	t.screen.setLog(sink, r.Terminal)
+	t.id, t.owner, t.terminal, t.status = r.Id, o.Owner, r.Terminal, taskv1.Status_STATUS_CREATED
+	return &taskv3.CreateTaskResponse{Pid: uint32(t.v.proc.PID())}, nil
+}
+
+// Start turns the machine on.
+func (s systemService) Start(ctx context.Context, r *taskv3.StartRequest) (*taskv3.StartResponse, error) {
+	t := s.t
+	if err := t.task(r.Id, r.ExecId); err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	if t.status != taskv1.Status_STATUS_CREATED {
+		t.mu.Unlock()
+		return nil, fmt.Errorf("task %s: is not ready to start: %w", r.Id, errdefs.ErrFailedPrecondition)
+	}
+	t.started, t.status = time.Now(), taskv1.Status_STATUS_RUNNING
+	t.mu.Unlock()
+	if err := t.v.proc.Cont(ctx); err != nil {
+		return nil, fmt.Errorf("task %s: %w", r.Id, err)
+	}
+	pid := uint32(t.v.proc.PID())
+	t.events.Publish(&taskv1.Event{Type: taskv1.Event_START, Id: r.Id, Pid: pid})
+	return &taskv3.StartResponse{Pid: pid}, nil
+}
+
+// Delete forgets the task of a machine that has ended, or was not turned on.
+func (s systemService) Delete(_ context.Context, r *taskv3.DeleteRequest) (*taskv3.DeleteResponse, error) {
+	t := s.t
+	if err := t.task(r.Id, r.ExecId); err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.status == taskv1.Status_STATUS_RUNNING || t.status == taskv1.Status_STATUS_PAUSED {
+		return nil, fmt.Errorf("task %s: is running: %w", r.Id, errdefs.ErrFailedPrecondition)
+	}
+	t.id = ""
+	a := &taskv3.DeleteResponse{Pid: uint32(t.v.proc.PID()), ExitStatus: t.code}
+	if !t.exited.IsZero() {
+		a.ExitedAt = timestamppb.New(t.exited)
+	}
+	return a, nil
+}
+
+// Kill presses the power button, or ends the machine.
+func (s systemService) Kill(ctx context.Context, r *taskv3.KillRequest) (*emptypb.Empty, error) {
+	if err := s.t.task(r.Id, r.ExecId); err != nil {
+		return nil, err
+	}
+	return empty, s.t.kill(ctx, syscall.Signal(r.Signal))
+}
+
+// Pause has the machine stand still.
+func (s systemService) Pause(ctx context.Context, r *taskv3.PauseRequest) (*emptypb.Empty, error) {
+	return empty, s.t.pause(ctx, r.Id, true)
+}
+
+// Resume has it go on.
+func (s systemService) Resume(ctx context.Context, r *taskv3.ResumeRequest) (*emptypb.Empty, error) {
+	return empty, s.t.pause(ctx, r.Id, false)
+}
+
+func (t *systemTask) pause(ctx context.Context, id string, on bool) error {
+	if err := t.task(id, ""); err != nil {
+		return err
+	}
+	from, to, kind, do := taskv1.Status_STATUS_PAUSED, taskv1.Status_STATUS_RUNNING, taskv1.Event_RESUMED, t.v.proc.Cont
+	if on {
+		from, to, kind, do = to, from, taskv1.Event_PAUSED, t.v.proc.Stop
+	}
+	t.mu.Lock()
+	is := t.status
+	t.mu.Unlock()
+	if is != from {
+		return fmt.Errorf("task %s: is not %s: %w", id, strings.ToLower(strings.TrimPrefix(from.String(), "STATUS_")), errdefs.ErrFailedPrecondition)
+	}
+	if err := do(ctx); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	if t.status == from {
+		t.status = to
+	}
+	t.mu.Unlock()
+	t.events.Publish(&taskv1.Event{Type: kind, Id: id})
+	return nil
+}
+
+// Update changes the limits of memory and processor time.
+func (s systemService) Update(ctx context.Context, r *taskv3.UpdateTaskRequest) (*emptypb.Empty, error) {
+	t := s.t
+	if err := t.task(r.Id, ""); err != nil {
+		return nil, err
+	}
+	var res specs.LinuxResources
+	if r.Resources == nil {
+		return empty, nil
+	}
+	if err := json.Unmarshal(r.Resources.Value, &res); err != nil {
+		return nil, fmt.Errorf("task %s: resources: %w: %w", r.Id, err, errdefs.ErrInvalidArgument)
+	}
+	v := t.v
+	v.change.Lock()
+	defer v.change.Unlock()
+	if m := res.Memory; m != nil && m.Limit != nil && *m.Limit > 0 {
+		switch {
+		case *m.Limit > v.hardware.Memory:
+			return nil, fmt.Errorf("the machine was turned on with %d bytes of memory, and can get no more while it runs: stop it first: %w", v.hardware.Memory, errdefs.ErrFailedPrecondition)
+		case *m.Limit < minMemory:
+			return nil, fmt.Errorf("%d bytes of memory: at least %d: %w", *m.Limit, minMemory, errdefs.ErrInvalidArgument)
+		}
+		if err := v.proc.Balloon(ctx, *m.Limit); err != nil {
+			return nil, err
+		}
+		v.mu.Lock()
+		v.memory = *m.Limit
+		v.mu.Unlock()
+	}
+	if c := res.CPU; c != nil && (c.Quota != nil || c.Period != nil || c.Shares != nil) {
+		if err := v.group.Update(&specs.LinuxResources{CPU: &specs.LinuxCPU{Quota: c.Quota, Period: c.Period, Shares: c.Shares}}); err != nil {
+			return nil, err
+		}
+	}
+	return empty, nil
+}
+
+// Wait waits for the end.
+func (s systemService) Wait(ctx context.Context, r *taskv3.WaitRequest) (*taskv3.WaitResponse, error) {
+	p, err := s.t.await(ctx, r.Id, r.ExecId)
+	if err != nil {
+		return nil, err
+	}
+	return &taskv3.WaitResponse{ExitStatus: p.ExitStatus, ExitedAt: timestamppb.New(time.Unix(0, p.ExitedAt))}, nil
+}
+
+// ResizePty does nothing: a serial line has no size.
+func (s systemService) ResizePty(_ context.Context, r *taskv3.ResizePtyRequest) (*emptypb.Empty, error) {
+	return empty, s.t.task(r.Id, r.ExecId)
+}
+
+// CloseIO does nothing: a serial line has no end.
+func (s systemService) CloseIO(_ context.Context, r *taskv3.CloseIORequest) (*emptypb.Empty, error) {
+	return empty, s.t.task(r.Id, r.ExecId)
+}
+
+// Stats samples the machine.
+func (s systemService) Stats(ctx context.Context, r *taskv3.StatsRequest) (*taskv3.StatsResponse, error) {
+	if err := s.t.task(r.Id, ""); err != nil {
+		return nil, err
+	}
+	m, err := s.t.metrics(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b, err := proto.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	return &taskv3.StatsResponse{Stats: &anypb.Any{TypeUrl: "tenon.dev/tenon.task.v1.Metrics", Value: b}}, nil
+}
+
+// Connect tells pids.
+func (s systemService) Connect(_ context.Context, _ *taskv3.ConnectRequest) (*taskv3.ConnectResponse, error) {
+	return &taskv3.ConnectResponse{ShimPid: uint32(os.Getpid()), TaskPid: uint32(s.t.v.proc.PID()), Version: version.Version}, nil
+}
+
+// Exec, State, Pids, Checkpoint and Shutdown are refused: nothing runs in the machine
+// that could answer, and its end is Remove.
+func (s systemService) Exec(context.Context, *taskv3.ExecProcessRequest) (*emptypb.Empty, error) {
+	return nil, noProcesses("exec")
+}
+
+// State is refused: List says it.
+func (s systemService) State(context.Context, *taskv3.StateRequest) (*taskv3.StateResponse, error) {
+	return nil, noProcesses("its state")
+}
+
+// Pids is refused.
+func (s systemService) Pids(context.Context, *taskv3.PidsRequest) (*taskv3.PidsResponse, error) {
+	return nil, noProcesses("a list of its processes")
+}
+
+// Checkpoint is refused.
+func (s systemService) Checkpoint(context.Context, *taskv3.CheckpointTaskRequest) (*emptypb.Empty, error) {
+	return nil, noProcesses("a checkpoint")
+}
+
+// Shutdown is refused.
+func (s systemService) Shutdown(context.Context, *taskv3.ShutdownRequest) (*emptypb.Empty, error) {
+	return nil, noProcesses("a shutdown by this way")
+}
+
+// systemKernel is the rest of the Task API.
+type systemKernel struct{ t *systemTask }
+
+var _ taskv1.KernelService = systemKernel{}
+
+// Info says who answers.
+func (s systemKernel) Info(context.Context, *taskv1.InfoRequest) (*taskv1.InfoResponse, error) {
+	return &taskv1.InfoResponse{ShimVersion: version.Version, ShimPid: int64(os.Getpid())}, nil
+}
+
+// List shows the task.
+func (s systemKernel) List(_ context.Context, r *taskv1.ListRequest) (*taskv1.ListResponse, error) {
+	a := &taskv1.ListResponse{Sequence: s.t.events.Sequence()}
+	p := s.t.snapshot()
+	switch {
+	case p != nil && (r.Id == "" || r.Id == p.Id):
+		a.Processes = append(a.Processes, p)
+	case r.Id != "":
+		return nil, fmt.Errorf("task %s: %w", r.Id, errdefs.ErrNotFound)
+	}
+	return a, nil
+}
+
+// Events streams what happens.
+func (s systemKernel) Events(ctx context.Context, r *taskv1.EventsRequest, srv taskv1.Kernel_EventsServer) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(s.t.ctx, cancel)
+	defer stop()
+	return s.t.events.Stream(ctx, r.After, srv.Send)
+}
+
+// Processes is refused.
+func (s systemKernel) Processes(context.Context, *taskv1.ProcessesRequest) (*taskv1.ProcessesResponse, error) {
+	return nil, noProcesses("a list of its processes (top)")
+}
+
+// Metrics samples the machine.
+func (s systemKernel) Metrics(ctx context.Context, r *taskv1.MetricsRequest) (*taskv1.MetricsResponse, error) {
+	a := new(taskv1.MetricsResponse)
+	p := s.t.snapshot()
+	if p == nil || p.Status == taskv1.Status_STATUS_STOPPED {
+		return a, nil
+	}
+	for _, id := range append(r.Ids, map[bool][]string{true: {p.Id}}[len(r.Ids) == 0]...) {
+		if id != p.Id {
+			continue
+		}
+		if m, err := s.t.metrics(ctx); err == nil {
+			a.Metrics = append(a.Metrics, m)
+		}
+	}
+	return a, nil
+}
+
+// FlushLog returns when the console's output so far is in the log.
+func (s systemKernel) FlushLog(_ context.Context, r *taskv1.FlushLogRequest) (*taskv1.FlushLogResponse, error) {
+	if err := s.t.task(r.Id, ""); err != nil {
+		return nil, err
+	}
+	s.t.screen.sync()
+	return new(taskv1.FlushLogResponse), nil
+}
+
+// Await waits for the end.
+func (s systemKernel) Await(ctx context.Context, r *taskv1.AwaitRequest) (*taskv1.Process, error) {
+	return s.t.await(ctx, r.Id, r.ExecId)
+}
+
+// metrics are what the machine takes of its host.
+func (t *systemTask) metrics(ctx context.Context) (*taskv1.Metrics, error) {
+	v := t.v
+	st, err := v.group.Stats()
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	memory, nics := v.memory, v.nics
+	v.mu.Unlock()
+	t.mu.Lock()
+	id := t.id
+	t.mu.Unlock()
+	m := &taskv1.Metrics{
+		Id: id, Time: st.Read.UnixNano(), CpuTotalNs: st.CPU.Usage, CpuUserNs: st.CPU.User, CpuSystemNs: st.CPU.System,
+		CpuPeriods: st.CPU.Periods, CpuThrottledPeriods: st.CPU.Throttled, CpuThrottledNs: st.CPU.ThrottledTime, CpuPerCpuNs: st.CPU.PerCPU,
+		MemoryUsage: st.Memory.Usage, MemoryMaxUsage: st.Memory.MaxUsage, MemoryStat: st.Memory.Detail, MemoryLimit: uint64(memory),
+	}
+	m.SystemCpuNs, m.OnlineCpus = systemCPU()
+	ctx, cancel := context.WithTimeout(ctx, powerTime)
+	defer cancel()
+	if u, err := v.proc.DiskUse(ctx); err == nil {
+		m.BlockIo = []*taskv1.Metrics_BlockIO{{Op: "Read", Bytes: u.ReadBytes, Operations: u.Reads}, {Op: "Write", Bytes: u.WriteBytes, Operations: u.Writes}}
+	}
+	for i, n := range nics { // what the host's end sends, the machine receives
+		count := func(name string) uint64 {
+			b, _ := os.ReadFile(filepath.Join("/sys/class/net", n.Tap, "statistics", name)) // 0 if it is gone
+			x, _ := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+			return x
+		}
+		m.Networks = append(m.Networks, &taskv1.Metrics_NetworkIO{
+			Name: fmt.Sprintf("eth%d", i), RxBytes: count("tx_bytes"), RxPackets: count("tx_packets"), RxErrors: count("tx_errors"), RxDropped: count("tx_dropped"),
+			TxBytes: count("rx_bytes"), TxPackets: count("rx_packets"), TxErrors: count("rx_errors"), TxDropped: count("rx_dropped"),
+		})
+	}
+	return m, nil
+}
+
+// stream serves a connection that is no call: the console's.
+func (t *systemTask) stream(_ context.Context, c channel.Conn, h *taskv1.StreamHeader) {
+	var err error
+	a := h.GetAttach()
+	switch {
+	case h.GetExecute() != nil:
+		err = noProcesses("exec")
+	case h.GetFiles() != nil:
+		err = noProcesses("its files (cp, diff, export, commit)")
+	case a == nil:
+		err = fmt.Errorf("stream of an unknown kind: %w", errdefs.ErrNotImplemented)
+	default:
+		err = t.task(a.Id, a.ExecId)
+	}
+	if err != nil {
+		_ = channel.WriteMessage(c, task.ReplyOf(err)) // the client may be gone
+		c.Close()
+		return
+	}
+	if err := channel.WriteMessage(c, new(taskv1.StreamReply)); err != nil {
+		c.Close()
+		return
+	}
+	viewer := t.screen.attach(c, a.Stdout)
+	stop := context.AfterFunc(t.ctx, func() { c.Close() })
+	defer stop()
+	b := make([]byte, 4096)
+	for {
+		n, err := c.Read(b)
+		if n > 0 && a.Stdin {
+			if _, werr := t.v.proc.Console.Write(b[:n]); werr != nil && !errors.Is(werr, os.ErrDeadlineExceeded) {
+				a.Stdin = false // it has ended: discard
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	// It has said that it writes no more. Whether it still reads nobody says.
+	if u, ok := c.(*net.UnixConn); ok {
+		turn := time.NewTicker(hangUpTurn)
+		defer turn.Stop()
+		for !isClosed(viewer.over) && !isClosed(t.done) && !hungUp(u) {
+			select {
+			case <-viewer.over:
+			case <-t.done:
+			case <-turn.C:
+			}
+		}
+		if isClosed(t.done) { // what is left is being sent
+			viewer.settle()
+		}
+	}
+	t.screen.detach(viewer)
+}
+
+// userHZ is the unit of /proc/stat, on every Linux that Go runs on.
+const userHZ = 100
+
+// systemCPU is the time that all processors have spent, idle included, and their
+// number, as clients of stats want it.
+func systemCPU() (ns uint64, cpus uint32) {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, 1
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		switch {
+		case len(f) < 8 || !strings.HasPrefix(f[0], "cpu"):
+			return ns, cpus
+		case f[0] != "cpu":
+			cpus++
+		default:
+			for _, s := range f[1:8] {
+				n, _ := strconv.ParseUint(s, 10, 64) // the kernel's own numbers
+				ns += n * (1e9 / userHZ)
+			}
+		}
+	}
+	return ns, cpus
+}
