@@ -202,7 +202,7 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 		Registries: image.RegistryConfig{
 			Mirrors: d.cfg.Registries.Mirrors, CertsDir: d.cfg.Registries.CertsDir, UserAgent: "tenon/" + version.Version,
 		},
-		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize)},
+		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize), DiskBytes: config.Bytes(d.cfg.Limits.MaxDiskSize)},
 		Budget: d.cfg.Budget(),
 		InUse: func(id string) []string {
 			e := d.users.Load()

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tenon.dev/tenon/client"
+	"tenon.dev/tenon/internal/image/diskimage"
 )
 
 // imageRow is a line of images: one tag or digest of one image.
@@ -66,6 +67,14 @@ func (r imageRow) UniqueSize() string {
 }
 func (r imageRow) VirtualSize() string { return r.Size() }
 func (r imageRow) Labels() string      { return labelList(r.s.Labels) }
+
+// Kind is "disk" for disks of machines with a system of their own, else "container".
+func (r imageRow) Kind() string {
+	if r.s.Labels[diskimage.LabelKind] == diskimage.KindDisk {
+		return "disk"
+	}
+	return "container"
+}
 func (r imageRow) Label(n string) string {
 	return r.s.Labels[n]
 }
@@ -73,7 +82,7 @@ func (r imageRow) Label(n string) string {
 var imageHeaders = headers{
 	"ID": "IMAGE ID", "Repository": "REPOSITORY", "Tag": "TAG", "Digest": "DIGEST", "CreatedSince": "CREATED",
 	"CreatedAt": "CREATED AT", "Size": "SIZE", "Containers": "CONTAINERS", "SharedSize": "SHARED SIZE",
-	"UniqueSize": "UNIQUE SIZE", "VirtualSize": "SIZE", "Labels": "LABELS",
+	"UniqueSize": "UNIQUE SIZE", "VirtualSize": "SIZE", "Labels": "LABELS", "Kind": "KIND",
 }
 
 const none = "<none>"
@@ -173,8 +182,13 @@ func (a *app) printImages(list []image.Summary, format string, digests, quiet, n
 		l.table = "{{.Repository}}\t{{.Tag}}\t{{.Digest}}\t{{.ID}}\t{{.CreatedSince}}\t{{.Size}}"
 	}
 	var rows []any
+	disks := false
 	for _, r := range imageRows(list, digests, noTrunc, time.Now()) {
 		rows = append(rows, r)
+		disks = disks || r.Kind() == "disk"
+	}
+	if disks {
+		l.table += "\t{{.Kind}}"
 	}
 	return l.print(a.out, format, rows)
 }

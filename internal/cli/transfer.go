@@ -221,18 +221,29 @@ func (a *app) loadCmd() *cobra.Command {
 	var input string
 	var platforms []string
 	var quiet bool
+	var disk diskFlags
 	cmd := &cobra.Command{
-		Use: "load [OPTIONS]", Short: "Load an image from a tar archive or STDIN",
-		Long:    "Load images from a docker archive or an OCI layout, as a tar file, also compressed.",
-		Example: "tenon load -i web.tar\ntenon load < web.tar.gz",
-		Args:    exactArgs(0),
+		Use: "load [OPTIONS] [FILE]", Short: "Load an image from a tar archive, a disk or STDIN",
+		Long: "Load images from a docker archive or an OCI layout, as a tar file, also compressed.\n" +
+			"A disk with an operating system (qcow2 or raw, also compressed) becomes a disk image,\n" +
+			"with the file's name unless --tag says another: it runs with --isolation machine.",
+		Example: "tenon load -i web.tar\ntenon load < web.tar.gz\ntenon load debian-12.qcow2\ntenon load -i disk.raw.xz --tag os:1 --firmware uefi",
+		Args:    maxArgs(1),
 	}
 	f := cmd.Flags()
 	f.StringVarP(&input, "input", "i", "", "Read from tar archive file, instead of STDIN")
 	f.StringSliceVar(&platforms, "platform", nil, `Load only the given platform variant (e.g., "linux/amd64")`)
 	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress the load output")
-	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, _ []string) error {
+	f.VarP(&disk.tags, "tag", "t", "Name of the disk image (name:tag)")
+	disk.add(f)
+	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
 		in := a.in
+		if len(args) == 1 {
+			if input != "" {
+				return errors.New("give the file once: as an argument, or with --input")
+			}
+			input = args[0]
+		}
 		if input != "" {
 			file, err := os.Open(input)
 			if err != nil {
@@ -255,8 +266,20 @@ func (a *app) loadCmd() *cobra.Command {
 			}
 			q.Add("platform", j)
 		}
+		disk.query(q)
+		for _, t := range disk.tags {
+			q.Add("tag", t)
+		}
+		if input != "" {
+			q.Set("suggested", diskName(input))
+		}
+		body, err := plain(ctx, in)
+		if err != nil {
+			return err
+		}
+		defer body.Close()
 		resp, err := c.Do(ctx, client.Request{
-			Method: http.MethodPost, Path: "/images/load", Query: q, Body: in,
+			Method: http.MethodPost, Path: "/images/load", Query: q, Body: body,
 			Header: http.Header{"Content-Type": {"application/x-tar"}},
 		})
 		if err != nil {
@@ -291,8 +314,11 @@ func (a *app) loadedOnly(r io.Reader) error {
 func (a *app) importCmd() *cobra.Command {
 	var changes list
 	var message, platform string
+	var disk diskFlags
 	cmd := &cobra.Command{
 		Use: "import [OPTIONS] file|URL|- [REPOSITORY[:TAG]]", Short: "Import the contents from a tarball to create a filesystem image",
+		Long: "Make an image with one layer of a tar archive of files. A disk with an operating system\n" +
+			"(qcow2 or raw) becomes a disk image.",
 		Example: "tenon import root.tar base:1\ntar c -C rootfs . | tenon import -c 'CMD [\"sh\"]' - base:1",
 		Args:    rangeArgs(1, 2),
 	}
@@ -300,8 +326,10 @@ func (a *app) importCmd() *cobra.Command {
 	f.VarP(&changes, "change", "c", "Apply Dockerfile instruction to the created image")
 	f.StringVarP(&message, "message", "m", "", "Set commit message for imported image")
 	f.StringVar(&platform, "platform", "", "Set platform if server is multi-platform capable")
+	disk.add(f)
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
 		q := url.Values{"message": {message}, "changes": changes}
+		disk.query(q)
 		if len(args) == 2 {
 			repo, tag := splitTag(args[1])
 			q.Set("repo", repo)

@@ -109,6 +109,8 @@ type Limits struct {
 	Disk          string `toml:"disk" comment:"size of a container's writable layer, as --storage-opt size sets it; 0 unbounded"`
 	// MaxLayerSize bounds one unpacked layer.
 	MaxLayerSize string `toml:"max-layer-size" comment:"unpacked bytes of one image layer"`
+	// MaxDiskSize bounds the disk of a disk image, as machines see it.
+	MaxDiskSize string `toml:"max-disk-size" comment:"virtual size of the disk of a disk image"`
 }
 
 // Network is where addresses come from.
@@ -187,7 +189,7 @@ func Default() *Config {
 		CDISpecDirs:      []string{"/etc/cdi", "/var/run/cdi"},
 		UserNS:           UserNS{Default: "host"},
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
-		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g"},
+		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g", MaxDiskSize: "1t"},
 		Network: Network{
 			AddressPools:  []Pool{{Base: "172.20.0.0/14", Size: 24}, {Base: "192.168.96.0/20", Size: 24}},
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
@@ -307,7 +309,7 @@ func (c *Config) Validate() error {
 	}
 	for _, s := range []struct{ key, value string }{
 		{"log.max-size", c.Log.MaxSize}, {"limits.memory-reserve", c.Limits.MemoryReserve},
-		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"build-cache", c.BuildCache}, {"limits.max-layer-size", c.Limits.MaxLayerSize},
+		{"limits.shm-size", c.Limits.ShmSize}, {"limits.disk", c.Limits.Disk}, {"build-cache", c.BuildCache}, {"limits.max-layer-size", c.Limits.MaxLayerSize}, {"limits.max-disk-size", c.Limits.MaxDiskSize},
 		{"vm.memory", c.VM.Memory}, {"vm.pool-memory", c.VM.PoolMemory},
 	} {
 		if _, err := units.RAMInBytes(s.value); err != nil {

@@ -57,6 +57,9 @@ func (s *Store) makeImage(ctx context.Context, o makeOptions) (*Image, error) {
 	c.History = nil
 	var descs []ocispec.Descriptor
 	if o.parent != nil {
+		if o.parent.Disk != nil {
+			return nil, errDiskImage(o.parent)
+		}
 		if err := s.unpackImage(ctx, o.parent); err != nil {
 			return nil, err
 		}

@@ -217,7 +217,11 @@ func (a *API) imageImport(c *call) error {
 	if msg == "" {
 		msg = "Imported from " + src
 	}
-	img, err := a.images.Import(c.ctx, body, image.ImportOptions{Ref: ref, Changes: c.q["changes"], Message: msg, Platform: p})
+	disk, err := c.diskOptions()
+	if err != nil {
+		return err
+	}
+	img, err := a.images.Import(c.ctx, body, image.ImportOptions{Ref: ref, Changes: c.q["changes"], Message: msg, Platform: p, Disk: disk})
 	if err == nil {
 		m.send(jsonstream.Message{Status: img.ID})
 	}
@@ -301,6 +305,9 @@ func (a *API) imageLoad(c *call) error {
 	}
 	m := c.messages(true)
 	o := image.LoadOptions{Platform: p, Name: a.mayName}
+	if o.Disk, err = c.diskOptions(); err != nil {
+		return err
+	}
 	if !c.flagOr("quiet", true) {
 		o.Progress = m.progress
 	}
