@@ -181,6 +181,15 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	return d, nil
 }
 
+// beside is where a program lies that is looked for when it is needed.
+func beside(name string) string {
+	self, err := os.Executable()
+	if err != nil {
+		return name
+	}
+	return filepath.Join(filepath.Dir(self), name)
+}
+
 // newMachines makes virtual machines. What they need may be missing: it is looked
 // for when a container asks for one.
 func (d *daemon) newMachines(shim string) (*vm.VMs, error) {
@@ -204,6 +213,10 @@ func (d *daemon) imageConfig(hub *tenonevents.Hub) image.Config {
 		},
 		Limits: image.Limits{LayerBytes: config.Bytes(d.cfg.Limits.MaxLayerSize), DiskBytes: config.Bytes(d.cfg.Limits.MaxDiskSize)},
 		Budget: d.cfg.Budget(),
+		Lazy: image.LazyConfig{
+			Pull: d.cfg.Images.Lazy, RunDir: filepath.Join(d.cfg.RunRoot, "lazy"), MountDir: filepath.Join(d.cfg.RunRoot, "lazy-roots"),
+			Binary: beside("tenon-lazy"), Name: d.cfg.Name, CompleteAfter: config.Duration(d.cfg.Images.LazyComplete),
+		},
 		InUse: func(id string) []string {
 			e := d.users.Load()
 			if e == nil {

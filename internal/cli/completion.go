@@ -148,7 +148,7 @@ func (a *app) completeContainerFlags(cmd *cobra.Command) {
 		"volumes-from":      a.containerNames(all),
 		"volume":            a.volumeNames,
 		"link":              a.containerNames(running),
-		"pull":              fixed("always", "missing", "never"),
+		"pull":              fixed("always", "missing", "never", "lazy"),
 		"restart":           fixed("no", "always", "on-failure", "unless-stopped"),
 		"isolation":         fixed("process", "vm", "machine="),
 		"log-driver":        fixed("local", "json-file", "none"),

@@ -68,10 +68,17 @@ func (r imageRow) UniqueSize() string {
 func (r imageRow) VirtualSize() string { return r.Size() }
 func (r imageRow) Labels() string      { return labelList(r.s.Labels) }
 
-// Kind is "disk" for disks of machines with a system of their own, else "container".
+// lazyLabel is what lists have for images whose files come when they are read.
+const lazyLabel = "dev.tenon.lazy"
+
+// Kind is "disk" for disks of machines with a system of their own, "lazy, 12%" for
+// images of which some is here, else "container".
 func (r imageRow) Kind() string {
 	if r.s.Labels[diskimage.LabelKind] == diskimage.KindDisk {
 		return "disk"
+	}
+	if here := r.s.Labels[lazyLabel]; here != "" {
+		return "lazy, " + here
 	}
 	return "container"
 }
@@ -185,7 +192,7 @@ func (a *app) printImages(list []image.Summary, format string, digests, quiet, n
 	disks := false
 	for _, r := range imageRows(list, digests, noTrunc, time.Now()) {
 		rows = append(rows, r)
-		disks = disks || r.Kind() == "disk"
+		disks = disks || r.Kind() != "container"
 	}
 	if disks {
 		l.table += "\t{{.Kind}}"

@@ -107,7 +107,7 @@ func (a *app) run(ctx context.Context, c *client.Client, flags *containerFlags, 
 	}
 	err = s.frames(rc)
 	var re *runError
-	if viaHelper && flags.pull.value == "missing" && errors.As(err, &re) && re.Kind == "image" {
+	if viaHelper && (flags.pull.value == "missing" || flags.pull.value == "lazy") && errors.As(err, &re) && re.Kind == "image" {
 		if err := s.pull(ctx); err != nil {
 			return err
 		}
@@ -214,7 +214,7 @@ func (s *session) create(ctx context.Context) (string, error) {
 	var out container.CreateResponse
 	err := s.c.Post(ctx, "/containers/create", q, s.req, &out)
 	var e *client.Error
-	if errors.As(err, &e) && e.Status == http.StatusNotFound && s.flags.pull.value == "missing" {
+	if errors.As(err, &e) && e.Status == http.StatusNotFound && (s.flags.pull.value == "missing" || s.flags.pull.value == "lazy") {
 		if !s.flags.quiet {
 			fmt.Fprintf(s.a.err, "Unable to find image '%s' locally\n", s.req.Image)
 		}
@@ -234,5 +234,5 @@ func (s *session) create(ctx context.Context) (string, error) {
 
 // pull fetches the image of the container, with progress on standard error.
 func (s *session) pull(ctx context.Context) error {
-	return s.a.pullImage(ctx, s.c, s.req.Image, s.flags.platform, s.a.err, s.flags.quiet)
+	return s.a.pullImage(ctx, s.c, s.req.Image, s.flags.platform, lazyOf(s.flags.pull.value), s.a.err, s.flags.quiet)
 }

@@ -66,7 +66,7 @@ type containerFlags struct {
 func newContainerFlags(f *pflag.FlagSet) *containerFlags {
 	c := &containerFlags{
 		set:             f,
-		pull:            choice{value: "missing", allowed: []string{"always", "missing", "never"}},
+		pull:            choice{value: "missing", allowed: []string{"always", "missing", "never", "lazy"}},
 		healthOnFailure: choice{allowed: []string{"none", "kill", "restart", "stop"}},
 		sysctls:         mapping{},
 	}
@@ -198,7 +198,7 @@ func (c *containerFlags) addLife(f *pflag.FlagSet) {
 	f.StringVar(&c.name, "name", "", "Assign a name to the container")
 	f.BoolVar(&c.noHealthcheck, "no-healthcheck", false, "Disable any container-specified HEALTHCHECK")
 	f.StringVar(&c.platform, "platform", "", "Set platform if server is multi-platform capable")
-	f.Var(&c.pull, "pull", `Pull image before running ("always", "missing", "never")`)
+	f.Var(&c.pull, "pull", `Pull image before running ("always", "missing", "never"; "lazy": if missing, as "tenon pull --lazy" does)`)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "Suppress the pull output")
 	f.StringVar(&c.restart, "restart", "no", "Restart policy to apply when a container exits")
 	f.BoolVar(&c.autoRemove, "rm", false, "Automatically remove the container and its associated anonymous volumes when it exits")

@@ -20,14 +20,17 @@ import (
 func (a *app) pullCmd() *cobra.Command {
 	var allTags, quiet bool
 	var platform string
+	lazy := choice{allowed: []string{"always", "auto", "never"}}
 	cmd := &cobra.Command{
 		Use: "pull [OPTIONS] NAME[:TAG|@DIGEST]", Short: "Download an image from a registry",
-		Example: "tenon pull debian:12\ntenon pull --platform linux/arm64 registry.example.com/team/web@sha256:…",
+		Example: "tenon pull debian:12\ntenon pull --lazy registry.example.com/team/web:2\ntenon pull --platform linux/arm64 registry.example.com/team/web@sha256:…",
 		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&allTags, "all-tags", "a", false, "Download all tagged images in the repository")
 	f.Bool("disable-content-trust", true, "Skip image verification")
+	f.Var(&lazy, "lazy", `Leave the files at the registry until they are read: "always" (the image must be an eStargz one), "auto" (if it is) or "never"; default: the daemon's images.lazy`)
+	f.Lookup("lazy").NoOptDefVal = "always"
 	f.StringVar(&platform, "platform", "", "Set platform if server is multi-platform capable")
 	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress verbose output")
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
@@ -42,9 +45,9 @@ func (a *app) pullCmd() *cobra.Command {
 			}
 		}
 		if allTags {
-			return a.pullFrom(ctx, c, url.Values{"fromImage": {repo}}, repo, platform, a.out, quiet)
+			return a.pullFrom(ctx, c, url.Values{"fromImage": {repo}}, repo, platform, lazy.value, a.out, quiet)
 		}
-		if err := a.pullImage(ctx, c, ref, platform, a.out, quiet); err != nil {
+		if err := a.pullImage(ctx, c, ref, platform, lazy.value, a.out, quiet); err != nil {
 			return err
 		}
 		fmt.Fprintln(a.out, canonicalName(ref))
@@ -54,7 +57,7 @@ func (a *app) pullCmd() *cobra.Command {
 }
 
 // pullImage pulls one image and shows the progress on w.
-func (a *app) pullImage(ctx context.Context, c *client.Client, ref, platform string, w io.Writer, quiet bool) error {
+func (a *app) pullImage(ctx context.Context, c *client.Client, ref, platform, lazy string, w io.Writer, quiet bool) error {
 	repo, tag := ref, ""
 	if name, digest, ok := strings.Cut(ref, "@"); ok {
 		repo, _ = splitTag(name)
@@ -62,16 +65,27 @@ func (a *app) pullImage(ctx context.Context, c *client.Client, ref, platform str
 	} else if repo, tag = splitTag(ref); tag == "" {
 		tag = "latest"
 	}
-	return a.pullFrom(ctx, c, url.Values{"fromImage": {repo}, "tag": {tag}}, repo, platform, w, quiet)
+	return a.pullFrom(ctx, c, url.Values{"fromImage": {repo}, "tag": {tag}}, repo, platform, lazy, w, quiet)
 }
 
-func (a *app) pullFrom(ctx context.Context, c *client.Client, q url.Values, repo, platform string, w io.Writer, quiet bool) error {
+// lazyOf is what a pull is asked for by a run's --pull.
+func lazyOf(pull string) string {
+	if pull == "lazy" {
+		return "always"
+	}
+	return ""
+}
+
+func (a *app) pullFrom(ctx context.Context, c *client.Client, q url.Values, repo, platform, lazy string, w io.Writer, quiet bool) error {
 	auth, err := a.authHeader(repo)
 	if err != nil {
 		return err
 	}
 	if platform != "" {
 		q.Set("platform", strings.ToLower(platform))
+	}
+	if lazy != "" {
+		q.Set("lazy", lazy)
 	}
 	resp, err := c.Do(ctx, client.Request{Method: http.MethodPost, Path: "/images/create", Query: q, Header: auth})
 	if err != nil {

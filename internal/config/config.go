@@ -50,6 +50,7 @@ type Config struct {
 	Limits     Limits             `toml:"limits"`
 	Network    Network            `toml:"network"`
 	Registries Registries         `toml:"registries"`
+	Images     Images             `toml:"images"`
 	Registry   Registry           `toml:"registry" comment:"this engine's own"`
 	Runtimes   map[string]Runtime `toml:"runtimes" comment:"other OCI runtimes, by name"`
 	VM         VM                 `toml:"vm"`
@@ -139,6 +140,12 @@ type Registries struct {
 	Policy   []Policy            `toml:"policy" comment:"which images may come from registries; none: all"`
 }
 
+// Images say how much of an image comes when it is pulled.
+type Images struct {
+	Lazy         string `toml:"lazy" comment:"how images that can be read in pieces (eStargz) are pulled if the client does not say: never (whole), or auto (their files come when they are read)"`
+	LazyComplete string `toml:"lazy-complete" comment:"how long after its first use the rest of a lazy image is fetched; 0 never"`
+}
+
 // Policy says what holds for the images whose names begin with Prefix; the longest
 // prefix decides. See docs/images.md.
 type Policy struct {
@@ -198,6 +205,7 @@ func Default() *Config {
 		VM:         VM{Accel: "auto", Kernel: "auto", Memory: "0", Pool: 2, PoolMemory: "0", HangTime: "3m", IdleTrim: "2s"},
 		Tenants:    Tenants{Containers: 250, Networks: 16, Volumes: 250},
 		Registries: Registries{CertsDir: "/etc/tenon/certs.d", Mirrors: map[string][]string{}},
+		Images:     Images{Lazy: "never", LazyComplete: "1m"},
 		Runtimes:   map[string]Runtime{},
 	}
 }
@@ -291,6 +299,12 @@ func (c *Config) Validate() error {
 	}
 	if d, err := time.ParseDuration(c.VM.IdleTrim); err != nil || d < 0 || d > 0 && d < 100*time.Millisecond {
 		bad("vm.idle-trim %q: give at least 100ms (such as 2s), or 0 for never", c.VM.IdleTrim)
+	}
+	if c.Images.Lazy != "never" && c.Images.Lazy != "auto" {
+		bad("images.lazy %q: use never or auto", c.Images.Lazy)
+	}
+	if d, err := time.ParseDuration(c.Images.LazyComplete); err != nil || d < 0 {
+		bad("images.lazy-complete %q: give a time (such as 1m), or 0 for never", c.Images.LazyComplete)
 	}
 	switch c.UserNS.Default {
 	case "host", "auto":

@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"fmt"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -115,7 +114,7 @@ func (e *Engine) graphDriver(ctx context.Context, r *container.Record) *storage.
 		return d
 	}
 	if st, ok := e.cfg.Images.Lazy(ctx, img); ok {
-		d.Data["Lazy"] = fmt.Sprintf("%d of %d bytes are here", st.Here, st.Total)
+		d.Data["Lazy"] = st.String()
 		return d
 	}
 	if layers, err := e.cfg.Images.Layers(ctx, img); err == nil && len(layers) > 0 {

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,14 +62,40 @@ type LazyConfig struct {
 
 // LazyState says how much of a lazy image is here.
 type LazyState struct {
-	// Total and Here are bytes of files. Fetched is what came from registries since the
-	// program serves the image, compressed. They are 0 if the program does not run.
+	// Total and Here are bytes of files; Here is a guess if the program does not run.
+	// Fetched is what came from registries since it serves the image, compressed.
 	Total, Here, Fetched int64
 	// Disk is what its file takes on the disk, in bytes.
 	Disk int64
 	// Failed counts reads that failed, Err is why the last one did.
 	Failed int64
 	Err    string
+}
+
+// String tells it in words.
+func (l LazyState) String() string {
+	s := fmt.Sprintf("%d of %d bytes of files are here, %d bytes were fetched", l.Here, l.Total, l.Fetched)
+	if l.Failed > 0 {
+		s += fmt.Sprintf("; %d reads failed, the last one: %s", l.Failed, l.Err)
+	}
+	return s
+}
+
+// LazyLabel is the label that lists of images have for lazy ones, with how much of their
+// files is here: "12%".
+const LazyLabel = "dev.tenon.lazy"
+
+// shownLabels are an image's labels, with LazyLabel.
+func (s *Store) shownLabels(ctx context.Context, img *Image) map[string]string {
+	labels := img.Config.Config.Labels
+	if st, ok := s.Lazy(ctx, img); ok {
+		labels = maps.Clone(labels)
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[LazyLabel] = fmt.Sprintf("%d%%", st.Here*100/max(1, st.Total))
+	}
+	return labels
 }
 
 // lazySource is where a lazy image's contents come from.
@@ -168,7 +195,9 @@ func (s *Store) Lazy(ctx context.Context, img *Image) (LazyState, bool) {
 	s.lazy.mu.Lock()
 	client := s.lazy.client
 	s.lazy.mu.Unlock()
-	if client == nil {
+	if client == nil { // nobody has needed it since the daemon's start
+		n, _ := ownBlocks(s.lazyPath(c.id, "erofs"))
+		out.Here = min(n, out.Total)
 		return out, true
 	}
 	list, err := client.State(ctx, c.id)

@@ -185,6 +185,7 @@ func (s *Store) List(ctx context.Context, opts ListOptions) ([]image.Summary, er
 	out := []image.Summary{}
 	for _, it := range items {
 		sum := s.summary(it.img, opts.SharedSize, shared)
+		sum.Labels = s.shownLabels(ctx, it.img)
 		if len(sel.refs) > 0 {
 			sum.RepoTags = slices.DeleteFunc(slices.Clone(sum.RepoTags), func(n string) bool { return !sel.matchRef(n) })
 			sum.RepoDigests = slices.DeleteFunc(slices.Clone(sum.RepoDigests), func(n string) bool { return !sel.matchRef(n) })
@@ -342,6 +343,9 @@ func (s *Store) Inspect(ctx context.Context, ref string, platform *ocispec.Platf
 	}
 	if !img.Created.IsZero() {
 		r.Created = img.Created.UTC().Format(time.RFC3339Nano)
+	}
+	if st, ok := s.Lazy(ctx, img); ok {
+		r.GraphDriver.Data = map[string]string{"Lazy": st.String()}
 	}
 	for _, d := range img.DiffIDs {
 		r.RootFS.Layers = append(r.RootFS.Layers, d.String())

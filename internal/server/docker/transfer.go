@@ -117,7 +117,7 @@ func (a *API) imageCreate(c *call) error {
 	}
 	m := c.messages(false)
 	for _, ref := range refs {
-		if _, err = a.images.Pull(c.ctx, ref, image.PullOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}); err != nil {
+		if _, err = a.images.Pull(c.ctx, ref, image.PullOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress, Lazy: c.str("lazy")}); err != nil {
 			break
 		}
 	}

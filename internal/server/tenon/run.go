@@ -150,7 +150,11 @@ func (rn *run) fetch(ctx context.Context, o *engine.CreateOptions) error {
 	if rn.req.Pull != "always" {
 		rn.progress(image.Progress{Status: fmt.Sprintf("Unable to find image '%s' locally", rn.image)})
 	}
-	_, err = images.Pull(ctx, ref, image.PullOptions{Platform: o.Platform, Auth: rn.auth, Progress: rn.progress})
+	opts := image.PullOptions{Platform: o.Platform, Auth: rn.auth, Progress: rn.progress}
+	if rn.req.Pull == "lazy" {
+		opts.Lazy = image.LazyAlways
+	}
+	_, err = images.Pull(ctx, ref, opts)
 	return err
 }
 
