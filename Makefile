@@ -1,6 +1,6 @@
 # Tenon. Everything a newcomer needs is one word; see README.md.
 BIN     := bin
-PROGS   := tenon tenond tenon-shim tenon-dns tenon-vmm tenon-oci tenon-build
+PROGS   := tenon tenond tenon-shim tenon-dns tenon-vmm tenon-lazy tenon-oci tenon-build
 
 .PHONY: all build run stop clean-state test test-v2 vet fuzz bench install help
 all: build

@@ -131,6 +131,7 @@ func TestSmallProgramsStaySmall(t *testing.T) {
 		"cmd/tenon-shim": {"net/http", "github.com/containerd/containerd/v2", "github.com/moby/moby/", "go.etcd.io/bbolt", "github.com/vishvananda/netlink", "github.com/spf13/cobra"},
 		"cmd/tenon-oci":  {"net/http", "google.golang.org/protobuf", "github.com/containerd/ttrpc", "github.com/spf13/cobra"},
 		"cmd/tenon-vmm":  {"net/http", "github.com/containerd/containerd/v2", "github.com/moby/moby/", "go.etcd.io/bbolt", "github.com/vishvananda/netlink", "github.com/spf13/cobra"},
+		"cmd/tenon-lazy": {"github.com/containerd/containerd/v2", "github.com/moby/moby/", "go.etcd.io/bbolt", "github.com/vishvananda/netlink", "google.golang.org/", "github.com/google/nftables"},
 		"cmd/tenon-dns":  {"net/http", "github.com/containerd/containerd/v2", "go.etcd.io/bbolt", "github.com/google/nftables"},
 		"cmd/tenon":      {"github.com/containerd/containerd/v2", "go.etcd.io/bbolt", "go.opentelemetry.io/", "google.golang.org/grpc", "github.com/vishvananda/netlink"},
 	} {

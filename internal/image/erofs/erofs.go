@@ -7,8 +7,9 @@
 // nanoseconds, hard links, devices, extended attributes and holes are kept. The
 // same layers and options give the same bytes.
 //
-//	tree.go   reading and merging the layers
-//	erofs.go  the layout, and writing it
+//	tree.go    reading and merging the layers
+//	sparse.go  a tree that is only told of, its files' contents left out
+//	erofs.go   the layout, and writing it
 //
 // Files are stored as they are, a short tail behind the inode: nothing is
 // compressed, since a file system made at a container's first start should be
@@ -83,11 +84,16 @@ func Write(ctx context.Context, f *os.File, stack []string, o Options) error {
 	if err != nil {
 		return fmt.Errorf("erofs: %w", err)
 	}
+	return writeOut(ctx, f, m, root, o)
+}
+
+// writeOut writes the tree that the merger has.
+func writeOut(ctx context.Context, f *os.File, m *merger, root *node, o Options) error {
 	w := &writer{f: f, m: m, buf: make([]byte, 256<<10)}
 	if o.MaxSize <= 0 {
 		o.MaxSize = math.MaxUint32 << blockBits
 	}
-	if size := w.place(); size > o.MaxSize {
+	if size := w.place(); size > o.MaxSize || size < 0 {
 		return fmt.Errorf("erofs: the image's files need %d bytes, more than %d: %w", size, o.MaxSize, errdefs.ErrResourceExhausted)
 	}
 	if err := w.write(ctx); err != nil {
@@ -118,7 +124,7 @@ func (w *writer) place() int64 {
 		n.size = n.dataSize()
 		head := int64(inodeSize + attrsSize(n.attrs))
 		tail := n.size % blockSize
-		if n.mode&unix.S_IFMT == unix.S_IFREG && tail > maxInline || head+tail > blockSize {
+		if n.mode&unix.S_IFMT == unix.S_IFREG && (tail > maxInline || w.m.sparse) || head+tail > blockSize {
 			tail = 0
 		}
 		// The inode itself, and it together with its tail, lie in one block.
@@ -293,7 +299,7 @@ func (w *writer) data(n *node) error {
 	case unix.S_IFLNK:
 		return w.split(n, []byte(n.link))
 	case unix.S_IFREG:
-		if n.size > 0 {
+		if n.size > 0 && !w.m.sparse {
 			return w.file(n)
 		}
 	}

@@ -29,6 +29,7 @@ type node struct {
 	attrs []attr
 	link  string  // a symbolic link's target
 	names []entry // a directory's, sorted
+	from  *Node   // what it was made of, if it lies in no layer
 
 	ino    uint32
 	parent *node  // a directory's
@@ -58,6 +59,8 @@ type merger struct {
 	links map[inodeKey]*node // files with several names
 	nodes []*node            // in the order of their inodes
 	limit int
+	// sparse says that the files' contents are left out.
+	sparse bool
 }
 
 // dir is a directory of one layer that takes part in a merged one.
@@ -249,8 +252,7 @@ func (m *merger) node(in dir, name, p string, st *unix.Stat_t) (*node, error) {
 		}
 		n.size = int64(len(n.link))
 	case unix.S_IFCHR, unix.S_IFBLK:
-		major, minor := unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev))
-		n.rdev = minor&0xff | major<<8 | minor&^0xff<<12
+		n.rdev = rdev(unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
 	}
 	if n.attrs, err = readAttrs(in.fd, name, kind); err != nil {
 		return nil, err
@@ -261,6 +263,9 @@ func (m *merger) node(in dir, name, p string, st *unix.Stat_t) (*node, error) {
 	m.add(n)
 	return n, nil
 }
+
+// rdev is a device's number as the format has it.
+func rdev(major, minor uint32) uint32 { return minor&0xff | major<<8 | minor&^0xff<<12 }
 
 func readLink(dirfd int, name string) (string, error) {
 	buf := make([]byte, unix.PathMax)
@@ -302,38 +307,51 @@ func readAttrs(dirfd int, name string, kind uint32) ([]attr, error) {
 	}
 	var out []attr
 	for full := range strings.SplitSeq(strings.TrimSuffix(string(buf[:size]), "\x00"), "\x00") {
-		if strings.HasPrefix(full, "security.") && full != "security.capability" {
+		a, ok := attrOf(full)
+		if !ok {
 			continue
 		}
-		for _, pre := range prefixes {
-			rest, ok := strings.CutPrefix(full, pre.text)
-			if !ok {
-				continue
-			}
-			n, err := unix.Lgetxattr(p, full, nil)
-			if err != nil {
+		n, err := unix.Lgetxattr(p, full, nil)
+		if err != nil {
+			return nil, os.NewSyscallError("getxattr", err)
+		}
+		v := make([]byte, n)
+		if n > 0 {
+			if n, err = unix.Lgetxattr(p, full, v); err != nil {
 				return nil, os.NewSyscallError("getxattr", err)
 			}
-			v := make([]byte, n)
-			if n > 0 {
-				if n, err = unix.Lgetxattr(p, full, v); err != nil {
-					return nil, os.NewSyscallError("getxattr", err)
-				}
-			}
-			out = append(out, attr{pre.number, rest, v[:n]})
-			break
 		}
+		a.value = v[:n]
+		out = append(out, a)
 	}
 	if attrsSize(out) > maxAttrs {
 		return nil, fmt.Errorf("extended attributes: %w", unix.E2BIG)
 	}
-	slices.SortFunc(out, func(a, b attr) int {
+	sortAttrs(out)
+	return out, nil
+}
+
+// attrOf is the attribute of this name, without its value; not ok for those that an
+// image cannot have.
+func attrOf(full string) (attr, bool) {
+	if strings.HasPrefix(full, "security.") && full != "security.capability" {
+		return attr{}, false
+	}
+	for _, pre := range prefixes {
+		if rest, ok := strings.CutPrefix(full, pre.text); ok {
+			return attr{prefix: pre.number, name: rest}, true
+		}
+	}
+	return attr{}, false
+}
+
+func sortAttrs(list []attr) {
+	slices.SortFunc(list, func(a, b attr) int {
 		if a.prefix != b.prefix {
 			return int(a.prefix) - int(b.prefix)
 		}
 		return strings.Compare(a.name, b.name)
 	})
-	return out, nil
 }
 
 // open opens a regular file of the tree for reading.

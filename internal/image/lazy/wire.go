@@ -1,8 +1,12 @@
 package lazy
 
 import (
+	"errors"
+	"fmt"
+	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"tenon.dev/tenon/internal/image/lazy/remote"
@@ -33,7 +37,7 @@ type Request struct {
 type Reply struct {
 	PID    int     `json:"pid"`
 	Err    string  `json:"err,omitempty"`
-	Class  string  `json:"class,omitempty"` // of the error: "notfound", "precondition", "invalid", or ""
+	Class  string  `json:"class,omitempty"` // of the error: see classes
 	Chains []State `json:"chains,omitempty"`
 }
 
@@ -70,4 +74,39 @@ type State struct {
 	Failed int64     `json:"failed,omitempty"`
 	Err    string    `json:"err,omitempty"`
 	At     time.Time `json:"at,omitzero"`
+}
+
+// SetErr puts an error into the reply.
+func (r *Reply) SetErr(err error) {
+	if err == nil {
+		return
+	}
+	r.Err = err.Error()
+	for class, is := range classes {
+		if is.is(err) {
+			r.Class = class
+		}
+	}
+}
+
+// classes are the errors' classes that are told.
+var classes = map[string]struct {
+	is  func(error) bool
+	err error
+}{
+	"notfound":     {errdefs.IsNotFound, errdefs.ErrNotFound},
+	"precondition": {errdefs.IsFailedPrecondition, errdefs.ErrFailedPrecondition},
+	"invalid":      {errdefs.IsInvalidArgument, errdefs.ErrInvalidArgument},
+	"dataloss":     {errdefs.IsDataLoss, errdefs.ErrDataLoss},
+}
+
+// err is the reply's error again.
+func (r *Reply) err() error {
+	if r.Err == "" {
+		return nil
+	}
+	if c, ok := classes[r.Class]; ok {
+		return fmt.Errorf("tenon-lazy: %s%w", strings.TrimSuffix(r.Err, c.err.Error()), c.err)
+	}
+	return errors.New("tenon-lazy: " + r.Err)
 }
