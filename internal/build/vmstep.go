@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -156,8 +157,9 @@ func (x *executor) machineMount(ctx context.Context, m bkexecutor.Mount, tmp str
 	if err != nil {
 		return out, err
 	}
-	if !info.IsDir() && !info.Mode().IsRegular() {
-		return out, fmt.Errorf("a step on a virtual machine can be lent directories and files only, no sockets (ssh): %w", errdefs.ErrNotImplemented)
+	agent := info.Mode().Type() == fs.ModeSocket && strings.HasPrefix(out.Source, x.tmp+"/") // BuildKit has made it
+	if !info.IsDir() && !info.Mode().IsRegular() && !agent {
+		return out, fmt.Errorf("a step on a virtual machine can be lent directories, files and agents only: %w", errdefs.ErrNotImplemented)
 	}
 	return out, nil
 }

@@ -7,7 +7,10 @@ import (
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
+	mobynet "github.com/moby/moby/api/types/network"
+	"golang.org/x/sys/unix"
 
+	"tenon.dev/tenon/internal/channel"
 	"tenon.dev/tenon/internal/container"
 	"tenon.dev/tenon/internal/machine"
 	"tenon.dev/tenon/internal/network"
@@ -43,7 +46,10 @@ func (e *Engine) stepKernelOn(ctx context.Context, isolation string) (*kernel, e
 // what has changed, as a tar: the host mounts nothing that a guest has written.
 func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Exit, err error) {
 	if st.HostConfig.NetworkMode.IsHost() {
-		return exit, errdefs.ErrNotImplemented.WithMessage("a step on a virtual machine can't have the host's network")
+		if machine.Named(st.Isolation) != "" {
+			return exit, errdefs.ErrNotImplemented.WithMessage("a step on a machine can't have its kernel's network, which leads nowhere: use the default one")
+		}
+		st.HostConfig.NetworkMode = mobynet.NetworkBridge // the guest's own, which reaches out by that
 	}
 	if names, err := os.ReadDir(st.Upper); err != nil || len(names) > 0 {
 		return exit, errdefs.ErrNotImplemented.WithMessage("a step on a virtual machine can't go on with a root that has been written to")
@@ -65,7 +71,7 @@ func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Ex
 			err = fmt.Errorf("the step's virtual machine ended (%s): %w", g.machine.End(), err)
 		}
 	}()
-	mounts, kernel, err := e.stepHandover(ctx, st, g, disks, ns, files)
+	mounts, sockets, kernel, err := e.stepHandover(ctx, st, g, disks, ns, files)
 	if err != nil {
 		return exit, err
 	}
@@ -83,6 +89,11 @@ func (e *Engine) runStepVM(ctx context.Context, st *Step, u *undo) (exit task.Ex
 	req, err := e.stepRequest(st, r, stepKernel{kernel, g.machine.Facts(), e.defaultsOf(st.Isolation)}, files, mounts)
 	if err != nil {
 		return exit, err
+	}
+	for _, s := range sockets {
+		if err := s.serve(ctx, client, u); err != nil {
+			return exit, err
+		}
 	}
 	exit, err = e.runStepOn(ctx, client, st, req, g.machine.Ended(), ending)
 	if err != nil || exit.Status != 0 {
@@ -151,7 +162,7 @@ func (e *Engine) leaveStep(ctx context.Context, id string, g *guest) error {
 
 // stepHandover gives the machine what the step needs and returns the step's mounts as
 // the machine sees them; the sources of files are changed to that.
-func (e *Engine) stepHandover(ctx context.Context, st *Step, g *guest, disks sandbox.Disks, ns *network.Namespace, files []spec.Mount) (mounts []spec.Mount, kernel sandbox.Prepared, err error) {
+func (e *Engine) stepHandover(ctx context.Context, st *Step, g *guest, disks sandbox.Disks, ns *network.Namespace, files []spec.Mount) (mounts []spec.Mount, sockets []stepSocket, kernel sandbox.Prepared, err error) {
 	h := sandbox.MachineHandover{ID: st.ID, Disks: disks}
 	if g.machine.Lasting() {
 		h.SizeLimit = e.cfg.DiskLimit
@@ -165,42 +176,93 @@ func (e *Engine) stepHandover(ctx context.Context, st *Step, g *guest, disks san
 		if i == len(taps) {
 			tap, err := g.machine.AddTap(ctx, st.ID)
 			if err != nil {
-				return nil, kernel, err
+				return nil, nil, kernel, err
 			}
 			taps = append(taps, tap)
 		}
 		plug, err := e.cfg.Networks.PlugTap(ctx, st.ID, ep.NetworkID, taps[i])
 		if err != nil {
-			return nil, kernel, err
+			return nil, nil, kernel, err
 		}
 		h.NICs = append(h.NICs, sandbox.NIC{Tap: taps[i], Plug: plug})
 	}
 	if h.Files, err = machineFiles(files); err != nil {
-		return nil, kernel, err
+		return nil, nil, kernel, err
 	}
 	mounts = append(mounts, st.Mounts...)
 	for i := range mounts {
 		if mounts[i].Type == "bind" && mounts[i].Beneath != "" {
-			return nil, kernel, errdefs.ErrInvalidArgument.WithMessage("mount on " + mounts[i].Destination + ": its directory was not looked up")
+			return nil, nil, kernel, errdefs.ErrInvalidArgument.WithMessage("mount on " + mounts[i].Destination + ": its directory was not looked up")
 		}
 	}
-	if h.Shares, err = machineShares(mounts); err != nil {
-		return nil, kernel, err
+	lent := make([]spec.Mount, 0, len(mounts))
+	served := map[int]bool{}
+	for i, m := range mounts {
+		s, err := socketOf(st.ID, i, m)
+		if err != nil {
+			return nil, nil, kernel, err
+		}
+		if s == nil {
+			lent = append(lent, m)
+			continue
+		}
+		sockets, served[i] = append(sockets, *s), true
+		mounts[i].Source = s.there.Path
+	}
+	if h.Shares, err = machineShares(lent); err != nil {
+		return nil, nil, kernel, err
 	}
 	mp, err := g.machine.Handover(ctx, h)
 	if err != nil {
-		return nil, kernel, err
+		return nil, nil, kernel, err
 	}
 	for i := range files {
 		files[i].Source = mp.Files[i]
 	}
 	shares := mp.Shares
 	for i := range mounts {
-		if mounts[i].Type == "bind" {
+		if mounts[i].Type == "bind" && !served[i] {
 			mounts[i].Source, shares = shares[0], shares[1:]
 		}
 	}
-	return mounts, mp.Prepared, nil
+	return mounts, sockets, mp.Prepared, nil
+}
+
+// stepSocket is a socket of the host that a step on a machine has: an agent of the
+// build's client. Its connections are carried to the machine.
+type stepSocket struct {
+	here  string
+	there task.Socket
+}
+
+// socketOf is the socket that is mounted; nil if it is none.
+func socketOf(id string, n int, m spec.Mount) (*stepSocket, error) {
+	if m.Type != "bind" {
+		return nil, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(m.Source, &st); err != nil {
+		return nil, fmt.Errorf("mount on %s: %w", m.Destination, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return nil, nil
+	}
+	return &stepSocket{here: m.Source, there: task.Socket{
+		Path: fmt.Sprintf("/run/tenon/served/%s/%d", id, n), Mode: st.Mode & 0o777, UID: st.Uid, GID: st.Gid,
+	}}, nil
+}
+
+// serve has the machine make the socket, for as long as the step lasts.
+func (s stepSocket) serve(ctx context.Context, client *task.Client, u *undo) error {
+	done, err := client.Serve(ctx, s.there, channel.Unix(s.here).Dial)
+	if errdefs.IsNotImplemented(err) {
+		err = fmt.Errorf("its guest is of an older build, which serves no sockets: start the machine again: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("socket of a step: %w", err)
+	}
+	u.add("socket", func(context.Context) error { done(); return nil })
+	return nil
 }
 
 // stepChanges brings what a step has written to the host.

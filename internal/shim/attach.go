@@ -30,6 +30,8 @@ func (s *Shim) serveStream(ctx context.Context, conn channel.Conn, h *taskv1.Str
 			return
 		}
 		s.serveFiles(ctx, conn, k.Files)
+	case *taskv1.StreamHeader_Serve:
+		s.serveSocket(ctx, conn, k.Serve)
 	default:
 		refuse(conn, fmt.Errorf("stream of an unknown kind: %w", errdefs.ErrNotImplemented))
 	}

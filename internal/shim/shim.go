@@ -71,6 +71,7 @@ type Shim struct {
 	poll    *poller
 	events  *replay.Ring[taskv1.Event]
 	filters filters
+	served  served
 	started time.Time
 	ctx     context.Context // ends with the shim
 	cancel  context.CancelFunc

@@ -71,12 +71,19 @@ func (d *Daemon) buildsOn(t *testing.T, m buildMode, boot *string) {
 			t.Errorf("%s in %s: the step's kernel is %q", name, m.flag, got)
 		}
 	}
-	dir := contextOf(t, map[string]string{"tok": "secret", "f": "ctx", "Dockerfile": `FROM busybox
+	dir, agent, key := d.keyAgent(t)
+	for name, text := range map[string]string{"tok": "secret", "f": "ctx", "Dockerfile": `FROM busybox
 COPY f /f
-RUN --mount=type=cache,target=/c --mount=type=secret,id=tok --mount=type=bind,target=/b --mount=type=tmpfs,target=/t \
+RUN --mount=type=cache,target=/c --mount=type=secret,id=tok --mount=type=bind,target=/b --mount=type=tmpfs,target=/t --mount=type=ssh,required=true,uid=7,mode=0640 \
+  cp -a /b/r/* / && ssh-add -l >/keys && ssh-add -l >>/keys && stat -c %u:%a "$SSH_AUTH_SOCK" >>/keys && \
   cat /proc/sys/kernel/random/boot_id >/boot && test "$(cat /run/secrets/tok /b/f)" = secretctx && echo x >/c/x && echo x >/t/x && ln -s /boot /link && rm /f && mkdir /d && ip -o -4 addr | grep -vc ' lo '
-RUN --network=none test ! -e /f && test -L /link && test -z "$(ls /c /t /b 2>/dev/null)" && test -z "$(ip -o -4 addr | grep -v ' lo ')"
-`})
+RUN --network=none test ! -e /f && test -L /link && test -z "$(ls /c /t /b 2>/dev/null)" && test -z "$(ip -o -4 addr | grep -v ' lo ')" && test -z "$SSH_AUTH_SOCK$(find / -type s 2>/dev/null)"
+`} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hostNet := []string{"--network", "host", "--allow", "network.host"} // the guest's own
 	all := builders(t)
 	simple := contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN cat /proc/sys/kernel/random/boot_id >/boot\n"})
 	if boot == nil { // the daemon's default
@@ -87,12 +94,19 @@ RUN --network=none test ! -e /f && test -L /link && test -z "$(ls /c /t /b 2>/de
 	} else {
 		d.mustBuild(t, legacy, simple, "--isolation", m.flag, "-t", "iso", ".")
 		seen(legacy.name)
+		if r := d.build(t, own, simple, "", nil, append([]string{"--no-cache", "--isolation", m.flag, "."}, hostNet...)...); r.Code == 0 || !strings.Contains(r.Err, "leads nowhere") {
+			t.Errorf("a step in the network of the machine's kernel: %d %s", r.Code, r.Err)
+		}
+		hostNet = nil
 		if r := d.build(t, own, contextOf(t, map[string]string{"Dockerfile": "FROM busybox\nRUN echo no >/no; exit 5\n"}), "", nil, "--isolation", m.flag, "."); r.Code == 0 || !strings.Contains(r.Err, "exit code: 5") {
 			t.Errorf("a step that fails: %d %s", r.Code, r.Err)
 		}
 	}
-	d.mustBuild(t, own, dir, "--isolation", m.flag, "-t", "iso", "--secret", "id=tok,src="+filepath.Join(dir, "tok"), ".")
+	d.mustBuild(t, own, dir, append([]string{"--isolation", m.flag, "-t", "iso", "--secret", "id=tok,src=" + filepath.Join(dir, "tok"), "--ssh", "default=" + agent, "."}, hostNet...)...)
 	seen(own.name)
+	if got := d.Must(t, "run", "--rm", "--isolation", "process", "iso", "cat", "/keys"); strings.Count(got, key) != 2 || !strings.HasSuffix(got, "7:640") {
+		t.Errorf("the agent on %s: %q, want %s twice", m.flag, got, key)
+	}
 	d.nothingOfBuilds(t)
 
 	// Cut off by the client's signal, its death, and the daemon's.

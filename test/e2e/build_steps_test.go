@@ -120,25 +120,7 @@ RUN --mount=from=IMG,target=/i test ! -e /i/v1/new && ! test -e /m/f && ! test -
 		}
 	})
 	t.Run("an agent for keys", func(t *testing.T) {
-		dir := t.TempDir()
-		sock := filepath.Join(dir, "agent")
-		ctx, cancel := context.WithTimeout(t.Context(), patience(5*time.Minute))
-		defer cancel()
-		agent := exec.CommandContext(ctx, "ssh-agent", "-D", "-a", sock)
-		agent.WaitDelay = time.Second
-		if err := agent.Start(); err != nil {
-			t.Fatal(err)
-		}
-		defer func() { cancel(); _ = agent.Wait() }() // killed
-		script := `cd "$1" && ssh-keygen -q -t ed25519 -N "" -C me@here -f k && i=0; until SSH_AUTH_SOCK=$2 ssh-add -q k; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done
-mkdir c && for f in /usr/bin/ssh-add $(ldd /usr/bin/ssh-add | grep -o '/[^ ]*'); do mkdir -p c/r$(dirname $f) && cp -L $f c/r$f; done
-ssh-keygen -l -f k.pub | cut -d' ' -f2`
-		r := d.Sh(t, script, dir, sock)
-		if r.Code != 0 {
-			t.Fatalf("%s%s", r.Out, r.Err)
-		}
-		want := strings.TrimSpace(r.Out)
-		c := filepath.Join(dir, "c")
+		c, sock, want := d.keyAgent(t)
 		if err := os.WriteFile(filepath.Join(c, "Dockerfile"), []byte("FROM busybox\nCOPY r /\nRUN --mount=type=ssh,required=true ssh-add -l >/keys\nRUN --mount=type=ssh,id=other,uid=7 test ! -S \"$SSH_AUTH_SOCK\" || ssh-add -l; test -z \"$(find / -name 'agent*' -type s 2>/dev/null)\"\n"), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -566,4 +548,28 @@ func TestBuildOffline(t *testing.T) {
 	if r.Code == 0 || !strings.Contains(r.Err, "nothere:1") || !strings.Contains(r.Err, "Dockerfile:1:") {
 		t.Errorf("an image that can't be had: %d %s", r.Code, r.Err)
 	}
+}
+
+// keyAgent starts an agent with a key, whose fingerprint it returns, and makes a context
+// that has the program ssh-add below r.
+func (d *Daemon) keyAgent(t *testing.T) (dir, sock, fingerprint string) {
+	t.Helper()
+	dir = t.TempDir()
+	sock = filepath.Join(dir, "agent")
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience(10*time.Minute))
+	agent := exec.CommandContext(ctx, "ssh-agent", "-D", "-a", sock)
+	agent.WaitDelay = time.Second
+	if err := agent.Start(); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cancel(); _ = agent.Wait() }) // killed
+	script := `cd "$1" && ssh-keygen -q -t ed25519 -N "" -C me@here -f k && i=0; until SSH_AUTH_SOCK=$2 ssh-add -q k; do i=$((i+1)); [ $i -lt 100 ] || exit 1; sleep 0.05; done
+mkdir c && for f in /usr/bin/ssh-add $(ldd /usr/bin/ssh-add | grep -o '/[^ ]*'); do mkdir -p c/r$(dirname $f) && cp -L $f c/r$f; done
+ssh-keygen -l -f k.pub | cut -d' ' -f2`
+	r := d.Sh(t, script, dir, sock)
+	if r.Code != 0 {
+		t.Fatalf("%s%s", r.Out, r.Err)
+	}
+	return filepath.Join(dir, "c"), sock, strings.TrimSpace(r.Out)
 }

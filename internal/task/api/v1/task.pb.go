@@ -205,7 +205,7 @@ func (x Files_Operation) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Files_Operation.Descriptor instead.
 func (Files_Operation) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{22, 0}
+	return file_task_proto_rawDescGZIP(), []int{23, 0}
 }
 
 type Change_Kind int32
@@ -254,7 +254,7 @@ func (x Change_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Change_Kind.Descriptor instead.
 func (Change_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{27, 0}
+	return file_task_proto_rawDescGZIP(), []int{28, 0}
 }
 
 // CreateOptions travels in CreateTaskRequest.options.
@@ -1568,6 +1568,7 @@ type StreamHeader struct {
 	//	*StreamHeader_Attach
 	//	*StreamHeader_Files
 	//	*StreamHeader_Execute
+	//	*StreamHeader_Serve
 	Kind          isStreamHeader_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1637,6 +1638,15 @@ func (x *StreamHeader) GetExecute() *Execute {
 	return nil
 }
 
+func (x *StreamHeader) GetServe() *Serve {
+	if x != nil {
+		if x, ok := x.Kind.(*StreamHeader_Serve); ok {
+			return x.Serve
+		}
+	}
+	return nil
+}
+
 type isStreamHeader_Kind interface {
 	isStreamHeader_Kind()
 }
@@ -1653,11 +1663,17 @@ type StreamHeader_Execute struct {
 	Execute *Execute `protobuf:"bytes,3,opt,name=execute,proto3,oneof"`
 }
 
+type StreamHeader_Serve struct {
+	Serve *Serve `protobuf:"bytes,4,opt,name=serve,proto3,oneof"`
+}
+
 func (*StreamHeader_Attach) isStreamHeader_Kind() {}
 
 func (*StreamHeader_Files) isStreamHeader_Kind() {}
 
 func (*StreamHeader_Execute) isStreamHeader_Kind() {}
+
+func (*StreamHeader_Serve) isStreamHeader_Kind() {}
 
 type StreamReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1869,6 +1885,86 @@ func (x *Execute) GetTerminal() bool {
 	return false
 }
 
+// Serve makes a unix socket in the shim's kernel, whose connections the client
+// takes. The stream lives as long as the socket: for every connection the shim
+// writes its number on it (4 bytes, big-endian), and the client opens a stream
+// with that number as take, which is the connection then.
+type Serve struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // below /run/tenon
+	Mode          uint32                 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Uid           uint32                 `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid           uint32                 `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
+	Take          uint32                 `protobuf:"varint,5,opt,name=take,proto3" json:"take,omitempty"` // 0: make the socket
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Serve) Reset() {
+	*x = Serve{}
+	mi := &file_task_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Serve) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Serve) ProtoMessage() {}
+
+func (x *Serve) ProtoReflect() protoreflect.Message {
+	mi := &file_task_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Serve.ProtoReflect.Descriptor instead.
+func (*Serve) Descriptor() ([]byte, []int) {
+	return file_task_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Serve) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Serve) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *Serve) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Serve) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+func (x *Serve) GetTake() uint32 {
+	if x != nil {
+		return x.Take
+	}
+	return 0
+}
+
 // Files reads or writes files of a container's root, running or not, as seen
 // by the container (mounts included), never leaving it.
 type Files struct {
@@ -1888,7 +1984,7 @@ type Files struct {
 
 func (x *Files) Reset() {
 	*x = Files{}
-	mi := &file_task_proto_msgTypes[22]
+	mi := &file_task_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1900,7 +1996,7 @@ func (x *Files) String() string {
 func (*Files) ProtoMessage() {}
 
 func (x *Files) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[22]
+	mi := &file_task_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1913,7 +2009,7 @@ func (x *Files) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Files.ProtoReflect.Descriptor instead.
 func (*Files) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{22}
+	return file_task_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Files) GetId() string {
@@ -1989,7 +2085,7 @@ type Accounts struct {
 
 func (x *Accounts) Reset() {
 	*x = Accounts{}
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2001,7 +2097,7 @@ func (x *Accounts) String() string {
 func (*Accounts) ProtoMessage() {}
 
 func (x *Accounts) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[23]
+	mi := &file_task_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2014,7 +2110,7 @@ func (x *Accounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accounts.ProtoReflect.Descriptor instead.
 func (*Accounts) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{23}
+	return file_task_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Accounts) GetPasswd() []byte {
@@ -2042,7 +2138,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2054,7 +2150,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[24]
+	mi := &file_task_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2067,7 +2163,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{24}
+	return file_task_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Root) GetMounts() []*Mount {
@@ -2103,7 +2199,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_task_proto_msgTypes[25]
+	mi := &file_task_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2115,7 +2211,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[25]
+	mi := &file_task_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2128,7 +2224,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{25}
+	return file_task_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Mount) GetType() string {
@@ -2172,7 +2268,7 @@ type FileStat struct {
 
 func (x *FileStat) Reset() {
 	*x = FileStat{}
-	mi := &file_task_proto_msgTypes[26]
+	mi := &file_task_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2184,7 +2280,7 @@ func (x *FileStat) String() string {
 func (*FileStat) ProtoMessage() {}
 
 func (x *FileStat) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[26]
+	mi := &file_task_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2197,7 +2293,7 @@ func (x *FileStat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileStat.ProtoReflect.Descriptor instead.
 func (*FileStat) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{26}
+	return file_task_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FileStat) GetName() string {
@@ -2245,7 +2341,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_task_proto_msgTypes[27]
+	mi := &file_task_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2257,7 +2353,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[27]
+	mi := &file_task_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2270,7 +2366,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_task_proto_rawDescGZIP(), []int{27}
+	return file_task_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Change) GetPath() string {
@@ -2296,7 +2392,7 @@ type ProcessesResponse_Row struct {
 
 func (x *ProcessesResponse_Row) Reset() {
 	*x = ProcessesResponse_Row{}
-	mi := &file_task_proto_msgTypes[29]
+	mi := &file_task_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2404,7 @@ func (x *ProcessesResponse_Row) String() string {
 func (*ProcessesResponse_Row) ProtoMessage() {}
 
 func (x *ProcessesResponse_Row) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[29]
+	mi := &file_task_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2440,7 @@ type Metrics_BlockIO struct {
 
 func (x *Metrics_BlockIO) Reset() {
 	*x = Metrics_BlockIO{}
-	mi := &file_task_proto_msgTypes[31]
+	mi := &file_task_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2356,7 +2452,7 @@ func (x *Metrics_BlockIO) String() string {
 func (*Metrics_BlockIO) ProtoMessage() {}
 
 func (x *Metrics_BlockIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[31]
+	mi := &file_task_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2424,7 +2520,7 @@ type Metrics_NetworkIO struct {
 
 func (x *Metrics_NetworkIO) Reset() {
 	*x = Metrics_NetworkIO{}
-	mi := &file_task_proto_msgTypes[32]
+	mi := &file_task_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2532,7 @@ func (x *Metrics_NetworkIO) String() string {
 func (*Metrics_NetworkIO) ProtoMessage() {}
 
 func (x *Metrics_NetworkIO) ProtoReflect() protoreflect.Message {
-	mi := &file_task_proto_msgTypes[32]
+	mi := &file_task_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2680,11 +2776,12 @@ const file_task_proto_rawDesc = "" +
 	"\x10FlushLogResponse\"7\n" +
 	"\fAwaitRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\xa9\x01\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\xd7\x01\n" +
 	"\fStreamHeader\x12/\n" +
 	"\x06attach\x18\x01 \x01(\v2\x15.tenon.task.v1.AttachH\x00R\x06attach\x12,\n" +
 	"\x05files\x18\x02 \x01(\v2\x14.tenon.task.v1.FilesH\x00R\x05files\x122\n" +
-	"\aexecute\x18\x03 \x01(\v2\x16.tenon.task.v1.ExecuteH\x00R\aexecuteB\x06\n" +
+	"\aexecute\x18\x03 \x01(\v2\x16.tenon.task.v1.ExecuteH\x00R\aexecute\x12,\n" +
+	"\x05serve\x18\x04 \x01(\v2\x14.tenon.task.v1.ServeH\x00R\x05serveB\x06\n" +
 	"\x04kind\"]\n" +
 	"\vStreamReply\x12\x14\n" +
 	"\x05error\x18\x01 \x01(\tR\x05error\x12\x12\n" +
@@ -2700,7 +2797,13 @@ const file_task_proto_rawDesc = "" +
 	"\aExecute\x12-\n" +
 	"\x06attach\x18\x01 \x01(\v2\x15.tenon.task.v1.AttachR\x06attach\x124\n" +
 	"\aoptions\x18\x02 \x01(\v2\x1a.tenon.task.v1.ExecOptionsR\aoptions\x12\x1a\n" +
-	"\bterminal\x18\x03 \x01(\bR\bterminal\"\x81\x03\n" +
+	"\bterminal\x18\x03 \x01(\bR\bterminal\"g\n" +
+	"\x05Serve\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x04 \x01(\rR\x03gid\x12\x12\n" +
+	"\x04take\x18\x05 \x01(\rR\x04take\"\x81\x03\n" +
 	"\x05Files\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12<\n" +
 	"\toperation\x18\x02 \x01(\x0e2\x1e.tenon.task.v1.Files.OperationR\toperation\x12\x12\n" +
@@ -2775,7 +2878,7 @@ func file_task_proto_rawDescGZIP() []byte {
 }
 
 var file_task_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_task_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_task_proto_goTypes = []any{
 	(Status)(0),                   // 0: tenon.task.v1.Status
 	(Event_Type)(0),               // 1: tenon.task.v1.Event.Type
@@ -2803,58 +2906,60 @@ var file_task_proto_goTypes = []any{
 	(*StreamReply)(nil),           // 23: tenon.task.v1.StreamReply
 	(*Attach)(nil),                // 24: tenon.task.v1.Attach
 	(*Execute)(nil),               // 25: tenon.task.v1.Execute
-	(*Files)(nil),                 // 26: tenon.task.v1.Files
-	(*Accounts)(nil),              // 27: tenon.task.v1.Accounts
-	(*Root)(nil),                  // 28: tenon.task.v1.Root
-	(*Mount)(nil),                 // 29: tenon.task.v1.Mount
-	(*FileStat)(nil),              // 30: tenon.task.v1.FileStat
-	(*Change)(nil),                // 31: tenon.task.v1.Change
-	nil,                           // 32: tenon.task.v1.Log.AttrsEntry
-	(*ProcessesResponse_Row)(nil), // 33: tenon.task.v1.ProcessesResponse.Row
-	nil,                           // 34: tenon.task.v1.Metrics.MemoryStatEntry
-	(*Metrics_BlockIO)(nil),       // 35: tenon.task.v1.Metrics.BlockIO
-	(*Metrics_NetworkIO)(nil),     // 36: tenon.task.v1.Metrics.NetworkIO
+	(*Serve)(nil),                 // 26: tenon.task.v1.Serve
+	(*Files)(nil),                 // 27: tenon.task.v1.Files
+	(*Accounts)(nil),              // 28: tenon.task.v1.Accounts
+	(*Root)(nil),                  // 29: tenon.task.v1.Root
+	(*Mount)(nil),                 // 30: tenon.task.v1.Mount
+	(*FileStat)(nil),              // 31: tenon.task.v1.FileStat
+	(*Change)(nil),                // 32: tenon.task.v1.Change
+	nil,                           // 33: tenon.task.v1.Log.AttrsEntry
+	(*ProcessesResponse_Row)(nil), // 34: tenon.task.v1.ProcessesResponse.Row
+	nil,                           // 35: tenon.task.v1.Metrics.MemoryStatEntry
+	(*Metrics_BlockIO)(nil),       // 36: tenon.task.v1.Metrics.BlockIO
+	(*Metrics_NetworkIO)(nil),     // 37: tenon.task.v1.Metrics.NetworkIO
 }
 var file_task_proto_depIdxs = []int32{
 	6,  // 0: tenon.task.v1.CreateOptions.log:type_name -> tenon.task.v1.Log
-	32, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
+	33, // 1: tenon.task.v1.Log.attrs:type_name -> tenon.task.v1.Log.AttrsEntry
 	0,  // 2: tenon.task.v1.Process.status:type_name -> tenon.task.v1.Status
 	9,  // 3: tenon.task.v1.ListResponse.processes:type_name -> tenon.task.v1.Process
 	1,  // 4: tenon.task.v1.Event.type:type_name -> tenon.task.v1.Event.Type
-	33, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
+	34, // 5: tenon.task.v1.ProcessesResponse.rows:type_name -> tenon.task.v1.ProcessesResponse.Row
 	18, // 6: tenon.task.v1.MetricsResponse.metrics:type_name -> tenon.task.v1.Metrics
-	34, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
-	35, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
-	36, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
+	35, // 7: tenon.task.v1.Metrics.memory_stat:type_name -> tenon.task.v1.Metrics.MemoryStatEntry
+	36, // 8: tenon.task.v1.Metrics.block_io:type_name -> tenon.task.v1.Metrics.BlockIO
+	37, // 9: tenon.task.v1.Metrics.networks:type_name -> tenon.task.v1.Metrics.NetworkIO
 	24, // 10: tenon.task.v1.StreamHeader.attach:type_name -> tenon.task.v1.Attach
-	26, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
+	27, // 11: tenon.task.v1.StreamHeader.files:type_name -> tenon.task.v1.Files
 	25, // 12: tenon.task.v1.StreamHeader.execute:type_name -> tenon.task.v1.Execute
-	24, // 13: tenon.task.v1.Execute.attach:type_name -> tenon.task.v1.Attach
-	5,  // 14: tenon.task.v1.Execute.options:type_name -> tenon.task.v1.ExecOptions
-	2,  // 15: tenon.task.v1.Files.operation:type_name -> tenon.task.v1.Files.Operation
-	28, // 16: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
-	29, // 17: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
-	29, // 18: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
-	3,  // 19: tenon.task.v1.Change.kind:type_name -> tenon.task.v1.Change.Kind
-	7,  // 20: tenon.task.v1.Kernel.Info:input_type -> tenon.task.v1.InfoRequest
-	10, // 21: tenon.task.v1.Kernel.List:input_type -> tenon.task.v1.ListRequest
-	12, // 22: tenon.task.v1.Kernel.Events:input_type -> tenon.task.v1.EventsRequest
-	14, // 23: tenon.task.v1.Kernel.Processes:input_type -> tenon.task.v1.ProcessesRequest
-	16, // 24: tenon.task.v1.Kernel.Metrics:input_type -> tenon.task.v1.MetricsRequest
-	19, // 25: tenon.task.v1.Kernel.FlushLog:input_type -> tenon.task.v1.FlushLogRequest
-	21, // 26: tenon.task.v1.Kernel.Await:input_type -> tenon.task.v1.AwaitRequest
-	8,  // 27: tenon.task.v1.Kernel.Info:output_type -> tenon.task.v1.InfoResponse
-	11, // 28: tenon.task.v1.Kernel.List:output_type -> tenon.task.v1.ListResponse
-	13, // 29: tenon.task.v1.Kernel.Events:output_type -> tenon.task.v1.Event
-	15, // 30: tenon.task.v1.Kernel.Processes:output_type -> tenon.task.v1.ProcessesResponse
-	17, // 31: tenon.task.v1.Kernel.Metrics:output_type -> tenon.task.v1.MetricsResponse
-	20, // 32: tenon.task.v1.Kernel.FlushLog:output_type -> tenon.task.v1.FlushLogResponse
-	9,  // 33: tenon.task.v1.Kernel.Await:output_type -> tenon.task.v1.Process
-	27, // [27:34] is the sub-list for method output_type
-	20, // [20:27] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	26, // 13: tenon.task.v1.StreamHeader.serve:type_name -> tenon.task.v1.Serve
+	24, // 14: tenon.task.v1.Execute.attach:type_name -> tenon.task.v1.Attach
+	5,  // 15: tenon.task.v1.Execute.options:type_name -> tenon.task.v1.ExecOptions
+	2,  // 16: tenon.task.v1.Files.operation:type_name -> tenon.task.v1.Files.Operation
+	29, // 17: tenon.task.v1.Files.root:type_name -> tenon.task.v1.Root
+	30, // 18: tenon.task.v1.Root.mounts:type_name -> tenon.task.v1.Mount
+	30, // 19: tenon.task.v1.Root.volumes:type_name -> tenon.task.v1.Mount
+	3,  // 20: tenon.task.v1.Change.kind:type_name -> tenon.task.v1.Change.Kind
+	7,  // 21: tenon.task.v1.Kernel.Info:input_type -> tenon.task.v1.InfoRequest
+	10, // 22: tenon.task.v1.Kernel.List:input_type -> tenon.task.v1.ListRequest
+	12, // 23: tenon.task.v1.Kernel.Events:input_type -> tenon.task.v1.EventsRequest
+	14, // 24: tenon.task.v1.Kernel.Processes:input_type -> tenon.task.v1.ProcessesRequest
+	16, // 25: tenon.task.v1.Kernel.Metrics:input_type -> tenon.task.v1.MetricsRequest
+	19, // 26: tenon.task.v1.Kernel.FlushLog:input_type -> tenon.task.v1.FlushLogRequest
+	21, // 27: tenon.task.v1.Kernel.Await:input_type -> tenon.task.v1.AwaitRequest
+	8,  // 28: tenon.task.v1.Kernel.Info:output_type -> tenon.task.v1.InfoResponse
+	11, // 29: tenon.task.v1.Kernel.List:output_type -> tenon.task.v1.ListResponse
+	13, // 30: tenon.task.v1.Kernel.Events:output_type -> tenon.task.v1.Event
+	15, // 31: tenon.task.v1.Kernel.Processes:output_type -> tenon.task.v1.ProcessesResponse
+	17, // 32: tenon.task.v1.Kernel.Metrics:output_type -> tenon.task.v1.MetricsResponse
+	20, // 33: tenon.task.v1.Kernel.FlushLog:output_type -> tenon.task.v1.FlushLogResponse
+	9,  // 34: tenon.task.v1.Kernel.Await:output_type -> tenon.task.v1.Process
+	28, // [28:35] is the sub-list for method output_type
+	21, // [21:28] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_task_proto_init() }
@@ -2866,6 +2971,7 @@ func file_task_proto_init() {
 		(*StreamHeader_Attach)(nil),
 		(*StreamHeader_Files)(nil),
 		(*StreamHeader_Execute)(nil),
+		(*StreamHeader_Serve)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2873,7 +2979,7 @@ func file_task_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_task_proto_rawDesc), len(file_task_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   33,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
