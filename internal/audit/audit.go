@@ -55,6 +55,7 @@ type Image struct {
 	// image; Through is the parent that is outdated.
 	Base, BaseNow, Through string
 	Files                  Files
+	Disk                   bool // a disk image, of which nothing else is known
 }
 
 // Files are what a scan found.
@@ -150,6 +151,9 @@ var sensitive = map[string]string{
 
 // CheckImage judges an image.
 func CheckImage(f Image) []imageapi.Finding {
+	if f.Disk {
+		return nil
+	}
 	c := &collector{kind: "image", subject: f.Name}
 	if isRoot(f.User) {
 		c.add("root-user", imageapi.Medium, "", "its processes run as root", "USER 65534 (or a user that the Dockerfile makes) as the last USER line; for one container: --user 65534")

@@ -94,6 +94,11 @@ func pinned(named distreference.Named, d digest.Digest) (string, error) {
 // ResolveSourceMetadata answers what FROM and "# syntax=" ask.
 func (w *tenonWorker) ResolveSourceMetadata(ctx context.Context, op *pb.SourceOp, opt sourceresolver.Opt, sm *session.Manager, job solver.JobContext) (*sourceresolver.MetaResponse, error) {
 	ref, ok := strings.CutPrefix(op.GetIdentifier(), srctypes.DockerImageScheme+"://")
+	if ok {
+		if err := w.r.images.Buildable(ctx, ref); err != nil {
+			return nil, err
+		}
+	}
 	if !ok || !w.r.images.Judged(ref) {
 		return w.Worker.ResolveSourceMetadata(ctx, op, opt, sm, job)
 	}

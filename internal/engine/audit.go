@@ -113,6 +113,9 @@ func (e *Engine) auditSubjects(ctx context.Context, o AuditOptions) (images []st
 
 // imageFacts reads what the rules want to know of an image.
 func (e *Engine) imageFacts(ctx context.Context, ref string, moved map[string]lineage.Moved, scanner *audit.Scanner) (f audit.Image, err error) {
+	if img, err := e.cfg.Images.Resolve(ctx, ref, nil); err == nil && img.Disk != nil {
+		return audit.Image{Name: ref, Disk: true, Files: audit.Files{Incomplete: "it is a disk with an operating system of its own, whose files are not read"}}, nil
+	}
 	img, s, release, err := e.imageStack(ctx, ref)
 	if err != nil {
 		return f, err

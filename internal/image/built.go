@@ -144,21 +144,17 @@ func (s *Store) LinkBlob(d digest.Digest, path string) error {
 // HasBlob tells whether a blob is here.
 func (s *Store) HasBlob(d digest.Digest) bool { return s.hasBlob(d, -1) }
 
-// Lookup finds what a name stands for, for builds. NotFound; InvalidArgument if it is a
-// disk image, on which nothing can be built.
+// Lookup finds what a name stands for. NotFound.
 func (s *Store) Lookup(ref string) (ocispec.Descriptor, error) {
 	d, _, err := s.lookup(ref)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	s.mu.RLock()
+	defer s.mu.RUnlock()
 	r := s.recs[d]
-	s.mu.RUnlock()
 	if r == nil {
 		return ocispec.Descriptor{}, fmt.Errorf("image %s: %w", ref, errdefs.ErrNotFound)
-	}
-	if img, err := s.Resolve(context.Background(), d.String(), nil); err == nil && img.Disk != nil {
-		return ocispec.Descriptor{}, errDiskImage(img)
 	}
 	return r.Target, nil
 }

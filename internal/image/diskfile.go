@@ -68,6 +68,15 @@ func errDiskImage(img *Image) error {
 	return fmt.Errorf("image %s is a disk with an operating system of its own, which runs as a machine only (--isolation machine): %w", img.Ref(), errdefs.ErrInvalidArgument)
 }
 
+// Buildable refuses names of disk images, which have no files that a build could use.
+// What is not here is not known to be one.
+func (s *Store) Buildable(ctx context.Context, ref string) error {
+	if img, err := s.Resolve(ctx, ref, nil); err == nil && img.Disk != nil {
+		return errDiskImage(img)
+	}
+	return nil
+}
+
 func (s *Store) disksDir() string { return filepath.Join(s.cfg.Root, "disks") }
 
 func (s *Store) diskPath(img *Image) string {
