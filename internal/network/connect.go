@@ -420,7 +420,7 @@ func (c *Controller) dismiss(r *contRecord) {
 		c.leaveTaps(r.Endpoints)
 	}
 	if ports := tablePorts(r); len(ports) > 0 {
-		if err := c.table.Unpublish(ports); err != nil {
+		if err := c.unpublish(ports); err != nil {
 			c.log.Warn("published ports are left in the table", "container", r.ID, "err", err)
 		}
 		c.flushFlows(ports)

@@ -22,18 +22,20 @@ import (
 
 // Controller owns all networks of one engine. Safe for concurrent use.
 type Controller struct {
-	cfg   Config
-	log   *slog.Logger
-	short string
-	rtnl  *link.Socket
-	table *nft.Table
-	dns   *dnsClient
-	pool  *readyPool
-	path  *shortcut.Path // nil: the kernel takes none; fixed after Open
-	plain atomic.Bool    // its programs cannot be attached
-	late  latecomers
-	keys  keyLock
-	index *indexes
+	cfg       Config
+	log       *slog.Logger
+	short     string
+	rtnl      *link.Socket
+	table     *nft.Table
+	dns       *dnsClient
+	pool      *readyPool
+	path      *shortcut.Path                 // nil: the kernel takes none; fixed after Open
+	plain     atomic.Bool                    // its programs cannot be attached
+	doors     atomic.Pointer[shortcut.Doors] // nil: there are none, or none yet
+	doorsOnce sync.Once
+	late      latecomers
+	keys      keyLock
+	index     *indexes
 
 	hostRes hostResolv
 
@@ -163,6 +165,7 @@ func (c *Controller) Close() error {
 		errs = append(errs, c.rtnl.Close())
 	}
 	c.path.Close()
+	c.doors.Load().Close()
 	if c.table != nil {
 		errs = append(errs, c.table.Close())
 		c.table = nil

@@ -161,7 +161,7 @@ func (c *Controller) republish(r *contRecord) error {
 	if slices.Equal(before, after) {
 		return nil
 	}
-	if err := c.table.Unpublish(before); err != nil {
+	if err := c.unpublish(before); err != nil {
 		return err
 	}
 	if err := c.publish(r); err != nil {
@@ -206,7 +206,7 @@ func (c *Controller) DisconnectNetwork(ctx context.Context, containerID, network
 	c.sendDNSLocked(r) // the name goes before the address
 	c.mu.Unlock()
 
-	if err := c.table.Unpublish(before); err != nil {
+	if err := c.unpublish(before); err != nil {
 		return err
 	}
 	// The kernel takes milliseconds to delete the pair; its end in the bridge

@@ -132,6 +132,7 @@ func (n *testNet) reopen() {
 	n.t.Helper()
 	n.Controller.cancel()
 	n.Controller.wg.Wait()
+	n.Controller.doors.Load().Close()
 	c, err := Open(n.t.Context(), n.cfg)
 	if err != nil {
 		n.t.Fatal(err)

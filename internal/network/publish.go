@@ -103,7 +103,14 @@ func (c *Controller) publish(r *contRecord) error {
 		return err
 	}
 	c.flushFlows(ports)
+	c.lead(r)
 	return c.hairpin(r)
+}
+
+// unpublish is the undo of publish for ports that may lead elsewhere by now.
+func (c *Controller) unpublish(ports []nft.Port) error {
+	c.shut(ports)
+	return c.table.Unpublish(ports)
 }
 
 // hairpin lets a container reach itself by a published port where

@@ -99,6 +99,9 @@ func (c *Controller) recoverState() error {
 		return err
 	}
 	c.switchShortcuts()
+	for _, r := range c.conts {
+		c.lead(r)
+	}
 	return c.takeShortcuts()
 }
 

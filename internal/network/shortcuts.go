@@ -245,6 +245,7 @@ func (c *Controller) switchShortcuts() {
 	if c.path == nil {
 		return
 	}
+	c.switchDoors()
 	why, err := c.othersRules()
 	if err != nil {
 		c.log.Warn("rules of others cannot be listed", "err", err)

@@ -15,6 +15,35 @@ const markChain = "tenon-engine"
 // Address translation is none of it: frames that only pass by are not tracked.
 // Empty: there is none.
 func (t *Table) Others(brNetfilter bool) (string, error) {
+	return t.others(func(c *nftables.Chain) bool {
+		switch c.Table.Family {
+		case nftables.TableFamilyBridge:
+			return true
+		case nftables.TableFamilyNetdev:
+			return *c.Hooknum == *nftables.ChainHookIngress
+		case nftables.TableFamilyINet, nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
+			switch *c.Hooknum {
+			case inetIngress:
+				return true
+			case *nftables.ChainHookPrerouting, *nftables.ChainHookForward, *nftables.ChainHookPostrouting:
+				return brNetfilter && c.Type != nftables.ChainTypeNAT
+			}
+		}
+		return false
+	})
+}
+
+// OthersOutput names a chain, not of an engine, that sees the host's own packets
+// of IPv4 before and after they are turned to a container. Empty: there is none.
+func (t *Table) OthersOutput() (string, error) {
+	return t.others(func(c *nftables.Chain) bool {
+		return (c.Table.Family == nftables.TableFamilyINet || c.Table.Family == nftables.TableFamilyIPv4) &&
+			*c.Hooknum == *nftables.ChainHookOutput
+	})
+}
+
+// others names a chain at a hook, not of an engine, that meets frames.
+func (t *Table) others(meets func(*nftables.Chain) bool) (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var chains []*nftables.Chain
@@ -38,24 +67,7 @@ func (t *Table) Others(brNetfilter bool) (string, error) {
 		}
 	}
 	for _, c := range chains {
-		if c.Hooknum == nil || ours[table{c.Table.Family, c.Table.Name}] {
-			continue
-		}
-		meets := false
-		switch c.Table.Family {
-		case nftables.TableFamilyBridge:
-			meets = true
-		case nftables.TableFamilyNetdev:
-			meets = *c.Hooknum == *nftables.ChainHookIngress
-		case nftables.TableFamilyINet, nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
-			switch *c.Hooknum {
-			case inetIngress:
-				meets = true
-			case *nftables.ChainHookPrerouting, *nftables.ChainHookForward, *nftables.ChainHookPostrouting:
-				meets = brNetfilter && c.Type != nftables.ChainTypeNAT
-			}
-		}
-		if meets {
+		if c.Hooknum != nil && !ours[table{c.Table.Family, c.Table.Name}] && meets(c) {
 			return fmt.Sprintf("chain %s of table %s", c.Name, c.Table.Name), nil
 		}
 	}

@@ -18,9 +18,23 @@ const (
 	cmdMapUpdate = 2
 	cmdMapDelete = 3
 	cmdProgLoad  = 5
+	cmdBTFLoad   = 18
+	cmdLink      = 28
 	mapHash      = 1
+	mapSocket    = 24
 	noPrealloc   = 1
 	schedCls     = 3
+	sockAddr     = 18
+)
+
+// Where programs are attached to cgroups.
+const (
+	connect4 = 10
+	connect6 = 11
+	getPeer4 = 29
+	getPeer6 = 30
+	getSock4 = 31
+	getSock6 = 32
 )
 
 // call is bpf(2).
@@ -76,8 +90,11 @@ func setElement(m int, key, value []byte) error {
 	return err
 }
 
-// load hands a program to the kernel.
-func load(name string, code []byte) (int, error) {
+// load hands a program that sees frames to the kernel.
+func load(name string, code []byte) (int, error) { return loadAs(name, code, schedCls, 0) }
+
+// loadAs hands a program to the kernel that will be attached in only one way.
+func loadAs(name string, code []byte, kind, attach uint32) (int, error) {
 	license := []byte("Apache-2.0\x00")
 	log := make([]byte, 64<<10)
 	var pin runtime.Pinner
@@ -86,11 +103,12 @@ func load(name string, code []byte) (int, error) {
 	pin.Pin(&license[0])
 	pin.Pin(&log[0])
 	attr := make([]byte, 72)
-	native.PutUint32(attr[0:], schedCls)
+	native.PutUint32(attr[0:], kind)
 	native.PutUint32(attr[4:], uint32(len(code)/8))
 	native.PutUint64(attr[8:], uint64(uintptr(unsafe.Pointer(&code[0]))))
 	native.PutUint64(attr[16:], uint64(uintptr(unsafe.Pointer(&license[0]))))
 	copy(attr[48:48+15], name)
+	native.PutUint32(attr[68:], attach)
 	fd, err := call(cmdProgLoad, attr)
 	if err == nil {
 		return fd, nil
@@ -109,21 +127,50 @@ func load(name string, code []byte) (int, error) {
 	return -1, fmt.Errorf("load the program %s: %w %s", name, err, bytes.TrimSpace(said))
 }
 
+// loadBTF hands a description of types to the kernel.
+func loadBTF(blob []byte) (int, error) {
+	var pin runtime.Pinner
+	defer pin.Unpin()
+	pin.Pin(&blob[0])
+	attr := make([]byte, 32)
+	native.PutUint64(attr[0:], uint64(uintptr(unsafe.Pointer(&blob[0]))))
+	native.PutUint32(attr[16:], uint32(len(blob)))
+	return call(cmdBTFLoad, attr)
+}
+
+// attachCgroup has a program see what is done below the cgroup, besides others'
+// programs, until what it returns is closed.
+func attachCgroup(prog, cgroup int, attach uint32) (int, error) {
+	attr := make([]byte, 16)
+	native.PutUint32(attr[0:], uint32(prog))
+	native.PutUint32(attr[4:], uint32(cgroup))
+	native.PutUint32(attr[8:], attach)
+	fd, err := call(cmdLink, attr)
+	if err != nil {
+		return -1, fmt.Errorf("attach a program to cgroups: %w", err)
+	}
+	return fd, nil
+}
+
 // Operations of instructions.
 const (
 	ldB, ldH, ldW, ldD     = 0x71, 0x69, 0x61, 0x79 // dst = *(src + off)
-	stH, stW               = 0x6b, 0x63             // *(dst + off) = src
+	stH, stW, stD          = 0x6b, 0x63, 0x7b       // *(dst + off) = src
 	setI, set              = 0xb7, 0xbf             // dst = imm, dst = src
 	addI, andI             = 0x07, 0x57             // dst += imm, dst &= imm
 	jeqI, jneI             = 0x15, 0x55             // compare with imm
+	jneW                   = 0x56                   // compare 32 bits with imm
 	jeq, jne, jgt          = 0x1d, 0x5d, 0x2d       // compare with src
 	callHelper, exit, goTo = 0x85, 0x95, 0x05
 )
 
 // Helpers.
 const (
-	helpLookup   = 1
-	helpRedirect = 23
+	helpLookup      = 1
+	helpRedirect    = 23
+	helpBind        = 64
+	helpStorage     = 107
+	helpNetnsCookie = 122
 )
 
 // program is a program in the making. Jumps go forward, to labels.
