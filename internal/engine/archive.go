@@ -21,6 +21,9 @@ import (
 func (e *Engine) files(ctx context.Context, c *ctr) (_ *task.Client, f task.Files, release func(), err error) {
 	f = task.Files{ID: c.id}
 	r := c.record()
+	if err := noSystem(c, "its files (cp, diff, export, commit)"); err != nil {
+		return nil, f, nil, err
+	}
 	if r.Facts.Removing || r.Facts.Dead {
 		return nil, f, nil, conflict("container %s is being removed", c.id)
 	}

@@ -120,6 +120,15 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := matchImage(isolation, img, o.Request.Config.Image); err != nil {
+		return nil, nil, err
+	}
+	system := isolation == sandbox.OwnSystem
+	if system {
+		if err := checkSystem(o.Request.Config, o.Request.HostConfig); err != nil {
+			return nil, nil, err
+		}
+	}
 	facts := e.factsOf(isolation)
 	h, warnings, err := e.hostDefaults(o.Request.HostConfig, facts)
 	if err != nil {
@@ -129,12 +138,16 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if name, err := os.Hostname(); err == nil && cfg.Hostname == name && h.UTSMode.IsHost() {
 		cfg.Hostname = "" // as inspect shows it: clients make containers anew from that
 	}
-	if err := spec.Validate(cfg, h); err != nil {
+	valid := *cfg
+	if system {
+		valid.Cmd = []string{""} // it has none
+	}
+	if err := spec.Validate(&valid, h); err != nil {
 		return nil, nil, err
 	}
 	if limit, err := spec.DiskLimit(h); err != nil {
 		return nil, nil, err
-	} else if limit != 0 {
+	} else if limit != 0 && !system {
 		if err := e.cfg.Roots.CheckLimit(limit); err != nil {
 			return nil, nil, err
 		}
@@ -190,9 +203,17 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if err := e.checkTenant(ctx, o.Tenant, r); err != nil {
 		return nil, nil, err
 	}
+	if system {
+		if err := e.completeSystem(r, img); err != nil {
+			return nil, nil, err
+		}
+	}
 	if !onHost(r) {
 		if about.Accel == "tcg" {
 			warnings = append(warnings, "This container's virtual machine is emulated (TCG), which is slow: KVM can't be had ("+about.AccelReason+").")
+		}
+		if system {
+			return r, warnings, nil
 		}
 		return r, warnings, e.checkMachine(r)
 	}

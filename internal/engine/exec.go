@@ -122,6 +122,9 @@ func (e *Engine) ExecCreate(_ context.Context, ref string, o ExecOptions) (strin
 	if err := execable(c); err != nil {
 		return "", err
 	}
+	if err := noSystem(c, "exec"); err != nil {
+		return "", err
+	}
 	x, err := e.newExec(c, o)
 	if err != nil {
 		return "", err

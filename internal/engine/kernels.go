@@ -84,7 +84,7 @@ func (e *Engine) defaultsOf(isolation string) spec.Defaults {
 
 // onHost says that a container runs on the host's kernel.
 func onHost(r *container.Record) bool {
-	return r.Isolation != sandbox.VM && machine.Named(r.Isolation) == ""
+	return r.Isolation != sandbox.VM && r.Isolation != sandbox.OwnSystem && machine.Named(r.Isolation) == ""
 }
 
 // kernelOf is what a container runs on; on a machine that is gone, the host's,

@@ -30,6 +30,8 @@ func (e *Engine) ConnectNetwork(ctx context.Context, net, ref string, cfg *mobyn
 	switch {
 	case r.Facts.Removing || r.Facts.Dead:
 		return conflict("container %s is marked for removal and cannot be connected or disconnected to the network", c.id)
+	case noSystemNetwork(r) != nil:
+		return noSystemNetwork(r)
 	case r.HostConfig.NetworkMode.IsHost():
 		return conflict("cannot connect or disconnect container to host network: container %s has the host's network", r.Name)
 	case r.HostConfig.NetworkMode.IsContainer():
@@ -86,6 +88,9 @@ func (e *Engine) DisconnectNetwork(ctx context.Context, net, ref string, force b
 	}
 	defer c.op.unlock()
 	r := c.record()
+	if err := noSystemNetwork(r); err != nil {
+		return err
+	}
 	if r.HostConfig.NetworkMode.IsHost() || r.HostConfig.NetworkMode.IsContainer() {
 		return conflict("container %s can't be disconnected from its %s network", r.Name, r.HostConfig.NetworkMode)
 	}

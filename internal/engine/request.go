@@ -21,6 +21,9 @@ import (
 // taskRequest turns everything into what the shim is asked for.
 func (e *Engine) taskRequest(c *ctr, rn *run, p *prepared) (task.CreateRequest, error) {
 	r := c.record()
+	if isSystem(r) {
+		return e.systemTask(c, rn)
+	}
 	req := task.CreateRequest{
 		ID: c.id, Rootfs: p.kernel.Rootfs, Terminal: r.Config.Tty, Stdin: r.Config.OpenStdin, StdinOnce: r.Config.StdinOnce,
 		ConsoleHeight: uint32(r.HostConfig.ConsoleSize[0]), ConsoleWidth: uint32(r.HostConfig.ConsoleSize[1]),

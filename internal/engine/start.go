@@ -196,6 +196,8 @@ func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 		if client, err = e.shim.get(ctx); err == nil {
 			p, err = e.prepare(ctx, c, &u)
 		}
+	} else if isSystem(c.record()) {
+		p, client, err = e.prepareSystem(ctx, c, rn, &u)
 	} else {
 		p, client, err = e.prepareMachine(ctx, c, rn, &u)
 	}

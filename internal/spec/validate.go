@@ -288,7 +288,7 @@ func Isolation(asked container.Isolation) (string, error) {
 	switch iso := strings.ToLower(string(asked)); {
 	case iso == "" || iso == "default":
 		return "", nil
-	case iso == "process" || iso == "vm":
+	case iso == "process" || iso == "vm" || iso == "machine":
 		return iso, nil
 	case strings.HasPrefix(iso, machine.Prefix):
 		if err := machine.CheckName(machine.Named(iso)); err != nil {
@@ -296,7 +296,7 @@ func Isolation(asked container.Isolation) (string, error) {
 		}
 		return iso, nil
 	case iso == "hyperv":
-		return "", invalid("invalid isolation (%s): Hyper-V needs Windows; use process, vm or machine=NAME", asked)
+		return "", invalid("invalid isolation (%s): Hyper-V needs Windows; use process, vm, machine=NAME, or machine for a disk image", asked)
 	}
-	return "", invalid("invalid isolation (%s): use process, vm or machine=NAME", asked)
+	return "", invalid("invalid isolation (%s): use process, vm, machine=NAME, or machine for a disk image", asked)
 }

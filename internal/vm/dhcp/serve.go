@@ -31,9 +31,12 @@ func Serve(tap string, l Lease) (*Server, error) {
 		return nil, os.NewSyscallError("socket", err)
 	}
 	f := os.NewFile(uintptr(fd), "dhcp "+tap)
-	err = filter(fd)
+	if err = filter(fd); err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1)
+	}
 	if err == nil {
-		err = unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_IP), Ifindex: i.Index})
+		// Of one protocol alone a port of a bridge shows nothing.
+		err = unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: i.Index})
 	}
 	if err != nil {
 		f.Close()
@@ -53,6 +56,7 @@ func filter(fd int) error {
 		eq    = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
 	)
 	prog := []unix.SockFilter{
+		{Code: half, K: 12}, {Code: eq, K: unix.ETH_P_IP, Jf: 8},
 		{Code: octet, K: 23}, {Code: eq, K: 17, Jf: 6}, // UDP
 		{Code: half, K: 20}, {Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: 0x1fff, Jt: 4}, // a fragment
 		{Code: unix.BPF_LDX | unix.BPF_B | unix.BPF_MSH, K: 14},
@@ -76,19 +80,15 @@ func (s *Server) run(l Lease) {
 	b := make([]byte, 2048)
 	for {
 		var n int
-		var from unix.Sockaddr
 		var rerr error
 		if raw.Read(func(fd uintptr) bool {
-			n, from, rerr = unix.Recvfrom(int(fd), b, 0)
+			n, _, rerr = unix.Recvfrom(int(fd), b, 0)
 			return rerr != unix.EAGAIN
 		}) != nil {
 			return // closed
 		}
 		if rerr != nil {
 			time.Sleep(pause)
-			continue
-		}
-		if a, ok := from.(*unix.SockaddrLinklayer); ok && a.Pkttype == unix.PACKET_OUTGOING { // to the machine
 			continue
 		}
 		if answer := l.Answer(b[:n]); answer != nil {

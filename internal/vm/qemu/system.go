@@ -109,8 +109,7 @@ func (c *Config) systemArgs(f fds) []string {
 
 // PowerButton presses it: the guest's operating system does what it is set up to.
 func (p *Process) PowerButton(ctx context.Context) error {
-	_, err := p.run(ctx, "system_powerdown", nil)
-	return err
+	return p.QMP.Run(ctx, "system_powerdown", nil, nil)
 }
 
 // DiskUse is what a guest has read from its disks and written to them.
