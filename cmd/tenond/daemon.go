@@ -449,7 +449,7 @@ func shutdown(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(d.engine.Shutdown(ctx), d.close()); err != nil {
+	if err := errors.Join(d.engine.Shutdown(ctx), d.images.EndLazy(ctx), d.close()); err != nil {
 		return err
 	}
 	return removeRunRoot(cfg.RunRoot)

@@ -192,10 +192,8 @@ func (s *Store) Lazy(ctx context.Context, img *Image) (LazyState, bool) {
 		return LazyState{}, false
 	}
 	out := LazyState{Total: c.source.Total, Disk: s.lazySize(c.id)}
-	s.lazy.mu.Lock()
-	client := s.lazy.client
-	s.lazy.mu.Unlock()
-	if client == nil { // nobody has needed it since the daemon's start
+	client := s.lazyRunning(ctx)
+	if client == nil {
 		n, _ := ownBlocks(s.lazyPath(c.id, "erofs"))
 		out.Here = min(n, out.Total)
 		return out, true

@@ -57,6 +57,42 @@ func (s *Store) lazyDisk(ctx context.Context, img *Image) (string, error) {
 	return path, nil
 }
 
+func (s *Store) lazyConfig() lazy.Config {
+	cfg := s.cfg.Lazy
+	return lazy.Config{RunDir: cfg.RunDir, Name: cfg.Name, Binary: cfg.Binary, Log: s.log}
+}
+
+// lazyRunning is the program's client if it runs, else nil: it is not started.
+func (s *Store) lazyRunning(ctx context.Context) *lazy.Client {
+	s.lazy.mu.Lock()
+	client := s.lazy.client
+	s.lazy.mu.Unlock()
+	if client != nil || s.cfg.Lazy.RunDir == "" {
+		return client
+	}
+	if _, err := lazy.Find(ctx, s.lazyConfig()); err != nil {
+		return nil
+	}
+	client, err := s.lazyClient(ctx, nil)
+	if err != nil {
+		s.log.Warn("lazy images not found again", "err", err)
+	}
+	return client
+}
+
+// EndLazy ends the program and unmounts what is mounted of lazy images, for a daemon
+// that goes with all it has: nothing may use them.
+func (s *Store) EndLazy(ctx context.Context) error {
+	if s.cfg.Lazy.RunDir == "" {
+		return nil
+	}
+	err := errors.Join(s.detachDead(0), lazy.Clear(ctx, s.lazyConfig()))
+	s.lazy.mu.Lock()
+	s.lazy.client = nil
+	s.lazy.mu.Unlock()
+	return err
+}
+
 // lazyClient connects to the program, which is started if it does not run; gone is the
 // client that did not answer.
 func (s *Store) lazyClient(ctx context.Context, gone *lazy.Client) (*lazy.Client, error) {
@@ -68,8 +104,7 @@ func (s *Store) lazyClient(ctx context.Context, gone *lazy.Client) (*lazy.Client
 	if client != nil && client != gone {
 		return client, nil
 	}
-	cfg := s.cfg.Lazy
-	client, started, err := lazy.Start(ctx, lazy.Config{RunDir: cfg.RunDir, Name: cfg.Name, Binary: cfg.Binary, Log: s.log})
+	client, started, err := lazy.Start(ctx, s.lazyConfig())
 	if err != nil {
 		return nil, fmt.Errorf("lazy images: %w", err)
 	}
@@ -116,7 +151,7 @@ func (s *Store) show(ctx context.Context, client *lazy.Client, c *lazyChain) (st
 		switch list, err := client.State(ctx, c.id); {
 		case err == nil && len(list) == 1:
 			c.pid = client.PID()
-			return s.shownAt(c.id), nil
+			return client.Path(c.id), nil
 		case err != nil && !errdefs.IsNotFound(err):
 			return "", err
 		}
@@ -131,11 +166,6 @@ func (s *Store) show(ctx context.Context, client *lazy.Client, c *lazyChain) (st
 	}
 	c.pid = client.PID()
 	return path, nil
-}
-
-// shownAt is where the program shows a chain's file.
-func (s *Store) shownAt(id digest.Digest) string {
-	return filepath.Join(s.cfg.Lazy.RunDir, "fs", id.Encoded())
 }
 
 // mountLazy mounts a chain's file, if it is not yet, for all containers of the image.
@@ -359,22 +389,14 @@ func (s *Store) collectLazy(chains map[digest.Digest]bool, trash func(path strin
 			gone = append(gone, c)
 		}
 	}
-	client, left := s.lazy.client, len(s.lazy.chains)-len(gone)
+	left := len(s.lazy.chains) - len(gone)
 	s.lazy.mu.Unlock()
 	if len(gone) == 0 {
 		return
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, 15*time.Second)
 	defer cancel()
-	if client == nil { // an earlier daemon's may serve them
-		if _, err := os.Lstat(s.cfg.Lazy.RunDir); s.cfg.Lazy.RunDir != "" && err == nil {
-			var err error
-			if client, err = s.lazyClient(ctx, nil); err != nil {
-				s.log.Warn("lazy image not removed", "err", err)
-				return // later
-			}
-		}
-	}
+	client := s.lazyRunning(ctx)
 	for _, c := range gone {
 		if client != nil {
 			if err := unmountLazy(filepath.Join(s.cfg.Lazy.MountDir, strconv.Itoa(client.PID()), c.id.Encoded())); err != nil {
