@@ -177,6 +177,9 @@ func (s *Store) lazyOf(img *Image) *lazyChain {
 
 // whole tells whether all layers are here, unpacked and as blobs.
 func (s *Store) whole(img *Image) bool {
+	if img.Disk != nil {
+		return true // it has no layers; see placeDisk
+	}
 	for i, d := range img.LayerDescs {
 		if !s.hasLayer(img.ChainIDs[i]) || !s.hasBlob(d.Digest, d.Size) {
 			return false
