@@ -135,6 +135,11 @@ func (e *external) exec(c *container, p *process, process *specs.Process) (child
 	}
 	defer os.RemoveAll(dir)
 	file := filepath.Join(dir, "process.json")
+	if p.terminal && (p.width > 0 || p.height > 0) { // the program runs before anything else can say it
+		sized := *process
+		sized.ConsoleSize = &specs.Box{Width: uint(p.width), Height: uint(p.height)}
+		process = &sized
+	}
 	if err := writeJSON(file, process); err != nil {
 		return nil, err
 	}
@@ -205,14 +210,16 @@ func (e *external) spawn(p *process, name string, args, rest []string, command f
 			_ = cmd.Wait()
 			return 0, err
 		}
+		if width > 0 || height > 0 { // not every runtime heeds the process's own ConsoleSize
+			if err := p.io.resize(width, height); err != nil {
+				_ = cmd.Process.Kill() // the error says more
+				_ = cmd.Wait()
+				return 0, err
+			}
+		}
 	}
 	if err := cmd.Wait(); err != nil {
 		return 0, e.failure(name, sp, err, logFile, p)
-	}
-	if p.terminal && (width > 0 || height > 0) {
-		if err := p.io.resize(width, height); err != nil {
-			return 0, err
-		}
 	}
 	b, err := os.ReadFile(pidFile)
 	if err != nil {

@@ -3,4 +3,5 @@
 . "$(dirname "$0")/lib.sh"
 need runc runc
 need crun crun
+need runsc runsc
 need busybox busybox-static
