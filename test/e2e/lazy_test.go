@@ -281,11 +281,9 @@ func TestLazyImages(t *testing.T) {
 		t.Errorf("program %d, after the daemon's death %d", before, after)
 	}
 
-	// A registry that is down, or lies: what is not here can't be read, by whoever.
+	// A registry that is down, or lies: what is not here can't be had. (How long a read
+	// waits is a matter of package lazy's tests.)
 	reg.is(true, false)
-	if r := d.Docker(t, "exec", "stays", "md5sum", "/data/010"); r.Code == 0 || !strings.Contains(r.Err, "Input/output error") {
-		t.Errorf("registry down: exit %d %s%s", r.Code, r.Out, r.Err)
-	}
 	if r := d.Docker(t, "save", "-o", filepath.Join(t.TempDir(), "saved"), ref); r.Code == 0 || !strings.Contains(r.Err, "lazy") {
 		t.Errorf("save without the registry: exit %d %s%s", r.Code, r.Out, r.Err)
 	}
@@ -295,7 +293,7 @@ func TestLazyImages(t *testing.T) {
 	}
 	reg.is(false, false)
 	if r := d.Docker(t, "exec", "stays", "md5sum", "/data/010"); r.Code != 0 {
-		t.Errorf("registry up again: exit %d %s%s", r.Code, r.Out, r.Err)
+		t.Errorf("registry honest again: exit %d %s%s", r.Code, r.Out, r.Err)
 	}
 
 	// The program dies: what runs reads no more, what is new does.
