@@ -37,6 +37,8 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
+
+	"tenon.dev/tenon/client/imageapi"
 )
 
 // DefaultHost is the address of a Tenon daemon that was started with its
@@ -316,6 +318,10 @@ func (c *Client) Dial(ctx context.Context) (net.Conn, error) {
 
 // send writes the request and reads the head of the answer.
 func (c *Client) send(ctx context.Context, r Request, upgrade string) (*conn, *http.Response, error) {
+	keys, err := c.imageKeys(ctx, r.Path)
+	if err != nil {
+		return nil, nil, err
+	}
 	b := c.begun.Swap(nil)
 	if b == nil {
 		nc, err := c.Dial(ctx)
@@ -333,7 +339,7 @@ func (c *Client) send(ctx context.Context, r Request, upgrade string) (*conn, *h
 	}
 	cn := &conn{Conn: nc, br: bufio.NewReaderSize(from, 32<<10)}
 	cn.stop = context.AfterFunc(ctx, func() { nc.Close() })
-	resp, err := c.exchange(cn, r, upgrade)
+	resp, err := c.exchange(cn, r, upgrade, keys)
 	if err != nil {
 		cn.Close()
 		if ctx.Err() != nil {
@@ -344,7 +350,7 @@ func (c *Client) send(ctx context.Context, r Request, upgrade string) (*conn, *h
 	return cn, resp, nil
 }
 
-func (c *Client) exchange(cn *conn, r Request, upgrade string) (*http.Response, error) {
+func (c *Client) exchange(cn *conn, r Request, upgrade, keys string) (*http.Response, error) {
 	path := r.Path
 	if c.APIVersion != "" && !strings.HasPrefix(path, "/tenon/") {
 		path = "/v" + c.APIVersion + path
@@ -359,6 +365,9 @@ func (c *Client) exchange(cn *conn, r Request, upgrade string) (*http.Response, 
 		req.Header[k] = v
 	}
 	req.Header.Set("User-Agent", c.UserAgent)
+	if keys != "" {
+		req.Header.Set(imageapi.KeysHeader, keys)
+	}
 	switch b := r.Body.(type) {
 	case nil:
 	case io.Reader:

@@ -103,6 +103,9 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	d.closers = append(d.closers, hub.Close)
 
 	images := d.imageConfig(hub)
+	if images.Keys, err = d.decryptionKeys(cfg.Images.DecryptionKeys); err != nil {
+		return nil, err
+	}
 	if images.Registries.Policy, err = policy(cfg.Registries.Policy); err != nil {
 		return nil, err
 	}

@@ -45,6 +45,10 @@ tenon run -d --name web -p 8080:80 -v data:/srv --memory 256m nginx`,
 	cmd.ValidArgsFunction = a.completeFirst(a.imageNames)
 	a.completeContainerFlags(cmd)
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		ctx, err := withImageKeys(ctx, flags.decryptionKeys, nil, nil)
+		if err != nil {
+			return &exitError{exitEngine, err}
+		}
 		return a.run(ctx, c, flags, o, args)
 	})
 	return cmd
@@ -184,6 +188,9 @@ func (a *app) createCmd() *cobra.Command {
 		}
 		if req.Config.Tty {
 			req.HostConfig.ConsoleSize, _ = a.consoleSize()
+		}
+		if ctx, err = withImageKeys(ctx, flags.decryptionKeys, nil, nil); err != nil {
+			return &exitError{exitEngine, err}
 		}
 		s := &session{a: a, c: c, flags: flags, req: req}
 		id, err := s.create(ctx)

@@ -48,6 +48,7 @@ type containerFlags struct {
 	pid                                             string
 	pidsLimit                                       int64
 	platform                                        string
+	decryptionKeys                                  []string
 	privileged, publishAll, readOnly, autoRemove    bool
 	publish                                         list
 	pull                                            choice
@@ -197,6 +198,7 @@ func (c *containerFlags) addLife(f *pflag.FlagSet) {
 	f.Var(&c.logOpts, "log-opt", "Log driver options")
 	f.StringVar(&c.name, "name", "", "Assign a name to the container")
 	f.BoolVar(&c.noHealthcheck, "no-healthcheck", false, "Disable any container-specified HEALTHCHECK")
+	decryptionFlag(f, &c.decryptionKeys)
 	f.StringVar(&c.platform, "platform", "", "Set platform if server is multi-platform capable")
 	f.Var(&c.pull, "pull", `Pull image before running ("always", "missing", "never"; "lazy": if missing, as "tenon pull --lazy" does)`)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "Suppress the pull output")

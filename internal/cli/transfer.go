@@ -19,15 +19,18 @@ import (
 
 func (a *app) pullCmd() *cobra.Command {
 	var allTags, quiet bool
+	var decrypt []string
 	var platform string
 	lazy := choice{allowed: []string{"always", "auto", "never"}}
 	cmd := &cobra.Command{
 		Use: "pull [OPTIONS] NAME[:TAG|@DIGEST]", Short: "Download an image from a registry",
-		Example: "tenon pull debian:12\ntenon pull --lazy registry.example.com/team/web:2\ntenon pull --platform linux/arm64 registry.example.com/team/web@sha256:…",
-		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
+		Example: "tenon pull debian:12\ntenon pull --lazy registry.example.com/team/web:2\ntenon pull --platform linux/arm64 registry.example.com/team/web@sha256:…\n" +
+			"tenon pull --decryption-key team.key registry.example.com/team/secret",
+		Args: exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&allTags, "all-tags", "a", false, "Download all tagged images in the repository")
+	decryptionFlag(f, &decrypt)
 	f.Bool("disable-content-trust", true, "Skip image verification")
 	f.Var(&lazy, "lazy", `Leave the files at the registry until they are read: "always" (the image must be an eStargz one), "auto" (if it is) or "never"; default: the daemon's images.lazy`)
 	f.Lookup("lazy").NoOptDefVal = "always"
@@ -35,6 +38,10 @@ func (a *app) pullCmd() *cobra.Command {
 	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress verbose output")
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
 		ref := args[0]
+		ctx, err := withImageKeys(ctx, decrypt, nil, nil)
+		if err != nil {
+			return err
+		}
 		repo, tag := splitTag(ref)
 		switch {
 		case allTags && (tag != "" || strings.Contains(ref, "@")):
@@ -97,19 +104,29 @@ func (a *app) pullFrom(ctx context.Context, c *client.Client, q url.Values, repo
 
 func (a *app) pushCmd() *cobra.Command {
 	var allTags, quiet bool
+	var encrypt, decrypt []string
+	var layers []int
 	var platform string
 	cmd := &cobra.Command{
 		Use: "push [OPTIONS] NAME[:TAG]", Short: "Upload an image to a registry",
-		Example: "tenon push registry.example.com/team/web:2\ntenon push -a registry.example.com/team/web",
-		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
+		Example: "tenon push registry.example.com/team/web:2\ntenon push -a registry.example.com/team/web\n" +
+			"tenon push --encryption-key jwe:team.pem registry.example.com/team/secret",
+		Args: exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
 	}
 	f := cmd.Flags()
 	f.BoolVarP(&allTags, "all-tags", "a", false, "Push all tags of an image to the repository")
+	decryptionFlag(f, &decrypt)
+	f.StringArrayVar(&encrypt, "encryption-key", nil, "Encrypt the image for a recipient: jwe:FILE (a public key) or pkcs7:FILE (a certificate)")
+	f.IntSliceVar(&layers, "encrypt-layer", nil, "Layer to encrypt, 0 the lowest, -1 the highest (default: all)")
 	f.Bool("disable-content-trust", true, "Skip image signing")
 	f.StringVar(&platform, "platform", "", `Push a platform-specific manifest as a single-platform image (e.g., "linux/amd64")`)
 	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress verbose output")
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
 		ref := args[0]
+		ctx, err := withImageKeys(ctx, decrypt, encrypt, layers)
+		if err != nil {
+			return err
+		}
 		repo, tag := splitTag(ref)
 		q := url.Values{}
 		switch {
@@ -236,6 +253,7 @@ func (a *app) loadCmd() *cobra.Command {
 	var platforms []string
 	var quiet bool
 	var disk diskFlags
+	var decrypt []string
 	cmd := &cobra.Command{
 		Use: "load [OPTIONS] [FILE]", Short: "Load an image from a tar archive, a disk or STDIN",
 		Long: "Load images from a docker archive or an OCI layout, as a tar file, also compressed.\n" +
@@ -245,12 +263,17 @@ func (a *app) loadCmd() *cobra.Command {
 		Args:    maxArgs(1),
 	}
 	f := cmd.Flags()
+	decryptionFlag(f, &decrypt)
 	f.StringVarP(&input, "input", "i", "", "Read from tar archive file, instead of STDIN")
 	f.StringSliceVar(&platforms, "platform", nil, `Load only the given platform variant (e.g., "linux/amd64")`)
 	f.BoolVarP(&quiet, "quiet", "q", false, "Suppress the load output")
 	f.VarP(&disk.tags, "tag", "t", "Name of the disk image (name:tag)")
 	disk.add(f)
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
+		ctx, err := withImageKeys(ctx, decrypt, nil, nil)
+		if err != nil {
+			return err
+		}
 		in := a.in
 		if len(args) == 1 {
 			if input != "" {

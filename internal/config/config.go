@@ -140,10 +140,11 @@ type Registries struct {
 	Policy   []Policy            `toml:"policy" comment:"which images may come from registries; none: all"`
 }
 
-// Images say how much of an image comes when it is pulled.
+// Images say how much of an image comes when it is pulled, and what decrypts it.
 type Images struct {
-	Lazy         string `toml:"lazy" comment:"how images that can be read in pieces (eStargz) are pulled if the client does not say: never (whole), or auto (their files come when they are read)"`
-	LazyComplete string `toml:"lazy-complete" comment:"how long after its first use the rest of a lazy image is fetched; 0 never"`
+	Lazy           string   `toml:"lazy" comment:"how images that can be read in pieces (eStargz) are pulled if the client does not say: never (whole), or auto (their files come when they are read)"`
+	LazyComplete   string   `toml:"lazy-complete" comment:"how long after its first use the rest of a lazy image is fetched; 0 never"`
+	DecryptionKeys []string `toml:"decryption-keys" comment:"files of private keys and certificates, or directories of them, that encrypted images are decrypted with for everybody who may use the daemon; FILE:file=PATH gives a passphrase"`
 }
 
 // Policy says what holds for the images whose names begin with Prefix; the longest
@@ -376,6 +377,11 @@ func (c *Config) Validate() error {
 			if !filepath.IsAbs(k) {
 				bad("registries.policy of %s: key %q must be an absolute path", p.Prefix, k)
 			}
+		}
+	}
+	for _, k := range c.Images.DecryptionKeys {
+		if !filepath.IsAbs(k) {
+			bad("images.decryption-keys: %q must be an absolute path", k)
 		}
 	}
 	for name, r := range c.Runtimes {

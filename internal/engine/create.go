@@ -51,6 +51,9 @@ func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ct
 		return nil, res, err
 	}
 	defer release() // when the record says that it is used
+	if err := e.cfg.Images.Authorize(ctx, img); err != nil {
+		return nil, res, err
+	}
 	r, warnings, err := e.newRecord(ctx, o, img)
 	if err != nil {
 		return nil, res, err

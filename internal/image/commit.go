@@ -66,7 +66,7 @@ func (s *Store) makeImage(ctx context.Context, o makeOptions) (*Image, error) {
 		c.RootFS.DiffIDs = slices.Clone(o.parent.DiffIDs)
 		c.History = slices.Clone(o.parent.Config.History)
 		for _, d := range o.parent.LayerDescs {
-			descs = append(descs, ocispec.Descriptor{MediaType: ociLayerType(d.MediaType), Digest: d.Digest, Size: d.Size})
+			descs = append(descs, keptLayer(d))
 		}
 	}
 	var u *unpacked

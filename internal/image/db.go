@@ -61,6 +61,7 @@ type layerRecord struct {
 	Dir     string        `json:"dir"`              // under layers/; short, for the sake of mount options
 	Size    int64         `json:"size"`
 	Entries int64         `json:"entries"`
+	Proof   string        `json:"proof,omitempty"` // of the key that it was decrypted with
 	Boot    string        `json:"boot,omitempty"`
 	saved   bool          // it is in the database
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"tenon.dev/tenon/internal/image/crypt"
 	"tenon.dev/tenon/internal/image/diskimage"
 	"tenon.dev/tenon/internal/image/signature"
 )
@@ -116,6 +117,9 @@ type Config struct {
 	// OnEvent, when set, is told of each change after it is durable in memory
 	// and in the database. It must not block and must not call the Store.
 	OnEvent func(Event)
+	// Keys are those that encrypted images are decrypted with; nil: only what comes
+	// with a request (WithKeys).
+	Keys *crypt.Keys
 	// InUse, when set, names the containers that use an image (by its ID). What
 	// it names is never collected. It is called without locks held.
 	InUse func(imageID string) []string
@@ -165,6 +169,7 @@ type PushOptions struct {
 	Platform *ocispec.Platform
 	Auth     *registry.AuthConfig
 	Progress ProgressFunc
+	Encrypt  *EncryptOptions // nil: as it is here
 }
 
 // LoadOptions are the options of Load.

@@ -17,6 +17,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
+
+	"tenon.dev/tenon/internal/image/crypt"
 )
 
 const (
@@ -275,6 +277,12 @@ func (l *loader) find(name string) (*archiveFile, error) {
 func (l *loader) ready(f *archiveFile, desc ocispec.Descriptor, diffID digest.Digest) (*unpacked, error) {
 	if f != nil {
 		u, err := f.layer.take()
+		if crypt.Encrypted(desc.MediaType) { // what its ciphertext was taken for
+			if u != nil {
+				l.s.discard(u.dir)
+			}
+			return l.s.unpackBlob(l.ctx, nil, desc, diffID)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 		}

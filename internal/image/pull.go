@@ -134,6 +134,9 @@ func (s *Store) pull(ctx context.Context, named reference.Named, opts PullOption
 		return nil, fmt.Errorf("image with reference %s was found but does not match the specified platform: wanted %s, actual: %s: %w",
 			show, platforms.Format(*opts.Platform), platforms.Format(img.Platform), ErrPlatform)
 	}
+	if err := s.Authorize(ctx, img); err != nil { // before anything large comes
+		return nil, fmt.Errorf("pull %s: %w", show, err)
+	}
 	fetched, err := p.contents(ctx, named, img, opts)
 	if err != nil {
 		return nil, registryError("pull", show, err)
@@ -406,7 +409,7 @@ func (p *puller) layer(ctx context.Context, d ocispec.Descriptor, diffID digest.
 		rd := w.reader(ctx)
 		go func() {
 			defer rd.Close()
-			u, err := p.s.unpackStream(ctx, p.unpacks, &reportReader{r: rd, report: func(cur int64) {
+			u, err := p.s.unpackLayer(ctx, p.unpacks, d, &reportReader{r: rd, report: func(cur int64) {
 				if here.Load() {
 					extracting(cur)
 				}

@@ -71,6 +71,12 @@ func (s *Store) Push(ctx context.Context, ref string, opts PushOptions) error {
 	defer cancel()
 	stop := context.AfterFunc(s.ctx, cancel)
 	defer stop()
+	if opts.Encrypt != nil {
+		if target, err = s.encryptTarget(ctx, target, opts.Encrypt, progress); err != nil {
+			return fmt.Errorf("push %s: %w", show, err)
+		}
+		defer s.gcSoon() // the encrypted blobs are the registry's
+	}
 	tracker := docker.NewInMemoryTracker()
 	res := s.resolver(opts.Auth, tracker)
 	pusher, err := res.Pusher(ctx, canonical(named)+"@"+target.Digest.String())
@@ -87,7 +93,9 @@ func (s *Store) Push(ctx context.Context, ref string, opts PushOptions) error {
 	if note != "" {
 		progress.say(Progress{Status: note})
 	}
-	if err := s.noteRemote(rec.Target.Digest, named.Name()); err != nil {
+	if opts.Encrypt != nil {
+		note = "" // it is the encrypted image that the registry has
+	} else if err := s.noteRemote(rec.Target.Digest, named.Name()); err != nil {
 		s.log.Warn("where an image was pushed not recorded", "image", show, "err", err)
 	}
 	s.event("push", target.Digest.String(), show, nil)

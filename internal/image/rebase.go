@@ -86,6 +86,11 @@ func (s *Store) rebase(ctx context.Context, o RebaseOptions) (*Rebased, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, i := range []*Image{img, from, to} {
+		if err := s.Authorize(ctx, i); err != nil {
+			return nil, err
+		}
+	}
 	lower, err := s.Layers(ctx, from)
 	if err != nil {
 		return nil, err
@@ -126,7 +131,7 @@ func (s *Store) rebase(ctx context.Context, o RebaseOptions) (*Rebased, error) {
 	defer end()
 	var descs []ocispec.Descriptor
 	for _, d := range append(slices.Clone(to.LayerDescs), img.LayerDescs[n:]...) {
-		descs = append(descs, ocispec.Descriptor{MediaType: ociLayerType(d.MediaType), Digest: d.Digest, Size: d.Size})
+		descs = append(descs, keptLayer(d))
 	}
 	conf, err := s.putJSON(ocispec.MediaTypeImageConfig, c)
 	if err != nil {

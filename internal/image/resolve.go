@@ -491,7 +491,7 @@ func parseConfig(img *Image, b []byte) error {
 		img.Comment = c.History[n-1].Comment
 	}
 	img.DiffIDs = c.RootFS.DiffIDs
-	img.ChainIDs = chainIDs(img.DiffIDs)
+	img.ChainIDs = stackIDs(img.DiffIDs, img.LayerDescs)
 	if n := len(img.ChainIDs); n > 0 {
 		img.ChainID = img.ChainIDs[n-1]
 	}
@@ -565,7 +565,7 @@ func (s *Store) reach(target ocispec.Descriptor) (blobs map[digest.Digest]int64,
 			blobs[doc.Config.Digest] = doc.Config.Size
 			var c dockerspec.DockerOCIImage
 			if b, err := s.readBlob(*doc.Config); err == nil && json.Unmarshal(b, &c) == nil {
-				chains = append(chains, chainIDs(c.RootFS.DiffIDs)...)
+				chains = append(chains, stackIDs(c.RootFS.DiffIDs, doc.Layers)...)
 			}
 		}
 		return nil

@@ -117,6 +117,7 @@ type unpacked struct {
 	res    layer.Result
 	diffID digest.Digest // "" if the layer was not compressed: the blob's digest
 	format compression
+	proof  string // of an encrypted layer's key
 }
 
 // unpackStream unpacks a layer's blob (compressed or not) into a directory of
@@ -340,7 +341,7 @@ func (s *Store) publish(ctx context.Context, u *unpacked, diffs, chains []digest
 	if err := unix.Renameat2(unix.AT_FDCWD, u.dir, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE); err != nil {
 		return fmt.Errorf("layer %s: %w", chains[i], &os.LinkError{Op: "rename", Old: u.dir, New: dir, Err: err})
 	}
-	rec := &layerRecord{DiffID: diffs[i], Dir: name, Size: u.res.Bytes, Entries: u.res.Entries, Boot: s.boot}
+	rec := &layerRecord{DiffID: diffs[i], Dir: name, Size: u.res.Bytes, Entries: u.res.Entries, Boot: s.boot, Proof: u.proof}
 	if i > 0 {
 		rec.Parent = chains[i-1]
 	}
@@ -357,7 +358,7 @@ func (s *Store) unpackBlob(ctx context.Context, slots chan struct{}, desc ocispe
 		return nil, err
 	}
 	defer f.Close()
-	u, err := s.unpackStream(ctx, slots, f)
+	u, err := s.unpackLayer(ctx, slots, desc, f)
 	if err != nil {
 		return nil, fmt.Errorf("unpack layer %s: %w", desc.Digest, err)
 	}

@@ -72,7 +72,7 @@ func (d *doors) Open(ctx context.Context, r *machine.Record) error {
 	if err != nil {
 		return fmt.Errorf("machine %s: its socket: %w", r.Name, err)
 	}
-	srv := d.s.httpServer(d.s.guard(d.handler(r.Name)))
+	srv := d.s.httpServer(d.s.guard(withKeys(d.handler(r.Name), true)))
 	d.open[r.Name] = srv
 	go func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {

@@ -104,7 +104,7 @@ func New(cfg Config) *Server {
 		own.Doors = s.doors
 	}
 	s.base, s.stop = context.WithCancel(context.Background())
-	s.http = s.httpServer(s.guard(route(tenon.New(own), d)))
+	s.http = s.httpServer(s.guard(withKeys(route(tenon.New(own), d), false)))
 	return s
 }
 

@@ -269,7 +269,7 @@ func (a *API) imagePush(c *call) error {
 	}
 	m := c.messages(false)
 	for _, ref := range refs {
-		if err = a.images.Push(c.ctx, ref, image.PushOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress}); err != nil {
+		if err = a.images.Push(c.ctx, ref, image.PushOptions{Platform: p, Auth: Auth(c.r), Progress: m.progress, Encrypt: image.Encryption(c.ctx)}); err != nil {
 			break
 		}
 	}

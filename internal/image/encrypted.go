@@ -1,0 +1,154 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/image/crypt"
+)
+
+// Encrypted images are kept as they came: manifest and blobs encrypted, under the same ID,
+// and so they are pushed and saved. Their layers are unpacked decrypted, in directories
+// that only images with the very same encrypted layers share, and whoever wants to use the
+// image is asked for the key anew (Authorize).
+
+// ErrNoKey is an errdefs.ErrPermissionDenied: an encrypted image, and no key for it.
+var ErrNoKey = crypt.ErrNoKey
+
+type keyring struct{}
+
+// requestKeys are the keys that come with a request.
+type requestKeys struct {
+	keys *crypt.Keys
+	// own: those of the settings do not count.
+	own bool
+}
+
+// WithKeys returns a context for what is done with keys (may be nil) beside those of the
+// settings, or, if own, with them alone.
+func WithKeys(ctx context.Context, keys *crypt.Keys, own bool) context.Context {
+	return context.WithValue(ctx, keyring{}, requestKeys{keys, own})
+}
+
+// keys are those that an operation has.
+func (s *Store) keys(ctx context.Context) *crypt.Keys {
+	r, _ := ctx.Value(keyring{}).(requestKeys)
+	if r.own {
+		return r.keys
+	}
+	return s.cfg.Keys.With(r.keys)
+}
+
+// Encrypted tells whether some of the image's layers are encrypted.
+func (i *Image) Encrypted() bool { return crypt.AnyEncrypted(i.LayerDescs) }
+
+// Authorize returns an error, errdefs.ErrPermissionDenied, if the image is encrypted and
+// ctx (WithKeys) and the settings have no key for one of its layers. A layer that is
+// unpacked already wants the key that it was decrypted with: a manifest that is made to
+// look like another's needs more than a key of its own maker.
+func (s *Store) Authorize(ctx context.Context, img *Image) error {
+	for i, d := range img.LayerDescs {
+		if !crypt.Encrypted(d.MediaType) {
+			continue
+		}
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		k, err := s.layerKey(ctx, d)
+		if err != nil {
+			return fmt.Errorf("image %s: layer %d of %d: %w", img.Ref(), i+1, len(img.LayerDescs), err)
+		}
+		proof := k.Proof()
+		k.Wipe()
+		s.mu.RLock()
+		l := s.layers[img.ChainIDs[i]]
+		s.mu.RUnlock()
+		if l != nil && l.Proof != proof {
+			return fmt.Errorf("image %s: layer %d of %d: the key is not the one that it was decrypted with: %w", img.Ref(), i+1, len(img.LayerDescs), errdefs.ErrPermissionDenied)
+		}
+	}
+	return nil
+}
+
+// layerKey unwraps the key of an encrypted layer. It is to be wiped.
+func (s *Store) layerKey(ctx context.Context, d ocispec.Descriptor) (*crypt.LayerKey, error) {
+	k, err := s.keys(ctx).Unwrap(d)
+	if errors.Is(err, crypt.ErrNoKey) {
+		return nil, fmt.Errorf("%s is encrypted for %s. Give a private key of one of them, with --decryption-key of tenon pull, run or create, or decryption-keys of [images] in the daemon's settings: %w",
+			shortDigest(d.Digest), crypt.Recipients(d), err)
+	}
+	return k, err
+}
+
+// unpackLayer is unpackStream of a layer that may be encrypted. It reads r to its end.
+func (s *Store) unpackLayer(ctx context.Context, slots chan struct{}, d ocispec.Descriptor, r io.Reader) (*unpacked, error) {
+	if !crypt.Encrypted(d.MediaType) {
+		return s.unpackStream(ctx, slots, r)
+	}
+	k, err := s.layerKey(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Wipe()
+	plain, err := k.Decrypt(r, d)
+	if err != nil {
+		return nil, err
+	}
+	u, err := s.unpackStream(ctx, slots, plain)
+	// What is not what was encrypted is most likely not a layer either: that is told first.
+	got, verr := plain.Verify()
+	if verr != nil {
+		if u != nil {
+			s.discard(u.dir)
+		}
+		return nil, verr
+	}
+	if err != nil {
+		return nil, err
+	}
+	if u.diffID == "" {
+		u.diffID = got
+	}
+	u.proof = k.Proof()
+	return u, nil
+}
+
+// stackIDs are the chain IDs of layers. From the first encrypted one on they are other
+// than those of the same layers in the clear: a manifest that only claims to have a layer
+// (diff IDs are in the config, which everybody can read) does not get what somebody else
+// has decrypted.
+func stackIDs(diffs []digest.Digest, layers []ocispec.Descriptor) []digest.Digest {
+	if len(diffs) != len(layers) || !crypt.AnyEncrypted(layers) {
+		return chainIDs(diffs)
+	}
+	out := make([]digest.Digest, len(diffs))
+	below := ""
+	for i, d := range diffs {
+		switch {
+		case crypt.Encrypted(layers[i].MediaType):
+			out[i] = digest.FromString(below + " encrypted " + layers[i].Digest.String() + " " + d.String())
+		case i == 0:
+			out[i] = d
+		default:
+			out[i] = digest.FromString(below + " " + d.String())
+		}
+		below = out[i].String()
+	}
+	return out
+}
+
+// keptLayer is a layer's descriptor as the manifest of another image has it.
+func keptLayer(d ocispec.Descriptor) ocispec.Descriptor {
+	out := ocispec.Descriptor{MediaType: ociLayerType(d.MediaType), Digest: d.Digest, Size: d.Size}
+	if crypt.Encrypted(d.MediaType) {
+		out.MediaType, out.Annotations = d.MediaType, maps.Clone(d.Annotations)
+	}
+	return out
+}
