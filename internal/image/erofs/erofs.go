@@ -93,7 +93,7 @@ func writeOut(ctx context.Context, f *os.File, m *merger, root *node, o Options)
 	if o.MaxSize <= 0 {
 		o.MaxSize = math.MaxUint32 << blockBits
 	}
-	if size := w.place(); size > o.MaxSize || size < 0 {
+	if size := w.place(); w.blocks > math.MaxUint32 || size > o.MaxSize {
 		return fmt.Errorf("erofs: the image's files need %d bytes, more than %d: %w", size, o.MaxSize, errdefs.ErrResourceExhausted)
 	}
 	if err := w.write(ctx); err != nil {

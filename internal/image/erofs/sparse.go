@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -122,8 +123,8 @@ func (m *merger) known(from *Node, name string) (*node, error) {
 	case unix.S_IFDIR:
 		n.nlink = 2
 	case unix.S_IFREG:
-		if n.size = from.Size; n.size < 0 {
-			return nil, fail("a negative size")
+		if n.size = from.Size; n.size < 0 || n.size > math.MaxUint32<<blockBits {
+			return nil, fail("a size that cannot be") // and sums of which might wrap
 		}
 	case unix.S_IFLNK:
 		if len(from.Link) == 0 || len(from.Link) >= blockSize || strings.IndexByte(from.Link, 0) >= 0 {

@@ -74,10 +74,14 @@ func (c *Client) State(ctx context.Context, id digest.Digest) ([]State, error) {
 // Quit ends the program and unmounts its files. ErrFailedPrecondition if a file is
 // open, unless it is forced: who has it open reads no more then.
 func (c *Client) Quit(ctx context.Context, force bool) error {
-	if _, err := c.call(ctx, Request{Op: OpQuit, Force: force}); err != nil && !errdefs.IsUnavailable(err) {
-		return err
+	_, err := c.call(ctx, Request{Op: OpQuit, Force: force})
+	switch {
+	case err == nil:
+		return c.c.end(ctx, startTime) // it notes what has come
+	case errdefs.IsUnavailable(err):
+		return c.c.end(ctx, 0)
 	}
-	return c.c.end(ctx)
+	return err
 }
 
 // PID is the program's.

@@ -40,7 +40,7 @@ import (
 const asProgram = "TENON_TEST_LAZY"
 
 // testRead is how long reads take at most in these tests.
-const testRead = 5 * time.Second
+const testRead = 2 * time.Second
 
 // TestMain runs the tests in a mount namespace of their own; and, if told, it is the
 // program itself.

@@ -79,18 +79,18 @@ func Start(ctx context.Context, c Config) (client *Client, started bool, err err
 		}
 		c.Log.Warn("the program that serves lazy images does not answer, and is started anew", "err", err)
 	}
-	if err := c.clear(ctx); err != nil {
+	if err := c.clear(ctx, 0); err != nil {
 		return fail(err)
 	}
 	if err := c.run(); err != nil {
-		_ = c.clear(context.WithoutCancel(ctx)) // bounded by itself
+		_ = c.clear(context.WithoutCancel(ctx), 0) // bounded by itself
 		return fail(err)
 	}
 	wait, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
 	if _, err := client.State(wait, ""); err != nil {
 		err = fmt.Errorf("%w (see %s)", err, filepath.Join(c.RunDir, "log"))
-		_ = c.clear(context.WithoutCancel(ctx))
+		_ = c.clear(context.WithoutCancel(ctx), 0)
 		return nil, false, err
 	}
 	return client, true, nil
@@ -111,17 +111,17 @@ func Clear(ctx context.Context, c Config) error {
 	if _, err := os.Stat(c.RunDir); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	return c.end(ctx)
+	return c.end(ctx, 0)
 }
 
 // end is clear, alone.
-func (c Config) end(ctx context.Context) error {
+func (c Config) end(ctx context.Context, grace time.Duration) error {
 	unlock, err := c.lock(ctx)
 	if err != nil {
 		return fmt.Errorf("tenon-lazy: %w", err)
 	}
 	defer unlock()
-	if err := c.clear(ctx); err != nil {
+	if err := c.clear(ctx, grace); err != nil {
 		return fmt.Errorf("tenon-lazy: %w", err)
 	}
 	return aside.Remove(c.Name)
@@ -178,9 +178,10 @@ func (c Config) mounted() (n int, err error) {
 	return n, in.Err()
 }
 
-// clear kills a program that is there and unmounts what it served.
-func (c Config) clear(ctx context.Context) error {
-	if err := c.kill(); err != nil {
+// clear kills a program that is there, unless it ends in the grace time, and unmounts
+// what it served.
+func (c Config) clear(ctx context.Context, grace time.Duration) error {
+	if err := c.kill(grace); err != nil {
 		return err
 	}
 	for range 16 {
@@ -208,7 +209,7 @@ func (c Config) clear(ctx context.Context) error {
 
 // kill ends the program that the file names, and waits for its end: then the kernel
 // has ended its connection, so that all who wait for it have their errors.
-func (c Config) kill() error {
+func (c Config) kill(grace time.Duration) error {
 	b, err := os.ReadFile(c.pidFile())
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -232,12 +233,23 @@ func (c Config) kill() error {
 	if now, err := startOf(pid); err != nil || now != began {
 		return nil // another process has the number now
 	}
+	if grace > 0 && ended(fd, grace) == nil {
+		return nil
+	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
 		return os.NewSyscallError("pidfd_send_signal", err)
 	}
-	until := time.Now().Add(startTime)
+	if err := ended(fd, startTime); err != nil {
+		return fmt.Errorf("process %d: %w", pid, err)
+	}
+	return nil
+}
+
+// ended waits for a process's end.
+func ended(pidfd int, limit time.Duration) error {
+	until := time.Now().Add(limit)
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(max(0, time.Until(until).Milliseconds())))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(max(0, time.Until(until).Milliseconds())))
 		if n > 0 {
 			return nil
 		}
@@ -245,7 +257,7 @@ func (c Config) kill() error {
 			return os.NewSyscallError("poll", err)
 		}
 		if time.Now().After(until) {
-			return fmt.Errorf("process %d does not end: %w", pid, errdefs.ErrUnavailable)
+			return fmt.Errorf("it does not end: %w", errdefs.ErrUnavailable)
 		}
 	}
 }

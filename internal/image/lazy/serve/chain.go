@@ -45,6 +45,7 @@ type chain struct {
 	flights map[int]*flight // by chunk
 	down    time.Time       // when the registry was last found away
 	stats   lazy.State
+	logged  time.Time
 }
 
 // flight is a chunk on its way.
@@ -126,12 +127,21 @@ func (c *chain) state() lazy.State {
 	return st
 }
 
-// failed notes why a read failed.
-func (c *chain) failed(err error) {
+// logEvery bounds how often one chain's failures are logged: programs try again and
+// again, and the log lies in memory.
+const logEvery = time.Second
+
+// failed notes why a read failed. It tells whether to log it.
+func (c *chain) failed(err error) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.stats.Failed++
 	c.stats.Err, c.stats.At = err.Error(), time.Now().UTC()
+	log := time.Since(c.logged) > logEvery
+	if log {
+		c.logged = time.Now()
+	}
+	return log
 }
 
 // here tells whether all between start and end is here.
@@ -147,38 +157,34 @@ func (c *chain) here(start, end int64) bool {
 	return true
 }
 
-// read reads from the file, after what is missing has come.
-func (c *chain) read(ctx context.Context, b []byte, off int64) (int, error) {
-	if off < 0 || off >= c.m.Size {
-		return 0, nil
-	}
-	b = b[:min(int64(len(b)), c.m.Size-off)]
-	end := off + int64(len(b))
-	waits, err := c.need(off, end)
-	if err != nil {
-		return 0, err
-	}
-	for _, w := range waits {
+// come waits until what is between start and end has come. It returns the chunks that
+// the disk could not take; for read.
+func (c *chain) come(ctx context.Context, start, end int64) (unkept []wait, err error) {
+	for _, w := range c.need(start, end) {
 		select {
 		case <-w.f.done:
 		case <-ctx.Done():
-			return 0, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		if w.f.err != nil {
-			return 0, w.f.err
+			return nil, w.f.err
+		}
+		if w.f.bytes != nil {
+			unkept = append(unkept, w)
 		}
 	}
-	n, err := c.file.ReadAt(b, off)
-	if n < len(b) {
+	return unkept, nil
+}
+
+// read reads from the file what has come, and what the disk could not take.
+func (c *chain) read(b []byte, off int64, unkept []wait) error {
+	if n, err := c.file.ReadAt(b, off); n < len(b) {
 		if err == nil || errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
-		return 0, err
+		return err
 	}
-	for _, w := range waits {
-		if w.f.bytes == nil {
-			continue
-		}
+	for _, w := range unkept {
 		at := c.m.Chunks[w.chunk].At
 		if at >= off {
 			copy(b[at-off:], w.f.bytes)
@@ -186,7 +192,7 @@ func (c *chain) read(ctx context.Context, b []byte, off int64) (int, error) {
 			copy(b, w.f.bytes[off-at:])
 		}
 	}
-	return n, nil
+	return nil
 }
 
 // wait is for a chunk that a reader needs.
@@ -197,7 +203,7 @@ type wait struct {
 
 // need sees to it that the chunks between start and end come, and returns those that
 // are on their way.
-func (c *chain) need(start, end int64) ([]wait, error) {
+func (c *chain) need(start, end int64) []wait {
 	from, to := c.m.Find(start, end)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -226,7 +232,7 @@ func (c *chain) need(start, end int64) ([]wait, error) {
 			c.fetch(g)
 		}()
 	}
-	return waits, nil
+	return waits
 }
 
 func (c *chain) takeOffLocked(i int) *flight {

@@ -14,9 +14,11 @@ import (
 )
 
 const (
-	// A registry that was not reached for all of that is asked once only for a while,
-	// so that not every read waits so long.
-	downTime   = 10 * time.Second
+	// A registry that was not reached is asked once only for a while, and must answer
+	// soon (a small part of the time that reads have): the kernel makes several reads
+	// of one that failed, one after the other.
+	downTime   = 15 * time.Second
+	downPart   = 16
 	firstDelay = 100 * time.Millisecond
 	lastDelay  = 3 * time.Second
 	// mismatches is how often what comes may be wrong: a mirror's may be, where the
@@ -29,7 +31,13 @@ var errWrong = fmt.Errorf("what came is not what the image's table of contents p
 
 // fetch brings a group of chunks, which lie together, and ends their flights.
 func (c *chain) fetch(group []int) {
+	c.mu.Lock()
+	once := time.Since(c.down) < downTime
+	c.mu.Unlock()
 	fetchTime := c.s.o.ReadTime * 9 / 10 // all attempts; less than a read waits
+	if once {
+		fetchTime = c.s.o.ReadTime / downPart
+	}
 	ctx, cancel := context.WithTimeoutCause(c.s.ctx, fetchTime, fmt.Errorf("the registry did not answer in %v: %w", fetchTime, errdefs.ErrUnavailable))
 	defer cancel()
 	var size int64
@@ -49,9 +57,6 @@ func (c *chain) fetch(group []int) {
 		c.land(group, fmt.Errorf("too much is fetched at a time: %w", context.Cause(ctx)))
 		return
 	}
-	c.mu.Lock()
-	once := time.Since(c.down) < downTime
-	c.mu.Unlock()
 	wrong := 0
 	for try, delay := 0, firstDelay; ; try, delay = try+1, min(2*delay, lastDelay) {
 		var n int

@@ -42,7 +42,7 @@ const (
 	flagMaxPages     = 1 << 22
 	flagInitExt      = 1 << 30
 	flagTimeout      = 1 << (42 - 32) // of flags2
-	openKeepCache    = 1 << 1
+	openDirect       = 1 << 0
 	kernelMajor      = 7
 	ourMinor         = 31
 
@@ -314,7 +314,10 @@ func (c *conn) open(r *request) {
 		return
 	}
 	b := make([]byte, 16)
-	ne.PutUint32(b[8:], openKeepCache) // the contents never change
+	// What is above caches and reads ahead, within each file, and the file below is
+	// cached too. The kernel's FUSE would do so beyond a file's end, into the next one's
+	// contents, which nobody wants yet.
+	ne.PutUint32(b[8:], openDirect)
 	c.reply(r, 0, b)
 }
 
@@ -339,32 +342,47 @@ func (c *conn) read(r *request) {
 		c.reply(r, unix.EINVAL, nil)
 		return
 	}
+	end := min(off+size, ch.m.Size)
+	if end <= off {
+		c.reply(r, 0, nil)
+		return
+	}
+	if ch.here(off, end) {
+		c.answer(*r, ch, off, end, nil, nil)
+		return
+	}
 	began := time.Now()
 	own := request{op: r.op, unique: r.unique, node: r.node} // the body is read over
 	c.wg.Add(1)
-	answer := func() {
+	go func() {
 		defer c.wg.Done()
 		ctx, cancel := context.WithDeadlineCause(c.s.ctx, began.Add(c.s.o.ReadTime), errLate)
 		defer cancel()
-		bp := c.buf.Get().(*[]byte)
-		defer c.buf.Put(bp)
-		if int64(len(*bp)) < outHeader+size {
-			*bp = make([]byte, outHeader+size)
-		}
-		n, err := ch.read(ctx, (*bp)[outHeader:outHeader+size], off)
-		errno := unix.Errno(0)
-		if err != nil {
-			errno = unix.EIO
-			ch.failed(err)
+		unkept, err := ch.come(ctx, off, end)
+		c.answer(own, ch, off, end, unkept, err)
+	}()
+}
+
+// answer answers a read of what has come; or, with an error, of what has not.
+func (c *conn) answer(r request, ch *chain, off, end int64, unkept []wait, err error) {
+	bp := c.buf.Get().(*[]byte)
+	defer c.buf.Put(bp)
+	size := outHeader + end - off
+	if int64(len(*bp)) < size {
+		*bp = make([]byte, size)
+	}
+	b := (*bp)[:size]
+	if err == nil {
+		err = ch.read(b[outHeader:], off, unkept)
+	}
+	errno := unix.Errno(0)
+	if err != nil {
+		errno = unix.EIO
+		if ch.failed(err) {
 			c.s.log.Warn("a read of a lazy image fails", "chain", ch.id, "offset", off, "err", err)
 		}
-		c.send(&own, errno, (*bp)[:outHeader+n])
 	}
-	if ch.here(off, min(off+size, ch.m.Size)) {
-		answer()
-		return
-	}
-	go answer()
+	c.send(&r, errno, b)
 }
 
 var errLate = errors.New("what is read did not come in time")
