@@ -21,6 +21,8 @@ type netCase struct {
 
 	gbit, perGB   []time.Duration // bit/s; CPU time for a gigabyte
 	rates, perReq []time.Duration // 1/s; CPU time for a request
+	// The same with a connection for each request.
+	conns, perConn []time.Duration
 
 	between, published []time.Duration // CPU time of a round trip
 }
@@ -43,29 +45,25 @@ func benchNet(b *Bench) error {
 			}
 		}
 	}
-	w := newTable()
-	fmt.Fprintf(w, "\tGbit/s\tp10\tp90\tCPU/GB\tratio\treq/s\tp10\tp90\tCPU/req\tratio\t\n")
 	var base *netCase
 	for _, c := range cases {
 		if c.engine.Name == "docker" && c.err == nil {
 			base = c
 		}
 	}
+	w := newTable()
+	fmt.Fprintf(w, "\tGbit/s\tp10\tp90\tCPU/GB\tratio\t\n")
 	for _, c := range cases {
 		if c.err != nil {
-			fmt.Fprintf(w, "%s\t–\t\t\t\t\t\t\t\t\t\t\n", c.engine.Name)
+			fmt.Fprintf(w, "%s\t–\t\t\t\t\t\n", c.engine.Name)
 			continue
 		}
-		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.1f\t%s\t%s\t", c.engine.Name, gbits(c.gbit, 0.5), gbits(c.gbit, 0.1), gbits(c.gbit, 0.9),
+		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.1f\t%s\t%s\t\n", c.engine.Name, gbits(c.gbit, 0.5), gbits(c.gbit, 0.1), gbits(c.gbit, 0.9),
 			ms(quantile(c.perGB, 0.5)), ratioTo(base, c, func(c *netCase) []time.Duration { return c.perGB }))
-		if len(c.rates) == 0 {
-			fmt.Fprintf(w, "–\t\t\t\t\t\n")
-			continue
-		}
-		fmt.Fprintf(w, "%d\t%d\t%d\t%.2f µs\t%s\t\n", quantile(c.rates, 0.5), quantile(c.rates, 0.1), quantile(c.rates, 0.9),
-			float64(quantile(c.perReq, 0.5))/1e3, ratioTo(base, c, func(c *netCase) []time.Duration { return c.perReq }))
 	}
 	w.Flush()
+	printRequests("connections that stay", cases, base, func(c *netCase) (rates, costs []time.Duration) { return c.rates, c.perReq })
+	printRequests("a connection for each", cases, base, func(c *netCase) (rates, costs []time.Duration) { return c.conns, c.perConn })
 	printTrips(cases, base)
 	for _, c := range cases {
 		if c.err != nil {
@@ -74,6 +72,28 @@ func benchNet(b *Bench) error {
 	}
 	fmt.Println()
 	return nil
+}
+
+// printRequests prints the rates and the CPU times of requests to a published port.
+func printRequests(how string, cases []*netCase, base *netCase, of func(*netCase) (rates, costs []time.Duration)) {
+	fmt.Printf("\nRequests to a published port, %s\n\n", how)
+	w := newTable()
+	fmt.Fprintf(w, "\treq/s\tp10\tp90\tCPU/req\tratio\tleast\tratio\t\n")
+	for _, c := range cases {
+		rates, costs := of(c)
+		if len(rates) == 0 {
+			continue
+		}
+		least := "–"
+		if base != nil {
+			if _, b := of(base); len(b) > 0 {
+				least = fmt.Sprintf("%.2f", us(costs, 0)/us(b, 0))
+			}
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%.2f µs\t%s\t%.2f µs\t%s\t\n", c.engine.Name, quantile(rates, 0.5), quantile(rates, 0.1), quantile(rates, 0.9),
+			us(costs, 0.5), ratioTo(base, c, func(c *netCase) []time.Duration { _, l := of(c); return l }), us(costs, 0), least)
+	}
+	w.Flush()
 }
 
 func newTable() *tabwriter.Writer {
@@ -151,26 +171,40 @@ func (c *netCase) measure() error {
 	if c.engine.Ctr {
 		return nil
 	}
+	if err := c.requests(&c.rates, &c.perReq); err != nil {
+		return err
+	}
+	return c.requests(&c.conns, &c.perConn, "-H", "Connection: close")
+}
+
+// requests asks the published port's server for a second, with 32 connections at a
+// time, and adds the rate and the CPU time of a request to the lists.
+func (c *netCase) requests(rates, costs *[]time.Duration, options ...string) error {
+	argv := append([]string{"wrk", "-t1", "-c32", "-d1s"}, options...)
 	before := c.env.cpu()
-	if res, err = c.env.Run("wrk", "-t1", "-c32", "-d1s", "http://10.250.0.1:8080/"); err != nil {
+	res, err := c.env.Run(append(argv, "http://10.250.0.1:8080/")...)
+	if err != nil {
 		return err
 	}
 	used := c.env.cpu() - before
+	if strings.Contains(res.Out, "Socket errors") || strings.Contains(res.Out, "Non-2xx") {
+		return fmt.Errorf("requests fail: wrk said %q", res.Out)
+	}
 	_, rest, ok := strings.Cut(res.Out, "Requests/sec:")
 	if !ok {
 		return fmt.Errorf("wrk said %q", res.Out)
 	}
 	rate, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
 	if err != nil {
-		return err
-	}
-	c.rates = append(c.rates, time.Duration(rate))
-	head, _, _ := strings.Cut(res.Out, " requests in ")
-	requests, err := strconv.ParseFloat(strings.TrimSpace(head[strings.LastIndexByte(head, '\n')+1:]), 64)
-	if err != nil {
 		return fmt.Errorf("wrk said %q", res.Out)
 	}
-	c.perReq = append(c.perReq, time.Duration(float64(used)/requests))
+	head, _, _ := strings.Cut(res.Out, " requests in ")
+	requests, err := strconv.ParseFloat(strings.TrimSpace(head[strings.LastIndexByte(head, '\n')+1:]), 64)
+	if err != nil || requests == 0 {
+		return fmt.Errorf("wrk said %q", res.Out)
+	}
+	*rates = append(*rates, time.Duration(rate))
+	*costs = append(*costs, time.Duration(float64(used)/requests))
 	return nil
 }
 
