@@ -92,7 +92,8 @@ type Request struct {
 	Name string `json:"name,omitempty"`
 	// Platform as os[/arch[/variant]]; empty is the server's own.
 	Platform string `json:"platform,omitempty"`
-	// Pull is "missing" (also when empty), "always" or "never".
+	// Pull is "missing" (also when empty), "always", "never", or "lazy": if it is
+	// missing, as a lazy image.
 	Pull string `json:"pull,omitempty"`
 	// Detach asks for an Exit frame as soon as the container is started.
 	Detach bool `json:"detach,omitempty"`

@@ -31,9 +31,9 @@ func (a *API) run(w http.ResponseWriter, r *http.Request) error {
 	switch req.Pull {
 	case "":
 		req.Pull = "missing"
-	case "missing", "always", "never":
+	case "missing", "always", "never", "lazy":
 	default:
-		return wire.Invalid("pull is missing, always or never, not %q", req.Pull)
+		return wire.Invalid("pull is missing, always, never or lazy, not %q", req.Pull)
 	}
 	for _, s := range req.Attach {
 		if s != "stdin" && s != "stdout" && s != "stderr" {
