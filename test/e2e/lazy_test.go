@@ -364,3 +364,29 @@ func TestLazyRefusals(t *testing.T) {
 	}
 	d.says(t, "hello", "docker run --rm "+reg.ref())
 }
+
+// TestLazyOnMachines: the file is a machine's disk, and one that lasts.
+func TestLazyOnMachines(t *testing.T) {
+	t.Parallel()
+	reg := newLazyRegistry(t, 48<<20)
+	d := newVMDaemon(t)
+	ref := reg.ref()
+	d.says(t, "hello", "tenon run --rm -q --pull lazy --isolation vm "+ref)
+	if n := reg.read.Load(); n*5 > reg.all {
+		t.Errorf("%d of %d bytes came for the first line", n, reg.all)
+	}
+	d.tenon(t, "machine create box")
+	d.says(t, "7 640", "tenon run --rm --userns host --isolation machine=box "+ref+" stat -c '%u %a' /own")
+	d.Must(t, "run", "-d", "--isolation", "machine=box", "--name", "stays", ref, "sleep", "600")
+	d.Kill(t)
+	d.Start(t)
+	if got := d.Must(t, "exec", "stays", "wc", "-c", "/data/001"); !strings.HasPrefix(got, strconv.Itoa(2<<20)) {
+		t.Errorf("after the daemon's death: %s", got)
+	}
+	if n := reg.read.Load(); n*5 > reg.all {
+		t.Errorf("%d of %d bytes came at last", n, reg.all)
+	}
+	if !d.isLazy(t, ref) {
+		t.Error("it is not lazy any more")
+	}
+}
