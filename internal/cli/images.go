@@ -18,7 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"tenon.dev/tenon/client"
-	"tenon.dev/tenon/internal/image/diskimage"
+	"tenon.dev/tenon/client/imageapi"
 )
 
 // imageRow is a line of images: one tag or digest of one image.
@@ -74,7 +74,7 @@ const lazyLabel = "dev.tenon.lazy"
 // Kind is "disk" for disks of machines with a system of their own, "lazy, 12%" for
 // images of which some is here, else "container".
 func (r imageRow) Kind() string {
-	if r.s.Labels[diskimage.LabelKind] == diskimage.KindDisk {
+	if r.s.Labels[imageapi.LabelKind] == imageapi.KindDisk {
 		return "disk"
 	}
 	if here := r.s.Labels[lazyLabel]; here != "" {

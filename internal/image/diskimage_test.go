@@ -15,6 +15,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/image/diskimage"
 )
 
@@ -83,7 +84,7 @@ func TestLoadDisk(t *testing.T) {
 		t.Fatalf("%+v", img)
 	}
 	l := img.Config.Config.Labels
-	if l["a"] != "b" || l[diskimage.LabelKind] != "disk" || l[diskimage.LabelVirtualSize] != strconv.Itoa(4<<20) || l[diskimage.LabelUser] != "debian" {
+	if l["a"] != "b" || l[imageapi.LabelKind] != "disk" || l[imageapi.LabelDiskVirtualSize] != strconv.Itoa(4<<20) || l[imageapi.LabelDiskUser] != "debian" {
 		t.Fatal(l)
 	}
 	path := sameDisk(t, s, img, raw)

@@ -21,6 +21,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/client/imageapi"
 )
 
 // Media types.
@@ -41,18 +43,6 @@ const (
 const (
 	BIOS = "bios"
 	UEFI = "uefi"
-)
-
-// Labels that each disk image shows, whatever its config has under these names: what
-// clients print, and filters by label find. The value of LabelKind is KindDisk.
-const (
-	LabelKind        = "dev.tenon.kind"
-	LabelFormat      = "dev.tenon.disk.format"
-	LabelVirtualSize = "dev.tenon.disk.virtual-size"
-	LabelFirmware    = "dev.tenon.disk.firmware"
-	LabelUser        = "dev.tenon.disk.user"
-
-	KindDisk = "disk"
 )
 
 // maxLabels bounds a config's labels.
@@ -161,13 +151,13 @@ func (c *Config) Labels() map[string]string {
 	if out == nil {
 		out = map[string]string{}
 	}
-	out[LabelKind] = KindDisk
-	out[LabelFormat] = c.Disk.Format
-	out[LabelVirtualSize] = strconv.FormatInt(c.Disk.VirtualSize, 10)
-	out[LabelFirmware] = c.Disk.Firmware
-	delete(out, LabelUser)
+	out[imageapi.LabelKind] = imageapi.KindDisk
+	out[imageapi.LabelDiskFormat] = c.Disk.Format
+	out[imageapi.LabelDiskVirtualSize] = strconv.FormatInt(c.Disk.VirtualSize, 10)
+	out[imageapi.LabelDiskFirmware] = c.Disk.Firmware
+	delete(out, imageapi.LabelDiskUser)
 	if c.Disk.User != "" {
-		out[LabelUser] = c.Disk.User
+		out[imageapi.LabelDiskUser] = c.Disk.User
 	}
 	return out
 }

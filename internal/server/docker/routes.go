@@ -87,7 +87,7 @@ var routes = []route{
 
 	done("GET", "/images/json", (*API).imageList, ""),
 	done("POST", "/images/create", (*API).imageCreate, "pull and import"),
-	done("POST", "/images/load", (*API).imageLoad, "docker archives and OCI layouts"),
+	done("POST", "/images/load", (*API).imageLoad, "docker archives, OCI layouts, and disks (qcow2, raw)"),
 	done("POST", "/images/prune", (*API).imagePrune, ""),
 	done("GET", "/images/get", (*API).imageSave, ""),
 	notBuilt("GET", "/images/search", noteSearch),
