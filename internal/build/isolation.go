@@ -48,6 +48,9 @@ func withIsolation(opt map[string]string) (map[string]string, error) {
 	if want == "" || want == "default" {
 		return opt, nil
 	}
+	if strings.EqualFold(want, "machine") {
+		return nil, invalid("isolation %s boots disk images; steps of builds run with process, vm or machine=NAME", want)
+	}
 	if len(want) > 100 || strings.ContainsAny(want, "/:") {
 		return nil, invalid("isolation %.100q is not known", want)
 	}
@@ -89,5 +92,6 @@ func (f isolating) Solve(ctx context.Context, llb frontend.FrontendLLBBridge, ex
 	}
 	res, err := f.Frontend.Solve(ctx, llb, exec, opt, inputs, sid, sm)
 	noteBases(res)
+	noteDefinition(res, opt)
 	return res, err
 }

@@ -150,7 +150,7 @@ func (a *app) completeContainerFlags(cmd *cobra.Command) {
 		"link":              a.containerNames(running),
 		"pull":              fixed("always", "missing", "never", "lazy"),
 		"restart":           fixed("no", "always", "on-failure", "unless-stopped"),
-		"isolation":         fixed("process", "vm", "machine="),
+		"isolation":         fixed("process", "vm", "machine", "machine="),
 		"log-driver":        fixed("local", "json-file", "none"),
 		"cgroupns":          fixed("host", "private"),
 		"ipc":               fixed("host", "private", "shareable", "none", "container:"),

@@ -24,6 +24,9 @@ import (
 // has no field for: "none", "kill", "restart" or "stop".
 const annotationHealthOnFailure = "tenon.health-on-failure"
 
+// annotationUserData carries --user-data, likewise.
+const annotationUserData = "tenon.user-data"
+
 // request turns the flags and arguments (IMAGE [COMMAND] [ARG...]) into the
 // body of POST /containers/create.
 func (c *containerFlags) request(args []string) (*container.CreateRequest, error) {
@@ -354,6 +357,19 @@ func (c *containerFlags) setLife(_ *container.Config, h *container.HostConfig) e
 	}
 	if h.Annotations, err = keyValues("annotation", c.annotations); err != nil {
 		return err
+	}
+	if c.userData != "" {
+		b, err := os.ReadFile(c.userData)
+		if err != nil {
+			return fmt.Errorf("--user-data: %w", err)
+		}
+		if !strings.EqualFold(c.isolation, "machine") {
+			return errors.New("--user-data is for disk images: give --isolation machine, too")
+		}
+		if h.Annotations == nil {
+			h.Annotations = map[string]string{}
+		}
+		h.Annotations[annotationUserData] = string(b)
 	}
 	h.ContainerIDFile = c.cidfile
 	return nil

@@ -33,7 +33,7 @@ type containerFlags struct {
 	healthOnFailure                                 choice
 	noHealthcheck                                   bool
 	init, interactive, tty                          bool
-	ip, ip6, ipc, isolation                         string
+	ip, ip6, ipc, isolation, userData               string
 	labels, labelFile, links, linkLocalIP           list
 	logDriver                                       string
 	logOpts                                         list
@@ -170,12 +170,13 @@ func (c *containerFlags) addIsolation(f *pflag.FlagSet) {
 	f.StringVar(&c.cgroupParent, "cgroup-parent", "", "Optional parent cgroup for the container")
 	f.StringVar(&c.cgroupns, "cgroupns", "", "Cgroup namespace to use (host|private)")
 	f.StringVar(&c.ipc, "ipc", "", "IPC mode to use")
-	f.StringVar(&c.isolation, "isolation", "", "Container isolation technology (process, vm, machine=NAME)")
+	f.StringVar(&c.isolation, "isolation", "", "Container isolation technology (process, vm, machine=NAME; machine: boot a disk image)")
 	f.StringVar(&c.pid, "pid", "", "PID namespace to use")
 	f.BoolVar(&c.privileged, "privileged", false, "Give extended privileges to this container")
 	f.StringVar(&c.runtime, "runtime", "", "Runtime to use for this container")
 	f.Var(&c.securityOpts, "security-opt", "Security Options")
 	f.Var(c.sysctls, "sysctl", "Sysctl options")
+	f.StringVar(&c.userData, "user-data", "", "File with what a disk image is to do at its first boot (cloud-init's user-data)")
 	f.StringVar(&c.userns, "userns", "", "User namespace to use")
 	f.StringVar(&c.uts, "uts", "", "UTS namespace to use")
 }

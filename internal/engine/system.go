@@ -15,9 +15,9 @@ import (
 	"tenon.dev/tenon/internal/image"
 	"tenon.dev/tenon/internal/network"
 	"tenon.dev/tenon/internal/sandbox"
+	"tenon.dev/tenon/internal/seed"
 	"tenon.dev/tenon/internal/spec"
 	"tenon.dev/tenon/internal/task"
-	"tenon.dev/tenon/internal/vm/seed"
 )
 
 // A system is a container that is a whole machine: it boots the operating system on
@@ -40,7 +40,7 @@ const (
 	// systemStop is how many seconds a system has to turn itself off, if nobody says.
 	systemStop = 60
 	// maxUserData bounds user-data, in bytes.
-	maxUserData = 512 << 10
+	maxUserData = 64 << 10
 	mebibyte    = 1 << 20
 )
 

@@ -91,7 +91,7 @@ func (e *Engine) onEvent(client *task.Client, ev *taskv1.Event) error {
 		rn := c.run
 		c.mu.Unlock()
 		if rn != nil {
-			x := exitFacts{code: int(ev.ExitStatus), at: time.Unix(0, ev.Time), oom: ev.OomKilled}
+			x := exitFacts{code: int(ev.ExitStatus), at: time.Unix(0, ev.Time), oom: ev.OomKilled, unknown: ev.Message}
 			e.spawn(func() { e.exited(client, c, rn, x) })
 		}
 	case taskv1.Event_OOM:

@@ -83,7 +83,7 @@ func (s *Service) Create(ctx context.Context, r *vmv1.CreateRequest) (_ *vmv1.Cr
 	if err := m.reserve(r.Id); err != nil {
 		return nil, err
 	}
-	defer m.unreserve(r.Id)
+	defer m.unreserve(r.Id, r.System == nil)
 	if r.KernelLog != "" && !filepath.IsAbs(r.KernelLog) {
 		return nil, fmt.Errorf("virtual machine %s: kernel log %q: %w", r.Id, r.KernelLog, errdefs.ErrInvalidArgument)
 	}
@@ -146,12 +146,16 @@ func (m *Manager) reserve(id string) error {
 	return nil
 }
 
-func (m *Manager) unreserve(id string) {
+// unreserve gives it back. touch says that the pool is to be looked after: machines
+// with systems of their own have nothing of it.
+func (m *Manager) unreserve(id string, touch bool) {
 	m.mu.Lock()
 	delete(m.busy, id)
 	m.mu.Unlock()
 	m.wg.Done()
-	m.pool.touch()
+	if touch {
+		m.pool.touch()
+	}
 }
 
 // clone takes a machine from the pool, or makes one.

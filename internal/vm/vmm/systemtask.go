@@ -147,7 +147,11 @@ func (t *systemTask) follow() {
 	close(t.done)
 	v.m.log.Info("a machine with its own system has ended", "sandbox", v.id, "reason", why)
 	if id != "" {
-		t.events.Publish(&taskv1.Event{Type: taskv1.Event_EXIT, Id: id, ExitStatus: code, Pid: uint32(v.proc.PID())})
+		ev := &taskv1.Event{Type: taskv1.Event_EXIT, Id: id, ExitStatus: code, Pid: uint32(v.proc.PID())}
+		if code != 0 && why != killedByUser {
+			ev.Message = "the machine ended: " + why
+		}
+		t.events.Publish(ev)
 	}
 }
 
@@ -223,6 +227,9 @@ func (t *systemTask) powerButton(ctx context.Context) error {
 	return nil
 }
 
+// killedByUser is the reason of an end that somebody has asked for.
+const killedByUser = "it was killed"
+
 // kill is a signal to a machine.
 func (t *systemTask) kill(ctx context.Context, sig syscall.Signal) error {
 	if isClosed(t.done) {
@@ -231,8 +238,7 @@ func (t *systemTask) kill(ctx context.Context, sig syscall.Signal) error {
 	const rtminHalt, rtminPoweroff = 37, 38 // what stops systemd in a container
 	switch sig {
 	case syscall.SIGKILL:
-		why := "it was killed"
-		t.v.kill(why)
+		t.v.kill(killedByUser)
 		return nil
 	case syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGPWR, rtminHalt, rtminPoweroff:
 		ctx, cancel := context.WithTimeout(ctx, powerTime)
