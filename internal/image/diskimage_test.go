@@ -14,6 +14,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/image/diskimage"
@@ -233,5 +236,87 @@ func TestDiskLies(t *testing.T) {
 	}
 	if ents, err := os.ReadDir(s.layerTmp()); err != nil || len(ents) > 0 {
 		t.Fatal(ents, err)
+	}
+}
+
+// disk puts a disk image into the registry, and returns its manifest.
+func (f *fakeRegistry) disk(arch, format string, layer, disk []byte, change func(c *diskimage.Config, l *ocispec.Descriptor)) ocispec.Descriptor {
+	mt := diskimage.LayerQCOW2
+	if format == diskimage.Raw {
+		mt = diskimage.LayerRaw
+	}
+	l := f.put(mt, layer)
+	c := &diskimage.Config{Platform: ocispec.Platform{OS: "linux", Architecture: arch}}
+	c.Disk = diskimage.Disk{Format: format, VirtualSize: int64(len(disk)), Digest: digest.FromBytes(disk)}
+	if change != nil {
+		change(c, &l)
+	}
+	m := f.putJSON(ocispec.MediaTypeImageManifest, ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: diskimage.ArtifactType,
+		Config: f.putJSON(diskimage.ConfigMediaType, c), Layers: []ocispec.Descriptor{l},
+	})
+	m.Platform = &ocispec.Platform{OS: "linux", Architecture: arch}
+	return m
+}
+
+func TestPullDisk(t *testing.T) {
+	f, s := newFakeRegistry(t), open(t, func(c *Config) {
+		c.Platform, c.Limits.DiskBytes = &ocispec.Platform{OS: "linux", Architecture: "amd64"}, 64<<20
+	})
+	raw := rawDisk(t, 1<<20)
+	z, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packed := z.EncodeAll(raw, nil)
+	qcow := qcow2Disk(16 << 20)
+	sized := func(c *diskimage.Config, _ *ocispec.Descriptor) { c.Disk.VirtualSize = 16 << 20 }
+	f.tags["q"] = f.disk("amd64", "qcow2", qcow, qcow, sized).Digest
+	f.tags["both"] = f.putJSON(ocispec.MediaTypeImageIndex, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{
+		f.disk("arm64", "raw", z.EncodeAll(rawDisk(t, 1<<20), nil), nil, nil), f.disk("amd64", "raw", packed, raw, nil),
+	}}).Digest
+	for _, lazy := range []string{LazyNever, LazyAuto, LazyAlways} { // what has no layers is whole at once
+		if _, err := s.Pull(t.Context(), f.addr+"/os:q", PullOptions{Lazy: lazy}); err != nil {
+			t.Fatal(lazy, err)
+		}
+	}
+	img, err := s.Pull(t.Context(), f.addr+"/os:both", PullOptions{})
+	if err != nil || img.Disk == nil || img.Platform.Architecture != "amd64" {
+		t.Fatalf("%+v, %v", img, err)
+	}
+	sameDisk(t, s, img, raw)
+
+	backed := qcow2Disk(16 << 20)
+	binary.BigEndian.PutUint64(backed[8:], 512)
+	binary.BigEndian.PutUint32(backed[16:], 11)
+	larger := z.EncodeAll(append(make([]byte, 32<<20), raw...), nil)
+	for name, c := range map[string]struct {
+		m    ocispec.Descriptor
+		want string
+	}{
+		"backing file":  {f.disk("amd64", "qcow2", backed, backed, sized), "backing file"},
+		"other size":    {f.disk("amd64", "qcow2", qcow, qcow, func(c *diskimage.Config, _ *ocispec.Descriptor) { c.Disk.VirtualSize = 512 }), "config says 512"},
+		"too large":     {f.disk("amd64", "qcow2", qcow, qcow, func(c *diskimage.Config, _ *ocispec.Descriptor) { c.Disk.VirtualSize = 1 << 40 }), "max-disk-size"},
+		"no qcow2":      {f.disk("amd64", "qcow2", raw, raw, nil), "magic"},
+		"bomb":          {f.disk("amd64", "raw", larger, raw, nil), "is not the disk"},
+		"other content": {f.disk("amd64", "raw", z.EncodeAll(rawDisk(t, 1<<20), nil), raw, nil), "is not the disk"},
+		"no zstd":       {f.disk("amd64", "raw", raw, raw, nil), "decompress"},
+		"cut off":       {f.disk("amd64", "raw", packed[:len(packed)-5], raw, nil), "decompress"},
+		"other type":    {f.disk("amd64", "raw", packed, raw, func(_ *diskimage.Config, l *ocispec.Descriptor) { l.MediaType = ocispec.MediaTypeImageLayer }), "layer of type"},
+		"other layer":   {f.disk("amd64", "qcow2", qcow, raw, nil), "is not the disk"},
+	} {
+		f.tags["bad"] = c.m.Digest
+		if _, err := s.Pull(t.Context(), f.addr+"/os:bad", PullOptions{}); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if all, err := s.All(t.Context()); err != nil || len(all) != 2 {
+		t.Error(all, err)
+	}
+	s.gate.Lock()
+	_, err = s.collect()
+	s.gate.Unlock()
+	if ents, derr := os.ReadDir(s.disksDir()); derr != nil || err != nil || len(ents) != 1 {
+		t.Error(ents, derr, err)
 	}
 }
