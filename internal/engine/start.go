@@ -189,7 +189,8 @@ func startExitCode(err error) int {
 // launch prepares everything and runs the first process. All or nothing.
 func (e *Engine) launch(ctx context.Context, c *ctr, rn *run) (err error) {
 	var u undo
-	defer func() { err = u.onError(ctx, err) }()
+	from := time.Now()
+	defer func() { err = e.lazyRemark(ctx, c.record(), from, u.onError(ctx, err)) }()
 	var client *task.Client
 	var p *prepared
 	if onHost(c.record()) {

@@ -67,9 +67,10 @@ type LazyState struct {
 	Total, Here, Fetched int64
 	// Disk is what its file takes on the disk, in bytes.
 	Disk int64
-	// Failed counts reads that failed, Err is why the last one did.
-	Failed int64
-	Err    string
+	// Failed counts reads that failed, Err is why the last one did, at FailedAt.
+	Failed   int64
+	Err      string
+	FailedAt time.Time
 }
 
 // String tells it in words.
@@ -204,7 +205,7 @@ func (s *Store) Lazy(ctx context.Context, img *Image) (LazyState, bool) {
 	list, err := client.State(ctx, c.id)
 	for _, st := range list {
 		if err == nil && st.ID == c.id {
-			out.Total, out.Here, out.Fetched, out.Failed, out.Err = st.Total, st.Here, st.Fetched, st.Failed, st.Err
+			out.Total, out.Here, out.Fetched, out.Failed, out.Err, out.FailedAt = st.Total, st.Here, st.Fetched, st.Failed, st.Err, st.At
 		}
 	}
 	return out, true

@@ -196,12 +196,7 @@ func mountEROFS(path, at string) error {
 	const flags = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOATIME
 	err := unix.Mount(path, at, "erofs", flags, "")
 	if errors.Is(err, unix.ENOTBLK) || errors.Is(err, unix.EINVAL) {
-		var dev *os.File
-		if dev, err = loop.Attach(path, true); err != nil {
-			return fmt.Errorf("lazy image: this kernel mounts no files, and %w", err)
-		}
-		defer dev.Close()
-		err = unix.Mount(dev.Name(), at, "erofs", flags, "")
+		err = mountByLoop(path, at, flags)
 	}
 	if errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("lazy image: this kernel has no EROFS (modprobe erofs); pull it without --lazy: %w", errdefs.ErrFailedPrecondition)
@@ -214,6 +209,16 @@ func mountEROFS(path, at string) error {
 		return &os.PathError{Op: "make private", Path: at, Err: err}
 	}
 	return nil
+}
+
+// mountByLoop is for kernels before 6.12.
+func mountByLoop(path, at string, flags uintptr) error {
+	dev, err := loop.Attach(path, true)
+	if err != nil {
+		return fmt.Errorf("this kernel mounts no files, and %w", err)
+	}
+	defer dev.Close()
+	return unix.Mount(dev.Name(), at, "erofs", flags, "")
 }
 
 // detachDead unmounts what was mounted of other programs than pid's.

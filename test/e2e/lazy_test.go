@@ -37,7 +37,8 @@ type lazyRegistry struct {
 	blobs    map[digest.Digest][]byte
 	manifest digest.Digest
 	down     bool
-	spoilt   bool // every layer's bytes in the middle are others
+	hangs    chan struct{} // closed when a layer is asked for, of which nothing comes
+	spoilt   bool          // every layer's bytes in the middle are others
 }
 
 // chunkBytes is how much of a file comes at once.
@@ -146,7 +147,15 @@ func (reg *lazyRegistry) document(t *testing.T, mediaType string, v any) ocispec
 func (reg *lazyRegistry) is(down, spoilt bool) {
 	reg.mu.Lock()
 	defer reg.mu.Unlock()
-	reg.down, reg.spoilt = down, spoilt
+	reg.down, reg.spoilt, reg.hangs = down, spoilt, nil
+}
+
+// hang lets nothing of layers come, and tells when one is asked for.
+func (reg *lazyRegistry) hang() (reached chan struct{}) {
+	reg.mu.Lock()
+	defer reg.mu.Unlock()
+	reg.hangs = make(chan struct{})
+	return reg.hangs
 }
 
 func (reg *lazyRegistry) ref() string { return reg.addr + "/team/app:1" }
@@ -178,6 +187,20 @@ func (reg *lazyRegistry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Docker-Content-Digest", d.String())
 	if len(b) > 16<<10 && kind == "blobs" { // a layer
+		reg.mu.Lock()
+		hangs := reg.hangs
+		if hangs != nil {
+			select {
+			case <-hangs:
+			default:
+				close(hangs)
+			}
+		}
+		reg.mu.Unlock()
+		if hangs != nil {
+			<-r.Context().Done() // who asks is about to die
+			return
+		}
 		w = &countingWriter{w, &reg.read}
 		if spoilt {
 			b = bytes.Clone(b)
@@ -363,6 +386,56 @@ func TestLazyRefusals(t *testing.T) {
 		t.Error("lazy after a whole pull")
 	}
 	d.says(t, "hello", "docker run --rm "+reg.ref())
+
+	// A daemon that dies while the tables of contents come leaves nothing.
+	d.Must(t, "rmi", reg.ref())
+	reached := reg.hang()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		d.Sh(t, "tenon pull --lazy "+reg.ref())
+	}()
+	select {
+	case <-reached:
+	case <-time.After(patience(30 * time.Second)):
+		t.Fatal("the registry is not asked for a layer")
+	}
+	d.Kill(t)
+	<-done // a daemon that is gone answers nobody
+	reg.is(false, false)
+	d.Start(t)
+	if out := d.Must(t, "images", "-q"); out != "" {
+		t.Errorf("images are here: %s", out)
+	}
+	eventually(t, "what a lazy pull leaves", func() string {
+		for _, dir := range []string{"lazy", "layers/tmp", "trash"} {
+			if ents, err := os.ReadDir(filepath.Join(d.Root, "images", dir)); err != nil || len(ents) > 0 {
+				return fmt.Sprint(dir, ents, err)
+			}
+		}
+		return ""
+	})
+}
+
+// TestLazyCompletes: in the background, and then the registry is not needed any more.
+func TestLazyCompletes(t *testing.T) {
+	reg := newLazyRegistry(t, 4<<20)
+	config := filepath.Join(t.TempDir(), "tenond.toml")
+	if err := os.WriteFile(config, []byte("[images]\nlazy-complete = '100ms'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := NewDaemon(t, "--config", config)
+	d.says(t, "hello", "tenon run --rm -q --pull lazy --name first "+reg.ref())
+	eventually(t, "completing", func() string {
+		if d.isLazy(t, reg.ref()) {
+			return "it is lazy still"
+		}
+		return ""
+	})
+	reg.is(true, false)
+	d.says(t, strconv.Itoa(2<<20), "tenon run --rm "+reg.ref()+" sh -c 'cat /data/001 | wc -c'")
+	file := filepath.Join(t.TempDir(), "saved")
+	d.Must(t, "save", "-o", file, reg.ref())
 }
 
 // TestLazyOnMachines: the file is a machine's disk, and one that lasts.
