@@ -38,6 +38,16 @@ type Definition struct {
 	// Bases are the images that its Dockerfile's stages began with; that of the final
 	// stage is the first. The server fills in what it knows.
 	Bases []Base `json:"bases,omitempty"`
+	// Sent says that the context was a directory of the client's, which only that knows:
+	// Context is empty then. Source is the repository and commit that the client says
+	// the directory was of.
+	Sent   bool   `json:"sent,omitempty"`
+	Source string `json:"source,omitempty"`
+	// Revision is the commit that a Git context was at.
+	Revision string `json:"revision,omitempty"`
+	// ByDaemon says that the daemon has seen all this: its client recorded nothing. How
+	// secrets and agents were found is not known then.
+	ByDaemon bool `json:"byDaemon,omitempty"`
 	// Commit says that it was committed from a container, not built.
 	Commit bool `json:"commit,omitempty"`
 	// Host is the name of the machine that has the context, User who built.

@@ -177,7 +177,7 @@ func open(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *daemon,
 	}
 	d.builder = build.New(build.Options{
 		Dir: filepath.Join(cfg.Root, "build"), RunDir: filepath.Join(cfg.RunRoot, "build"), Images: d.images, Steps: d.engine,
-		CacheSize: config.Bytes(cfg.BuildCache), Git: self, Log: log,
+		CacheSize: config.Bytes(cfg.BuildCache), Git: self, Define: d.engine.BuildSeen, Log: log,
 	})
 	d.closers = append(d.closers, d.builder.Close)
 	d.images.SetCache(&buildCache{root: cfg.Root, images: d.images, builder: d.builder})

@@ -44,6 +44,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/build/gitjail"
 	"tenon.dev/tenon/internal/image"
 )
@@ -63,7 +64,9 @@ type Options struct {
 	// Git is the program that is gitjail.Main if it is started by the name git, so that
 	// repositories are fetched in a jail; "": git itself runs.
 	Git string
-	Log *slog.Logger
+	// Define records how an image was built whose client may not do that; nil: nobody does.
+	Define func(ctx context.Context, image string, d imageapi.Definition) error
+	Log    *slog.Logger
 }
 
 // Builder builds images. It is safe for concurrent use.

@@ -17,11 +17,14 @@ import (
 	"github.com/moby/buildkit/exporter"
 	"github.com/moby/buildkit/exporter/containerimage/exptypes"
 	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/util/bklog"
 	"github.com/moby/buildkit/util/compression"
 	"github.com/moby/buildkit/util/progress"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/client/imageapi"
 )
 
 // exporterMoby is what buildx asks a dockerd for: an image in its store.
@@ -145,8 +148,25 @@ func (r *running) addImage(ctx context.Context, src *exporter.Source, sessionID 
 		}
 		r.layerDirs(ctx, ref, remote.Descriptors, layers)
 	}
-	_, err := r.images.AddBuilt(ctx, builtImage(target, list, r.blobs.path, layers))
-	return err
+	if _, err := r.images.AddBuilt(ctx, builtImage(target, list, r.blobs.path, layers)); err != nil {
+		return err
+	}
+	r.record(ctx, target.Digest.String(), src.Metadata[definitionKey])
+	return nil
+}
+
+// record tells the engine how an image was built. It is built, whether that is known or not.
+func (r *running) record(ctx context.Context, id string, def []byte) {
+	var d imageapi.Definition
+	if r.define == nil || len(def) == 0 || json.Unmarshal(def, &d) != nil {
+		return
+	}
+	if d.Context != "" {
+		d.Revision = r.commits.revision(d.Context)
+	}
+	if err := r.define(ctx, id, d); err != nil {
+		bklog.G(ctx).Warnf("how %s was built is not recorded: %v", id, err)
+	}
 }
 
 // layerDirs finds the directories of a result's snapshots, by chain ID.

@@ -32,6 +32,7 @@ import (
 	"github.com/moby/buildkit/solver/bboltcachestorage"
 	"github.com/moby/buildkit/solver/pb"
 	"github.com/moby/buildkit/source"
+	"github.com/moby/buildkit/source/containerblob"
 	"github.com/moby/buildkit/source/containerimage"
 	"github.com/moby/buildkit/util/db/boltutil"
 	"github.com/moby/buildkit/util/entitlements"
@@ -44,6 +45,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 
+	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/image"
 )
 
@@ -60,6 +62,8 @@ type running struct {
 	snapshots snapshotStat
 	executor  *executor
 	worker    *tenonWorker
+	commits   commits
+	define    func(ctx context.Context, ref string, d imageapi.Definition) error // may be nil
 	closers   []func() error
 
 	ended chan struct{} // has one while a build has ended that keep has not seen
@@ -199,6 +203,15 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 		return nil, err
 	}
 	w.SourceManager.Register(localFirst{w.ImageSource, b.opt.Images})
+	blobs, err := containerblob.NewSource(containerblob.SourceOpt{ContentStore: r.content, CacheAccessor: w.CacheMgr, RegistryHosts: b.opt.Images.RegistryHosts})
+	if err != nil {
+		return nil, err
+	}
+	w.SourceManager.Register(blobSource{blobs, b.opt.Images})
+	r.define = b.opt.Define
+	if w.GitSource != nil {
+		w.SourceManager.Register(gitSource{w.GitSource, b.opt.Images, &r.commits})
+	}
 	r.worker = &tenonWorker{Worker: w, r: r}
 	wc := &worker.Controller{}
 	if err := wc.Add(r.worker); err != nil {

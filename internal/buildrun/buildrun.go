@@ -189,7 +189,7 @@ func (j *job) report(ctx context.Context, engine *client.Client, resp *bk.SolveR
 func (j *job) definition() imageapi.Definition {
 	o := j.o
 	d := imageapi.Definition{
-		Context: j.context, Dockerfile: j.dockerfile, Target: o.Target, Platform: strings.Join(o.Platform, ","),
+		Context: lineage.WithoutCredentials(j.context), Dockerfile: j.dockerfile, Target: o.Target, Platform: strings.Join(o.Platform, ","),
 		Labels: o.Labels, Contexts: each(o.Contexts, absContext), Secrets: each(o.Secrets, absSecret), SSH: each(o.SSH, absSSH),
 		Network: o.Network, Isolation: o.Isolation, Flags: flags(o),
 	}

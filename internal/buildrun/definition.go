@@ -9,6 +9,7 @@ import (
 
 	"tenon.dev/tenon/internal/audit"
 	"tenon.dev/tenon/internal/cli/buildopts"
+	"tenon.dev/tenon/internal/image/lineage"
 )
 
 // abs is a path as the daemon's records have it.
@@ -34,10 +35,14 @@ func isLocal(v string) bool {
 
 // absContext is a --build-context with the directory's absolute path.
 func absContext(c string) string {
-	if name, v, ok := strings.Cut(c, "="); ok && isLocal(v) {
+	name, v, ok := strings.Cut(c, "=")
+	switch {
+	case !ok:
+		return c
+	case isLocal(v):
 		return name + "=" + abs(v)
 	}
-	return c
+	return name + "=" + lineage.WithoutCredentials(v)
 }
 
 // absSecret is a --secret with the file's absolute path.

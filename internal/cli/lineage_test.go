@@ -92,7 +92,7 @@ func TestRebuildFromRecords(t *testing.T) {
 		{imageapi.Definition{Context: here}, "", true, false},
 	} {
 		s := imageapi.Step{Do: imageapi.StepBuild, Names: []string{"app:1"}, Definition: &c.def}
-		a.settle(t.Context(), daemon, &s, false)
+		a.settle(t.Context(), daemon, &s, rebuilding{})
 		out.Reset()
 		a.in = strings.NewReader(c.answer)
 		err := a.agree([]imageapi.Step{s})
@@ -117,7 +117,7 @@ func TestRebuildFromRecords(t *testing.T) {
 		{nil, imageapi.StepNone, "does not tell"},
 	} {
 		s := imageapi.Step{Do: imageapi.StepBuild, Why: "built from somewhere", Definition: c.def}
-		a.settle(t.Context(), daemon, &s, false)
+		a.settle(t.Context(), daemon, &s, rebuilding{})
 		if s.Do != c.do || !strings.Contains(s.Why, c.says) {
 			t.Errorf("%+v: %s, %s; want %s, %s", c.def, s.Do, s.Why, c.do, c.says)
 		}

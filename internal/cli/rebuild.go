@@ -17,15 +17,17 @@ import (
 	"tenon.dev/tenon/client"
 	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/cli/buildopts"
+	"tenon.dev/tenon/internal/image/lineage"
 )
 
 func (a *app) rebuildCmd() *cobra.Command {
-	var chain, all, dry, swap, yes bool
+	var chain, all, dry, yes bool
+	var how rebuilding
 	var format string
 	cmd := &cobra.Command{
 		Use: "rebuild [OPTIONS] IMAGE", Short: "Build an image again, or all that stands on it",
-		Long:    "Build IMAGE again from the definition that its build recorded, or, with --chain, those\nimages that stand on IMAGE and are outdated, parents before their children. Names go to the\nnew images; containers are not touched, and are listed at the end.\n\nAn image without a definition is re-based: its own layers are put on the new base, where\nthat is safe (same platform and release, and no file of its own that the two bases have\ndifferently). Values of build arguments that look like secrets are not recorded: they come\nfrom the environment.",
-		Example: "tenon image rebuild --chain debian:bookworm --dry-run\ntenon image rebuild --chain debian:bookworm\ntenon image rebuild app:1",
+		Long:    "Build IMAGE again from the definition that its build recorded, or, with --chain, those\nimages that stand on IMAGE and are outdated, parents before their children. Names go to the\nnew images; containers are not touched, and are listed at the end.\n\nBuilds by other clients (docker build, buildx, Compose) do not tell which directory\nthey took: --context tells. An image without a definition is re-based: its own layers are put on the new base, where\nthat is safe (same platform and release, and no file of its own that the two bases have\ndifferently). Values of build arguments that look like secrets are not recorded: they come\nfrom the environment.",
+		Example: "tenon image rebuild --chain debian:bookworm --dry-run\ntenon image rebuild --chain debian:bookworm\ntenon image rebuild app:1\ntenon image rebuild --chain base:1 --context app:1=./app",
 		Args:    exactArgs(1), ValidArgsFunction: a.completeFirst(a.imageNames),
 	}
 	f := cmd.Flags()
@@ -33,15 +35,20 @@ func (a *app) rebuildCmd() *cobra.Command {
 	f.BoolVar(&all, "all", false, "With --chain: those that are not outdated, too")
 	f.BoolVar(&dry, "dry-run", false, "Only show what would be done")
 	f.BoolVarP(&yes, "yes", "y", false, "Build from definitions that this user did not record, too, without asking")
-	f.BoolVar(&swap, "rebase", false, "Swap the base's layers where that is safe, instead of building again")
+	f.BoolVar(&how.swap, "rebase", false, "Swap the base's layers where that is safe, instead of building again")
+	f.BoolVar(&how.revision, "revision", false, "Of Git contexts, build the commit that the image was built from, not what its name there means now")
+	f.StringArrayVar(&how.contexts, "context", nil, "Directory that an image is built from, if its build did not tell or it is elsewhere (IMAGE=DIRECTORY)")
 	f.StringVar(&format, "format", "", "With --dry-run: "+inspectFormatUsage)
 	cmd.RunE = a.do(func(ctx context.Context, c *client.Client, args []string) error {
 		steps, err := c.ImagePlan(ctx, args[0], chain, all)
 		if err != nil {
 			return err
 		}
+		if err := how.check(steps); err != nil {
+			return err
+		}
 		for i := range steps {
-			a.settle(ctx, c, &steps[i], swap)
+			a.settle(ctx, c, &steps[i], how)
 		}
 		if dry && format != "" {
 			return a.printOne(steps, format)
@@ -60,9 +67,89 @@ func (a *app) rebuildCmd() *cobra.Command {
 	return cmd
 }
 
+// rebuilding is what a user says of how images are made anew.
+type rebuilding struct {
+	swap, revision bool
+	contexts       []string // IMAGE=DIRECTORY
+}
+
+// check looks whether all images that have a directory are to be made.
+func (h rebuilding) check(steps []imageapi.Step) error {
+	for _, c := range h.contexts {
+		name, dir, ok := strings.Cut(c, "=")
+		if !ok || name == "" || dir == "" {
+			return fmt.Errorf("--context %q: want IMAGE=DIRECTORY", c)
+		}
+		if !slices.ContainsFunc(steps, func(s imageapi.Step) bool { return named(s, name) }) {
+			return fmt.Errorf("--context %s: %s is not to be built", c, name)
+		}
+	}
+	return nil
+}
+
+// named tells whether a step's image has a name.
+func named(s imageapi.Step, name string) bool {
+	if !strings.Contains(name[strings.LastIndexByte(name, '/')+1:], ":") {
+		name += ":latest"
+	}
+	return slices.Contains(s.Names, name)
+}
+
+// place puts what the user says into a step's definition.
+func (h rebuilding) place(s *imageapi.Step) error {
+	d := s.Definition
+	if d == nil {
+		return nil
+	}
+	for _, c := range h.contexts {
+		name, dir, _ := strings.Cut(c, "=")
+		if !named(*s, name) {
+			continue
+		}
+		if buildopts.Remote(d.Context) {
+			return fmt.Errorf("it is built from %s, not from a directory", d.Context)
+		}
+		at, err := filepath.Abs(dir)
+		if err != nil {
+			return err
+		}
+		own := *d
+		file := d.Dockerfile
+		if rel, err := filepath.Rel(d.Context, file); file != "" && filepath.IsAbs(file) {
+			if err != nil || !filepath.IsLocal(rel) {
+				return fmt.Errorf("its Dockerfile %s is not in its context: build it by tenon build", file)
+			}
+			file = rel
+		}
+		if file == "" {
+			file = "Dockerfile"
+		}
+		own.Context, own.Dockerfile, own.Host, own.Sent = at, filepath.Join(at, file), "", false
+		if _, err := os.Stat(own.Dockerfile); err != nil {
+			return fmt.Errorf("%s has no %s, which it was built from: build it by tenon build", dir, file)
+		}
+		s.Do, s.Definition = imageapi.StepBuild, &own
+		return nil
+	}
+	if h.revision && s.Do == imageapi.StepBuild && d.Revision != "" {
+		at, ok := lineage.AtRevision(d.Context, d.Revision)
+		if !ok {
+			return fmt.Errorf("its context %s can't be had at another commit", d.Context)
+		}
+		own := *d
+		own.Context = at
+		s.Definition = &own
+	}
+	return nil
+}
+
 // settle decides what only this side knows: whether the context is here, and, for a
 // swap whose new base is here, whether it is safe.
-func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, swap bool) {
+func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, how rebuilding) {
+	if err := how.place(s); err != nil {
+		s.Do, s.Why = imageapi.StepNone, err.Error()
+		return
+	}
 	if s.Do == imageapi.StepBuild && s.Definition == nil {
 		s.Do, s.Why = imageapi.StepNone, "the daemon does not tell how it was built"
 	}
@@ -77,7 +164,7 @@ func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, sw
 				}
 			}
 		}
-		if gone == "" && !swap {
+		if gone == "" && !how.swap {
 			s.Why = takes(s.Definition) // in this side's words: it is what is sent
 			s.Unconfirmed = !buildopts.Sealed(configDir(a.config), c.Host(), s.Names, *s.Definition)
 			if s.Unconfirmed {
@@ -95,6 +182,8 @@ func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, sw
 		if gone != "" {
 			s.Why = gone
 		}
+	} else if d := s.Definition; d != nil && d.Sent {
+		s.Why += "; --context " + stepName(*s) + "=DIRECTORY builds it"
 	}
 	if s.Do != imageapi.StepRebase || s.To == "" {
 		return
@@ -135,6 +224,9 @@ func stepName(s imageapi.Step) string {
 // takes says what a build takes of this machine.
 func takes(d *imageapi.Definition) string {
 	out := "built from " + d.Context
+	if at := d.Revision; at != "" && !strings.Contains(d.Context, at) {
+		out += ", which was at " + at[:min(len(at), 12)]
+	}
 	// It is read wherever it is; of a remote context it is a part.
 	if d.Dockerfile != "" && !buildopts.Remote(d.Context) && filepath.Dir(d.Dockerfile) != filepath.Clean(d.Context) {
 		out += ", Dockerfile " + d.Dockerfile

@@ -84,7 +84,7 @@ func containerOf(r *container.Record) imageapi.Container {
 
 // evidence is what is known of an image's base but for its layers, strongest first.
 func (e *Engine) evidence(ctx context.Context, img *image.Image, def *imageapi.Definition) (out []lineage.Evidence, err error) {
-	if def != nil && len(def.Bases) > 0 {
+	if def != nil && len(def.Bases) > 0 { // none in what the daemon has seen: the image says that itself
 		ev := lineage.Evidence{By: imageapi.ByBuild, First: true}
 		if def.Commit {
 			ev.By = imageapi.ByCommit
@@ -403,10 +403,12 @@ func (e *Engine) ImageDefine(ctx context.Context, ref string, d imageapi.Definit
 	if err != nil {
 		return err
 	}
-	for i, a := range d.Args {
-		if name, value, ok := strings.Cut(a, "="); ok && audit.SecretVariable(name, value) {
-			d.Args[i] = name
-		}
+	withoutSecrets(&d)
+	d.Sent, d.ByDaemon, d.Revision = false, false, ""
+	if old, err := e.definition(img); err != nil {
+		return err
+	} else if old != nil && old.ByDaemon && old.Context == d.Context {
+		d.Revision = old.Revision // seen while it was built
 	}
 	d.Created = time.Now().UTC()
 	if len(d.Bases) == 0 || d.Bases[0].Digest == "" {
@@ -423,6 +425,47 @@ func (e *Engine) ImageDefine(ctx context.Context, ref string, d imageapi.Definit
 			d.Bases[i].Name = image.Familiar(d.Bases[i].Name)
 		}
 	}
+	b, err := json.Marshal(d)
+	if err != nil {
+		return err
+	}
+	return e.cfg.Images.SetDefinition(ctx, img, b)
+}
+
+func withoutSecrets(d *imageapi.Definition) {
+	for i, a := range d.Args {
+		if name, value, ok := strings.Cut(a, "="); ok && audit.SecretVariable(name, value) {
+			d.Args[i] = name
+		}
+	}
+}
+
+// definition is what is remembered of an image's build; nil: nothing.
+func (e *Engine) definition(img *image.Image) (*imageapi.Definition, error) {
+	raw, err := e.cfg.Images.Definitions()
+	if err != nil {
+		return nil, err
+	}
+	d := new(imageapi.Definition)
+	if b, ok := raw[img.ID]; !ok || json.Unmarshal(b, d) != nil {
+		return nil, nil
+	}
+	return d, nil
+}
+
+// BuildSeen remembers what the daemon has seen of a build. What a client has recorded of
+// the same image stays.
+func (e *Engine) BuildSeen(ctx context.Context, ref string, d imageapi.Definition) error {
+	img, err := e.cfg.Images.Resolve(ctx, ref, nil)
+	if err != nil {
+		return err
+	}
+	old, err := e.definition(img)
+	if err != nil || old != nil && !old.ByDaemon {
+		return err
+	}
+	withoutSecrets(&d)
+	d.ByDaemon, d.Bases, d.Created = true, nil, time.Now().UTC()
 	b, err := json.Marshal(d)
 	if err != nil {
 		return err
@@ -542,6 +585,14 @@ func (k *kin) step(i *lineage.Image, moved map[*lineage.Image]lineage.Moved, mad
 	switch {
 	case d != nil && d.Context != "":
 		s.Do, s.Definition, s.Why = imageapi.StepBuild, d, "built from "+d.Context
+	case d != nil && d.Sent:
+		s.Definition, s.Why = d, "it was built from a directory that its client did not name"
+		if d.Source != "" {
+			s.Why += " (of " + d.Source + ")"
+		}
+		if s.Do = imageapi.StepNone; swap {
+			s.Do, s.Why = imageapi.StepRebase, s.Why+": its own layers are put on the new base"
+		}
 	case swap:
 		s.Do, s.Why = imageapi.StepRebase, "no definition of a build is recorded: its own layers are put on the new base"
 	case ok && p.Image == nil:

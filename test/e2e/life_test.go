@@ -185,6 +185,22 @@ func TestImageLife(t *testing.T) {
 	if out, code := tenon("image", "rebuild", "f:1"); code == 0 || !strings.Contains(out, "/base") {
 		t.Errorf("f:1 was re-based (%d): %s", code, out)
 	}
+	// Others' clients do not tell where they build: the daemon knows the rest.
+	sent := contextOf(t, map[string]string{"D": "FROM a:1\nARG WHO\nRUN cat /base >/got && echo $WHO >>/got\n"})
+	if r := d.build(t, legacy, sent, "", nil, "-q", "-f", "D", "-t", "g:1", "--build-arg", "WHO=me", "."); r.Code != 0 {
+		t.Fatalf("%s%s", r.Out, r.Err)
+	}
+	build("a:1", "FROM busybox\nRUN echo four >/base\n")
+	if out := must("image", "rebuild", "--chain", "a:1", "--dry-run"); !strings.Contains(out, "did not name: its own layers are put on the new base; ") || !strings.Contains(out, "--context g:1=DIRECTORY builds it") {
+		t.Errorf("a build by docker build: %s", out)
+	}
+	must("image", "rebuild", "g:1", "--yes", "--context", "g:1="+sent)
+	if out := must("run", "--rm", "g:1", "cat", "/got"); out != "four\nme\n" {
+		t.Errorf("g:1 built again has %q", out)
+	}
+	if out := must("image", "rebuild", "g:1", "--dry-run"); !strings.Contains(out, "built from "+sent) || strings.Contains(out, "asks") {
+		t.Errorf("g:1 once it was built from a directory that is known: %s", out)
+	}
 	if out := must("image", "diff", "--files", "a:kept", "a:1"); !strings.Contains(out, "C /base") || !strings.Contains(out, "- Env FROM_BASE one") {
 		t.Errorf("diff: %s", out)
 	}

@@ -66,7 +66,7 @@ func code(key []byte, daemon, name string, d imageapi.Definition) (string, error
 	if n, err := reference.ParseNormalizedNamed(name); err == nil {
 		name = reference.TagNameOnly(n).String()
 	}
-	d.Seal, d.Bases, d.Commit, d.Created = "", nil, false, time.Time{}
+	d.Seal, d.Bases, d.Commit, d.Created, d.Revision = "", nil, false, time.Time{}, ""
 	b, err := json.Marshal(struct {
 		Daemon, Image string
 		Definition    imageapi.Definition
