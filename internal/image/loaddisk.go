@@ -70,6 +70,9 @@ func (s *Store) loadDisk(ctx context.Context, r io.Reader, format, source string
 		c.Platform = *platform
 	}
 	c.Config.Labels = o.Labels
+	if err := c.ValidateSaid(); err != nil {
+		return fail(err)
+	}
 	c.History = []ocispec.History{{Created: &now, CreatedBy: source + " " + format + " disk", Comment: o.Comment}}
 	var layer ocispec.Descriptor
 	in := &reportReader{r: &contextReader{ctx, r}, report: func(n int64) {

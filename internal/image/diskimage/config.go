@@ -101,11 +101,12 @@ func DefaultFirmware(arch string) string {
 	return UEFI
 }
 
+func bad(format string, a ...any) error {
+	return fmt.Errorf("config of a disk image: %s: %w", fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
+}
+
 // Validate tells what is wrong with a config: an errdefs.ErrInvalidArgument.
 func (c *Config) Validate() error {
-	bad := func(format string, a ...any) error {
-		return fmt.Errorf("config of a disk image: %s: %w", fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
-	}
 	d := c.Disk
 	switch {
 	case d.Format != QCOW2 && d.Format != Raw:
@@ -114,6 +115,14 @@ func (c *Config) Validate() error {
 		return bad("a virtual size of %d bytes", d.VirtualSize)
 	case d.Digest.Validate() != nil || d.Digest.Algorithm() != digest.SHA256:
 		return bad("%.100q is not a SHA-256 digest", d.Digest)
+	}
+	return c.ValidateSaid()
+}
+
+// ValidateSaid is the part of Validate that a disk which is not known yet can pass: what
+// somebody says of it.
+func (c *Config) ValidateSaid() error {
+	switch d := c.Disk; {
 	case !slices.Contains([]string{"", BIOS, UEFI}, d.Firmware):
 		return bad("firmware %.40q is neither bios nor uefi", d.Firmware)
 	case len(d.User) > 64 || strings.ContainsFunc(d.User, func(r rune) bool { return r < ' ' || r == 0x7f }):
