@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -78,22 +79,32 @@ func benchNet(b *Bench) error {
 func printRequests(how string, cases []*netCase, base *netCase, of func(*netCase) (rates, costs []time.Duration)) {
 	fmt.Printf("\nRequests to a published port, %s\n\n", how)
 	w := newTable()
-	fmt.Fprintf(w, "\treq/s\tp10\tp90\tCPU/req\tratio\tleast\tratio\t\n")
+	fmt.Fprintf(w, "\treq/s\tp10\tp90\tratio\tCPU/req\tratio\tleast\tratio\t\n")
 	for _, c := range cases {
 		rates, costs := of(c)
 		if len(rates) == 0 {
 			continue
 		}
-		least := "–"
+		rate, least := "–", "–"
 		if base != nil {
-			if _, b := of(base); len(b) > 0 {
-				least = fmt.Sprintf("%.2f", us(costs, 0)/us(b, 0))
+			if r, b := of(base); len(b) > 0 {
+				rate, least = fmt.Sprintf("%.2f", inRound(rates, r)), fmt.Sprintf("%.2f", us(costs, 0)/us(b, 0))
 			}
 		}
-		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%.2f µs\t%s\t%.2f µs\t%s\t\n", c.engine.Name, quantile(rates, 0.5), quantile(rates, 0.1), quantile(rates, 0.9),
+		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%s\t%.2f µs\t%s\t%.2f µs\t%s\t\n", c.engine.Name, quantile(rates, 0.5), quantile(rates, 0.1), quantile(rates, 0.9), rate,
 			us(costs, 0.5), ratioTo(base, c, func(c *netCase) []time.Duration { _, l := of(c); return l }), us(costs, 0), least)
 	}
 	w.Flush()
+}
+
+// inRound is the median of the ratios of two engines' values of the same round.
+func inRound(list, base []time.Duration) float64 {
+	var ratios []float64
+	for i := range min(len(list), len(base)) {
+		ratios = append(ratios, float64(list[i])/float64(base[i]))
+	}
+	slices.Sort(ratios)
+	return ratios[len(ratios)/2]
 }
 
 func newTable() *tabwriter.Writer {
