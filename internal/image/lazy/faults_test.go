@@ -388,6 +388,9 @@ func TestManyReaders(t *testing.T) {
 	if st := s.state(chain); st.Here < st.Total-1 || st.Failed != 0 || st.Requests > 120 {
 		t.Errorf("%+v", st)
 	}
+	if n := h.conns.Load(); n > 16 { // some are too many to be kept
+		t.Errorf("%d connections for %d requests", n, h.requests.Load())
+	}
 }
 
 // TestDiskFull has no room for what comes: it is read all the same.

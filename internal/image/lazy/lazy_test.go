@@ -48,6 +48,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asProgram) != "" {
 		program()
 	}
+	fuzzing := slices.ContainsFunc(os.Args, func(a string) bool { return strings.HasPrefix(a, "-test.fuzz=") || a == "-test.fuzzworker" })
+	if fuzzing { // which mounts nothing, and has workers of its own
+		os.Exit(m.Run())
+	}
 	if os.Getenv("TENON_TEST_MOUNTS") == "" {
 		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 		cmd.Env = append(os.Environ(), "TENON_TEST_MOUNTS=1")
@@ -162,6 +166,7 @@ type hub struct {
 	*httptest.Server
 	bytes    atomic.Int64 // sent of blobs
 	requests atomic.Int64
+	conns    atomic.Int64
 
 	mu     sync.Mutex
 	blobs  map[digest.Digest][]byte
@@ -173,7 +178,13 @@ func newHub(t testing.TB, blobs ...blob) *hub {
 	for _, b := range blobs {
 		h.blobs[b.desc.Digest] = b.data
 	}
-	h.Server = httptest.NewServer(http.HandlerFunc(h.serve))
+	h.Server = httptest.NewUnstartedServer(http.HandlerFunc(h.serve))
+	h.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			h.conns.Add(1)
+		}
+	}
+	h.Start()
 	t.Cleanup(func() {
 		h.CloseClientConnections()
 		h.Close()

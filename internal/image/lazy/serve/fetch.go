@@ -21,6 +21,8 @@ const (
 	downPart   = 16
 	firstDelay = 100 * time.Millisecond
 	lastDelay  = 3 * time.Second
+	// drain is what is read of an answer that is no longer needed, in bytes.
+	drain = 64 << 10
 	// mismatches is how often what comes may be wrong: a mirror's may be, where the
 	// registry's is right.
 	mismatches = 3
@@ -147,6 +149,9 @@ func (c *chain) attempt(ctx context.Context, group []int, skip int) (came int, e
 		}
 		pos = at.Offset + int64(at.Len)
 	}
+	// What is behind the last chunk (headers of the next files), so that the connection
+	// is used again.
+	_, _ = io.CopyN(io.Discard, in, drain)
 	return came, nil
 }
 
