@@ -337,9 +337,15 @@ func CheckContainer(f Container) []imageapi.Finding {
 	if f.Image != "" && !strings.Contains(f.Image, "@sha256:") {
 		c.add("mutable-tag", imageapi.Low, f.Image, "its image was named by a tag, which may mean another image the next time", "name it by its digest: NAME@sha256:… (tenon images --digests)")
 	}
+	if f.Isolation == "machine" {
+		c.out = slices.DeleteFunc(c.out, func(x imageapi.Finding) bool { return slices.Contains(inside, x.Rule) })
+	}
 	Sort(c.out)
 	return c.out
 }
+
+// inside are rules about what a machine with its own operating system sees to itself.
+var inside = []string{"new-privileges", "root-user", "no-healthcheck", "writable-root", "no-memory-limit", "no-pids-limit"}
 
 func (c *collector) capabilities(list []string, milder int) {
 	for _, k := range list {

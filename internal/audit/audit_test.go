@@ -279,3 +279,12 @@ func FuzzAudit(f *testing.F) {
 		CheckContainer(Container{Name: string(b), Image: string(b), Mounts: []Mount{{string(b), "", true}}, SecurityOpt: []string{string(b)}, CapAdd: []string{string(b)}, Ports: []Port{{string(b), "", ""}}})
 	})
 }
+
+// TestCheckSystem: what a machine with its own operating system sees to itself is not
+// found wrong.
+func TestCheckSystem(t *testing.T) {
+	got := CheckContainer(Container{Name: "web", Image: "debian-vm", Isolation: "machine"})
+	if len(got) != 1 || got[0].Rule != "mutable-tag" {
+		t.Errorf("found %+v", got)
+	}
+}

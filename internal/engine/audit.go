@@ -142,6 +142,10 @@ func (e *Engine) imageFacts(ctx context.Context, ref string, moved map[string]li
 // auditFiles reads what a container has written into its root, from whichever kernel has it.
 // One with a kernel of its own that does not run gets a machine for that only if named.
 func (e *Engine) auditFiles(ctx context.Context, r *container.Record, named bool) (f audit.Files, err error) {
+	if isSystem(r) {
+		f.Incomplete = "it is a machine with its own operating system: what is in it is not read"
+		return f, nil
+	}
 	if !onHost(r) && !r.Running() && !named {
 		f.Incomplete = "what it has written is not read while it does not run, unless it is named"
 		return f, nil
