@@ -42,6 +42,7 @@ var benches = []subBench{
 	{"version", "start of the client", benchVersion},
 	{"load", "load of a 170 MB image", benchLoad},
 	{"pull", "pull of 10 layers, of 100 MB and of 300 MB from a registry on loopback", benchPull},
+	{"lazy", "from nothing to the first line of output: a 500 MB image of a registry on loopback, whole and lazily", benchLazy},
 	{"build", "a Dockerfile of five RUN steps, anew and from the cache", benchBuild},
 	{"logs", "1,000,000 log lines", benchLogs},
 	{"net", "container to container Gbit/s, requests/s to a published port, CPU time of round trips", benchNet},
@@ -61,6 +62,8 @@ func main() {
 		err = roundTrip(os.Args[2:])
 	case len(os.Args) > 2 && os.Args[1] == "push":
 		err = pushImages(os.Args[2])
+	case len(os.Args) > 2 && os.Args[1] == "push-lazy":
+		err = pushLazy(os.Args[2])
 	case len(os.Args) > 2 && os.Args[1] == "inside":
 		err = inside(os.Args[2:])
 	default:
