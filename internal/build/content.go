@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"tenon.dev/tenon/internal/image"
+	"tenon.dev/tenon/internal/image/crypt"
 )
 
 // allContent is what BuildKit sees: the blobs of the image store are there, and
@@ -44,9 +45,9 @@ func (c *allContent) adopt(ctx context.Context, d digest.Digest) bool {
 func (c *allContent) Info(ctx context.Context, d digest.Digest) (content.Info, error) {
 	i, err := c.Store.Info(ctx, d)
 	if errdefs.IsNotFound(err) && c.adopt(ctx, d) {
-		return c.Store.Info(ctx, d)
+		i, err = c.Store.Info(ctx, d)
 	}
-	return i, err
+	return withSeal(c.blobs.images, i), err
 }
 
 // Update changes a blob's labels.
@@ -111,6 +112,10 @@ func (a *applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 		return out, err
 	}
 	defer r.Close()
+	if crypt.Encrypted(desc.MediaType) {
+		out.Digest, out.Size, err = a.unseal(ctx, desc, content.NewReader(r), dir, lower)
+		return out, err
+	}
 	if out.Digest, out.Size, err = a.images.UnpackOnto(ctx, content.NewReader(r), dir, lower); err != nil {
 		return out, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}

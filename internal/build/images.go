@@ -22,6 +22,12 @@ func (n names) Get(ctx context.Context, name string) (images.Image, error) {
 	if err := n.images.CompleteTarget(ctx, target.Digest); err != nil {
 		return images.Image{}, err
 	}
+	// Its encrypted layers are known from here on.
+	if img, err := n.images.Resolve(ctx, target.Digest.String(), nil); err == nil {
+		if err := n.images.Authorize(ctx, img); err != nil {
+			return images.Image{}, err
+		}
+	}
 	return images.Image{Name: name, Target: target}, nil
 }
 

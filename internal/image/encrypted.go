@@ -152,3 +152,41 @@ func keptLayer(d ocispec.Descriptor) ocispec.Descriptor {
 	}
 	return out
 }
+
+// noteSealed remembers the image's encrypted layers.
+func (s *Store) noteSealed(img *Image) {
+	for _, d := range img.LayerDescs {
+		if crypt.Encrypted(d.MediaType) {
+			s.sealed.Store(d.Digest, keptLayer(d))
+		}
+	}
+}
+
+// SealedLayer is the descriptor, with the wrapped keys, of an encrypted layer of an image
+// that is here and has been looked at (Resolve). Images that share a layer may have it for
+// different recipients: it is the last one's.
+func (s *Store) SealedLayer(d digest.Digest) (ocispec.Descriptor, bool) {
+	v, ok := s.sealed.Load(d)
+	if !ok {
+		return ocispec.Descriptor{}, false
+	}
+	return v.(ocispec.Descriptor), true
+}
+
+// UnpackSealedOnto is UnpackOnto of an encrypted layer.
+func (s *Store) UnpackSealedOnto(ctx context.Context, desc ocispec.Descriptor, r io.Reader, dir string, below []string) (digest.Digest, int64, error) {
+	k, err := s.layerKey(ctx, desc)
+	if err != nil {
+		return "", 0, err
+	}
+	defer k.Wipe()
+	plain, err := k.Decrypt(r, desc)
+	if err != nil {
+		return "", 0, err
+	}
+	d, n, err := s.UnpackOnto(ctx, plain, dir, below)
+	if _, verr := plain.Verify(); verr != nil {
+		return "", 0, verr
+	}
+	return d, n, err
+}

@@ -458,6 +458,7 @@ func (s *Store) readImage(target, desc ocispec.Descriptor) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.noteSealed(img)
 	img.ContentSize = desc.Size + doc.Config.Size
 	for _, l := range doc.Layers {
 		img.ContentSize += l.Size

@@ -55,7 +55,10 @@ type Store struct {
 
 	stall time.Duration // stallTimeout, but for tests
 	used  sync.Map      // image ID to time.Time
-	sizes sync.Map      // what layers take on the disk, by directory: int64
+	// sealed are the encrypted layers of the images that were looked at: descriptors, by
+	// digest.
+	sealed sync.Map
+	sizes  sync.Map // what layers take on the disk, by directory: int64
 
 	usedChanged atomic.Bool // since it was written
 

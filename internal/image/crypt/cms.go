@@ -116,8 +116,12 @@ func (k *Keys) unwrapCMS(packet []byte, tries *int) ([]byte, error) {
 		return nil, invalid("a wrapped key (pkcs7) is encrypted by %v; AES-GCM is known", alg)
 	}
 	var p gcmParameters
-	if _, err := asn1.Unmarshal(e.Content.Algorithm.Parameters.Bytes, &p); err != nil || len(p.Nonce) != 12 || p.ICVLen != 16 || e.Content.Content.IsCompound {
+	if _, err := asn1.Unmarshal(e.Content.Algorithm.Parameters.Bytes, &p); err != nil || len(p.Nonce) != 12 || p.ICVLen != 16 {
 		return nil, invalid("%v", errCMS)
+	}
+	sealed, err := octets(e.Content.Content)
+	if err != nil {
+		return nil, invalid("%v", err)
 	}
 	for _, r := range e.Recipients {
 		if !r.Algorithm.Algorithm.Equal(oidRSA) {
@@ -140,7 +144,7 @@ func (k *Keys) unwrapCMS(packet []byte, tries *int) ([]byte, error) {
 			if err := rsa.DecryptPKCS1v15SessionKey(nil, priv, r.Key, cek); err != nil {
 				continue
 			}
-			b, err := openGCM(cek, p.Nonce, e.Content.Content.Bytes)
+			b, err := openGCM(cek, p.Nonce, sealed)
 			clear(cek)
 			if err == nil {
 				return b, nil
@@ -164,6 +168,23 @@ func (k *Keys) mayBe(who issuerAndSerial, priv *rsa.PrivateKey) bool {
 		}
 	}
 	return !known
+}
+
+// octets is an OCTET STRING, whole or, as older programs write it, in parts.
+func octets(v asn1.RawValue) ([]byte, error) {
+	if !v.IsCompound {
+		return v.Bytes, nil
+	}
+	var out []byte
+	for rest := v.Bytes; len(rest) > 0; {
+		var part []byte
+		var err error
+		if rest, err = asn1.Unmarshal(rest, &part); err != nil {
+			return nil, errCMS
+		}
+		out = append(out, part...)
+	}
+	return out, nil
 }
 
 func openGCM(key, nonce, sealed []byte) ([]byte, error) {
