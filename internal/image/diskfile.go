@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -13,6 +14,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/diskimage"
@@ -216,7 +218,7 @@ func (s *Store) makeRaw(ctx context.Context, path string, layer ocispec.Descript
 	}
 	defer w.discard()
 	sum := sha256.New()
-	n, err := io.CopyBuffer(struct{ io.Writer }{w}, io.TeeReader(&contextReader{ctx, io.LimitReader(z, d.VirtualSize+1)}, sum), make([]byte, sparseChunk))
+	n, err := io.CopyBuffer(together{w, sum}, fullReader{&contextReader{ctx, io.LimitReader(z, d.VirtualSize+1)}}, make([]byte, sparseChunk))
 	if err != nil {
 		return fmt.Errorf("decompress disk: %w", err)
 	}
@@ -244,6 +246,22 @@ const (
 	sparseBlock = 64 << 10 // zeros of this size and alignment are holes
 )
 
+var zeros [sparseBlock]byte
+
+// together writes to all at the same time.
+type together []io.Writer
+
+func (t together) Write(p []byte) (int, error) {
+	var g errgroup.Group
+	for _, w := range t {
+		g.Go(func() error { _, err := w.Write(p); return err })
+	}
+	if err := g.Wait(); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
 // sparseFile is a file being written that has holes where zeros are.
 type sparseFile struct {
 	s *Store
@@ -269,7 +287,7 @@ func (w *sparseFile) Write(p []byte) (int, error) {
 	done := 0
 	for done < len(p) {
 		m := min(len(p)-done, sparseBlock-int(w.n%sparseBlock))
-		if b := p[done : done+m]; !allZeros(b) {
+		if b := p[done : done+m]; !bytes.Equal(b, zeros[:m]) {
 			if _, err := w.f.WriteAt(b, w.n); err != nil {
 				return done, err
 			}

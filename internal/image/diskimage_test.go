@@ -5,11 +5,14 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
@@ -318,5 +321,21 @@ func TestPullDisk(t *testing.T) {
 	s.gate.Unlock()
 	if ents, derr := os.ReadDir(s.disksDir()); derr != nil || err != nil || len(ents) != 1 {
 		t.Error(ents, derr, err)
+	}
+}
+
+// A disk that breaks off on its way is no disk.
+func TestLoadDiskBroken(t *testing.T) {
+	s := open(t)
+	for _, b := range [][]byte{rawDisk(t, 4<<20), qcow2Disk(1 << 20)} {
+		for _, broken := range []error{io.ErrUnexpectedEOF, context.Canceled} {
+			r := io.MultiReader(bytes.NewReader(b), iotest.ErrReader(broken))
+			if _, err := s.Load(t.Context(), r, LoadOptions{}); !errors.Is(err, broken) {
+				t.Error(err)
+			}
+		}
+	}
+	if all, err := s.All(t.Context()); err != nil || len(all) != 0 {
+		t.Error(all, err)
 	}
 }

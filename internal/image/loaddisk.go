@@ -195,7 +195,7 @@ func (s *Store) takeRaw(r io.Reader, c *diskimage.Config) (layer ocispec.Descrip
 	}
 	sum := sha256.New()
 	max := s.cfg.Limits.DiskBytes
-	n, err := io.CopyBuffer(io.MultiWriter(file, sum, z), struct{ io.Reader }{io.LimitReader(r, max+1)}, make([]byte, sparseChunk))
+	n, err := io.CopyBuffer(together{file, sum, z}, struct{ io.Reader }{fullReader{io.LimitReader(r, max+1)}}, make([]byte, sparseChunk))
 	if cerr := z.Close(); err == nil {
 		err = cerr
 	}
@@ -220,6 +220,18 @@ func (s *Store) takeRaw(r io.Reader, c *diskimage.Config) (layer ocispec.Descrip
 		}
 	}
 	return ocispec.Descriptor{MediaType: diskimage.LayerRaw, Digest: d, Size: size}, nil
+}
+
+// fullReader fills what it is given, but for the end.
+type fullReader struct{ r io.Reader }
+
+func (f fullReader) Read(p []byte) (n int, err error) {
+	for n < len(p) && err == nil { // not io.ReadFull: a source that breaks off says so itself
+		var m int
+		m, err = f.r.Read(p[n:])
+		n += m
+	}
+	return n, err
 }
 
 // diskManifest stores a disk image's config and manifest. The same disk with the same
