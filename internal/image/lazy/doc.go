@@ -29,5 +29,6 @@
 // that was killed takes what was mounted from it with it: reads fail with EIO, or
 // ENOTCONN, and what was mounted is to be unmounted and mounted anew after Add.
 //
-// Every read of what is not here ends: after [ReadTimeout] it fails with EIO.
+// Every read of what is not here ends: it fails with EIO when nothing has come for
+// [StallTimeout], and after [ReadTimeout] at the latest.
 package lazy

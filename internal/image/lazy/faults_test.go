@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -136,6 +138,7 @@ func TestBrokenOff(t *testing.T) {
 
 // TestRegistryAway also looks that no read waits for ever, whatever the registry does.
 func TestRegistryAway(t *testing.T) {
+	t.Parallel() // it mostly waits
 	s, h, chain, at, data := served(t, 500<<10, 500<<10, 500<<10, 500<<10)
 	release := make(chan struct{})
 	h.misbehave(func(w http.ResponseWriter, r *http.Request) bool { // hangs
@@ -147,7 +150,7 @@ func TestRegistryAway(t *testing.T) {
 	})
 	fails(t, at+"/f0", unix.EIO)
 	close(release)
-	if st := s.state(chain); st.Failed == 0 || !strings.Contains(st.Err, "did not answer") {
+	if st := s.state(chain); st.Failed == 0 || !strings.Contains(st.Err, "sent nothing") {
 		t.Errorf("%+v", st)
 	}
 	h.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
@@ -220,6 +223,7 @@ func TestProgramKilled(t *testing.T) {
 
 // TestProgramStopped stops the program; a new start kills it, and nobody waits longer.
 func TestProgramStopped(t *testing.T) {
+	t.Parallel() // it mostly waits
 	s, h, chain, at, data := served(t, 200<<10)
 	must(t, syscall.Kill(s.c.PID(), syscall.SIGSTOP))
 	for { // every thread of it
@@ -521,4 +525,98 @@ func index(t testing.TB, layers ...lazy.Layer) (lazy.Info, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	return lazy.Index(ctx, layers, f, m, lazy.Options{MaxEntries: 10000, MaxTOC: 8 << 20})
+}
+
+// TestSlow gets little at a time, for longer than nothing may come.
+func TestSlow(t *testing.T) {
+	t.Parallel() // it mostly waits
+	_, h, chain, at, data := served(t, 3000, 300<<10)
+	whole := h.blobs[chain.Blobs[0].Digest]
+	h.misbehave(func(w http.ResponseWriter, r *http.Request) bool {
+		var first, last int
+		if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last); err != nil {
+			return false
+		}
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, len(whole)))
+		w.Header().Set("Content-Length", fmt.Sprint(last-first+1))
+		w.WriteHeader(http.StatusPartialContent)
+		for part := whole[first : last+1]; len(part) > 0; {
+			n := min(len(part), 64<<10)
+			_, _ = w.Write(part[:n])
+			w.(http.Flusher).Flush()
+			part = part[n:]
+			select {
+			case <-time.After(testRead / 12):
+			case <-r.Context().Done():
+				return true
+			}
+		}
+		return true
+	})
+	reads(t, at+"/f1", data[1])
+}
+
+// TestStartedOnce starts it from many sides, and over what a killed one, or a daemon
+// that died while it started one, has left.
+func TestStartedOnce(t *testing.T) {
+	s, h, chain, _, data := served(t, 10<<10)
+	pid := s.c.PID()
+	must(t, os.Remove(filepath.Join(s.cfg.RunDir, "pid")))
+	s.start(false)
+	if s.c.PID() != pid {
+		t.Errorf("process %d, not %d", s.c.PID(), pid)
+	}
+	if b, err := os.ReadFile(filepath.Join(s.cfg.RunDir, "pid")); err != nil || !strings.HasPrefix(string(b), fmt.Sprint(pid, " ")) {
+		t.Errorf("%q, %v", b, err)
+	}
+	must(t, syscall.Kill(pid, syscall.SIGKILL))
+	for _, name := range []string{"pid", "socket"} {
+		must(t, os.Remove(filepath.Join(s.cfg.RunDir, name)))
+	}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	news, pids := 0, map[int]bool{}
+	for range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			c, started, err := lazy.Start(s.ctx, s.cfg)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if pids[c.PID()] = true; started {
+				news++
+			}
+		}()
+	}
+	wg.Wait()
+	if news != 1 || len(pids) != 1 {
+		t.Errorf("%d were started: %v", news, pids)
+	}
+	s.start(false)
+	// Who says nothing sensible is told so, or nothing.
+	for _, line := range []string{"\n", "{}\n", "x\n", `{"op":"add","id":"sha256:x"}` + "\n", `{"op":"quit"`, strings.Repeat("x", 1<<20) + "\n"} {
+		c, err := net.DialTimeout("unix", filepath.Join(s.cfg.RunDir, "socket"), testRead)
+		must(t, err)
+		must(t, c.SetDeadline(time.Now().Add(testRead)))
+		_, _ = c.Write([]byte(line))
+		must(t, c.(*net.UnixConn).CloseWrite())
+		b, _ := io.ReadAll(c)
+		c.Close()
+		if !strings.Contains(string(b), `"err"`) {
+			t.Errorf("%.50q is answered by %q", line, b)
+		}
+	}
+	reads(t, s.mount(s.add(h, chain))+"/f0", data[0])
+	bad := s.cfg
+	bad.RunDir, bad.Binary = filepath.Join(s.dir, "other"), "/bin/false"
+	if _, _, err := lazy.Start(s.ctx, bad); err == nil {
+		t.Error("a program that ends was started")
+	}
+	if b, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(b), bad.RunDir) {
+		t.Errorf("its mount is left: %v", err)
+	}
 }

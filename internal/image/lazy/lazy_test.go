@@ -40,7 +40,7 @@ import (
 const asProgram = "TENON_TEST_LAZY"
 
 // testRead is how long reads take at most in these tests.
-const testRead = 2 * time.Second
+const testRead = 6 * time.Second
 
 // TestMain runs the tests in a mount namespace of their own; and, if told, it is the
 // program itself.
@@ -82,7 +82,7 @@ func program() {
 	if err := serve.DropPrivileges(); err != nil {
 		panic(err)
 	}
-	s := serve.New(slog.New(slog.NewTextHandler(os.Stderr, nil)), serve.Options{ReadTime: testRead})
+	s := serve.New(slog.New(slog.NewTextHandler(os.Stderr, nil)), serve.Options{ReadTime: testRead, StallTime: testRead / 3})
 	ended := make(chan error, 2)
 	go func() { ended <- s.ServeFUSE(4) }()
 	go func() { ended <- s.ServeControl(l.(*net.UnixListener)) }()

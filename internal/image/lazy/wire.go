@@ -12,8 +12,12 @@ import (
 	"tenon.dev/tenon/internal/image/lazy/remote"
 )
 
-// ReadTimeout is how long a read of what is not here may take; then it fails with EIO.
-const ReadTimeout = 45 * time.Second
+// A read of what is not here fails with EIO when the registry has sent nothing for
+// StallTimeout, and after ReadTimeout at the latest.
+const (
+	StallTimeout = 40 * time.Second
+	ReadTimeout  = 100 * time.Second
+)
 
 // Ops of a request.
 const (

@@ -33,15 +33,11 @@ var errWrong = fmt.Errorf("what came is not what the image's table of contents p
 
 // fetch brings a group of chunks, which lie together, and ends their flights.
 func (c *chain) fetch(group []int) {
-	c.mu.Lock()
-	once := time.Since(c.down) < downTime
-	c.mu.Unlock()
-	fetchTime := c.s.o.ReadTime * 9 / 10 // all attempts; less than a read waits
-	if once {
-		fetchTime = c.s.o.ReadTime / downPart
-	}
-	ctx, cancel := context.WithTimeoutCause(c.s.ctx, fetchTime, fmt.Errorf("the registry did not answer in %v: %w", fetchTime, errdefs.ErrUnavailable))
+	total := c.s.o.ReadTime * 19 / 20 // less than a read waits
+	ctx, cancel := context.WithTimeoutCause(c.s.ctx, total, fmt.Errorf("it did not come in %v: %w", total, errdefs.ErrUnavailable))
 	defer cancel()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	var size int64
 	for _, i := range group {
 		ch := &c.m.Chunks[i]
@@ -59,10 +55,22 @@ func (c *chain) fetch(group []int) {
 		c.land(group, fmt.Errorf("too much is fetched at a time: %w", context.Cause(ctx)))
 		return
 	}
+	c.mu.Lock()
+	once := time.Since(c.down) < downTime
+	c.mu.Unlock()
+	stall := c.s.o.StallTime
+	if once {
+		stall /= downPart
+	}
+	alive := time.AfterFunc(stall, func() {
+		stop(fmt.Errorf("the registry sent nothing for %v: %w", stall, errdefs.ErrUnavailable))
+	})
+	defer alive.Stop()
+	progress := func() { alive.Reset(stall) }
 	wrong := 0
 	for try, delay := 0, firstDelay; ; try, delay = try+1, min(2*delay, lastDelay) {
 		var n int
-		n, err = c.attempt(ctx, group, wrong)
+		n, err = c.attempt(ctx, group, wrong, progress)
 		group = group[n:]
 		if len(group) == 0 {
 			c.mu.Lock()
@@ -113,7 +121,7 @@ func (c *chain) land(group []int, err error) {
 }
 
 // attempt fetches a group with one request. It returns how many chunks have come.
-func (c *chain) attempt(ctx context.Context, group []int, skip int) (came int, err error) {
+func (c *chain) attempt(ctx context.Context, group []int, skip int, progress func()) (came int, err error) {
 	first, last := &c.m.Chunks[group[0]], &c.m.Chunks[group[len(group)-1]]
 	c.mu.Lock()
 	repo := c.repo
@@ -124,7 +132,7 @@ func (c *chain) attempt(ctx context.Context, group []int, skip int) (came int, e
 		return 0, err
 	}
 	defer body.Close()
-	in := &counted{c: c, r: body}
+	in := &counted{c: c, r: body, progress: progress}
 	pos := first.Offset
 	for came < len(group) {
 		// All chunks of one gzip member.
@@ -219,18 +227,26 @@ func (c *chain) keep(i int, b []byte) {
 	} else {
 		c.bits.Set(i)
 		c.dirty = true
+		select {
+		case c.s.dirty <- struct{}{}:
+		default:
+		}
 	}
 	close(f.done)
 }
 
 // counted counts what comes.
 type counted struct {
-	c *chain
-	r io.Reader
+	c        *chain
+	r        io.Reader
+	progress func()
 }
 
 func (r *counted) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p)
+	if n > 0 {
+		r.progress()
+	}
 	r.c.mu.Lock()
 	r.c.stats.Fetched += int64(n)
 	r.c.mu.Unlock()

@@ -9,8 +9,8 @@
 //	control.go  the daemon's side
 //	drop.go     giving up privileges
 //
-// Every read ends in lazy.ReadTimeout, with EIO at the worst: nothing here waits
-// without a deadline. Where the kernel can (6.15), it ends the connection, so that all
+// Every read ends when nothing comes for lazy.StallTimeout, and in lazy.ReadTimeout at
+// the latest, with EIO at the worst: nothing here waits without a deadline. Where the kernel can (6.15), it ends the connection, so that all
 // readers get an error, if this program should not answer at all.
 //
 // Locks: Server.mu before chain.mu. Neither is held while something is fetched, read
@@ -42,14 +42,15 @@ const (
 	// memory is what the pieces may take that are fetched at a time, in bytes. One
 	// that is larger is fetched alone.
 	memory = 256 << 20
-	// flushEvery is how often what has come is brought to the disk and noted.
+	// flushEvery is how soon what has come is brought to the disk and noted.
 	flushEvery = 5 * time.Second
 )
 
 // Options are a Server's. The zero value is good.
 type Options struct {
-	// ReadTime is how long a read may take; default lazy.ReadTimeout.
-	ReadTime time.Duration
+	// ReadTime is how long a read may take; default lazy.ReadTimeout. StallTime is for
+	// how long nothing may come; default lazy.StallTimeout.
+	ReadTime, StallTime time.Duration
 }
 
 // Server shows chains' files.
@@ -60,6 +61,7 @@ type Server struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	memory *semaphore.Weighted
+	dirty  chan struct{} // something has come
 
 	mu    sync.Mutex
 	next  uint64 // node
@@ -70,9 +72,10 @@ type Server struct {
 // New makes a server of nothing yet.
 func New(log *slog.Logger, o Options) *Server {
 	o.ReadTime = cmp.Or(o.ReadTime, lazy.ReadTimeout)
+	o.StallTime = cmp.Or(o.StallTime, lazy.StallTimeout)
 	ctx, cancel := context.WithCancel(context.Background())
 	s := &Server{log: log, o: o, ctx: ctx, cancel: cancel, memory: semaphore.NewWeighted(memory),
-		next: rootNode + 1, names: map[string]*chain{}, nodes: map[uint64]*chain{}}
+		dirty: make(chan struct{}, 1), next: rootNode + 1, names: map[string]*chain{}, nodes: map[uint64]*chain{}}
 	s.wg.Add(1)
 	go s.flush()
 	return s
@@ -94,16 +97,19 @@ func (s *Server) Close() {
 	}
 }
 
-// flush brings what has come to the disk from time to time.
+// flush brings what has come to the disk, a while after it came.
 func (s *Server) flush() {
 	defer s.wg.Done()
-	tick := time.NewTicker(flushEvery)
-	defer tick.Stop()
 	for {
 		select {
 		case <-s.ctx.Done():
 			return
-		case <-tick.C:
+		case <-s.dirty:
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(flushEvery):
 		}
 		s.mu.Lock()
 		all := make([]*chain, 0, len(s.nodes))
