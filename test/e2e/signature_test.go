@@ -95,6 +95,10 @@ func TestOnlySignedImagesAreTaken(t *testing.T) {
 	if out := b.Must(t, "pull", ref); !strings.Contains(out, "Signed by release.pem") {
 		t.Errorf("pull: %s", out)
 	}
+	// The tags that its signatures have are no images.
+	if out := b.Must(t, "pull", "-a", reg.addr+"/prod/app"); strings.Contains(out, "sha256-") || b.Must(t, "images", "--format", "{{.Tag}}", reg.addr+"/prod/app") != "1" {
+		t.Errorf("pull -a: %s%s", out, b.Must(t, "images"))
+	}
 	if got := b.Must(t, "run", "--rm", ref, "echo", "ok"); got != "ok" {
 		t.Errorf("run: %q", got)
 	}

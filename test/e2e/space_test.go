@@ -89,6 +89,28 @@ func TestDiskUsageIsExact(t *testing.T) {
 	d.Busybox(t)
 	d.Must(t, "run", "--name", "c1", "-v", "data:/data", "busybox", "sh", "-c",
 		"head -c 3000000 /dev/urandom >/a; ln /a /b; truncate -s 100M /sparse; mkdir -p /d/e/f; head -c 2000000 /dev/urandom >/data/x; seq 10000")
+	type usage struct {
+		LayersSize int64
+		Images     []struct {
+			RepoTags         []string
+			Size, SharedSize int64
+		}
+		Containers []struct{ SizeRw int64 }
+		Volumes    []struct {
+			Name      string
+			UsageData struct{ Size int64 }
+		}
+	}
+	ask := func(path string, into any) {
+		t.Helper()
+		r := d.Sh(t, `curl -sf --unix-socket "${DOCKER_HOST#unix://}" "http://t$1"`, path)
+		if err := json.Unmarshal([]byte(r.Out), into); err != nil {
+			t.Fatalf("%s: %v: %s%s", path, err, r.Out, r.Err)
+		}
+	}
+	var before usage
+	ask("/v1.44/system/df", &before)
+	d.Must(t, "volume", "create", "empty")
 	d.Must(t, "commit", "c1", "child")
 	d.Must(t, "tag", "child", "other")
 	d.Must(t, "run", "-d", "--stop-signal", "KILL", "--name", "c2", "child", "sh", "-c", "head -c 1000000 /dev/urandom >/z; exec sleep 1000")
@@ -101,17 +123,10 @@ func TestDiskUsageIsExact(t *testing.T) {
 	in := func(parts ...string) string { return filepath.Join(append([]string{d.Root}, parts...)...) }
 	// Files get their last blocks, and logs their last lines, in the background.
 	eventually(t, "df and du agree", func() string {
-		var df struct {
-			LayersSize int64
-			Containers []struct{ SizeRw int64 }
-			Volumes    []struct{ UsageData struct{ Size int64 } }
-		}
+		var df usage
 		var own struct{ Images, Containers, Logs, Volumes, Total int64 }
 		for path, into := range map[string]any{"/v1.44/system/df": &df, "/tenon/v1/df": &own} {
-			r := d.Sh(t, `curl -sf --unix-socket "${DOCKER_HOST#unix://}" "http://t$1"`, path)
-			if err := json.Unmarshal([]byte(r.Out), into); err != nil {
-				t.Fatalf("%s: %v: %s%s", path, err, r.Out, r.Err)
-			}
+			ask(path, into)
 		}
 		var rw, vols int64
 		for _, c := range df.Containers {
@@ -119,6 +134,22 @@ func TestDiskUsageIsExact(t *testing.T) {
 		}
 		for _, v := range df.Volumes {
 			vols += v.UsageData.Size
+			if n := du(t, in("volumes", v.Name, "_data")); v.UsageData.Size != n {
+				return fmt.Sprintf("volume %s: %d, du says %d", v.Name, v.UsageData.Size, n)
+			}
+		}
+		// A row of an image says what its files hold, once, whatever the disk does with them.
+		if len(df.Images) != 2 || len(df.Volumes) != 2 {
+			t.Fatalf("images %+v, volumes %+v", df.Images, df.Volumes)
+		}
+		for _, i := range df.Images {
+			want := int64(0)
+			if len(i.RepoTags) == 2 {
+				want = 3000000 + 100<<20
+			}
+			if i.Size-i.SharedSize != want || i.SharedSize != before.Images[0].Size {
+				return fmt.Sprintf("rows of images: %+v, %+v before", df.Images, before.Images)
+			}
 		}
 		var uppers []string
 		for _, c := range []string{"c1", "c2"} {
@@ -143,7 +174,7 @@ func TestDiskUsageIsExact(t *testing.T) {
 			{"writable layers, as docker ps -s has them", rw, du(t, upperDirs...)},
 			{"writable layers", own.Containers, du(t, rootfs...)},
 			{"logs", own.Logs, du(t, in("containers")) - du(t, rootfs...) - ownBlocks(t, in("containers"))},
-			{"volumes, as docker system df has them", vols, du(t, in("volumes", "data", "_data"))},
+			{"volumes, as docker system df has them", vols, du(t, in("volumes", "data", "_data"), in("volumes", "empty", "_data"))},
 			{"volumes", own.Volumes, du(t, in("volumes"))},
 			{"all", own.Total, du(t, d.Root)},
 		} {
