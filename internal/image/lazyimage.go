@@ -145,8 +145,7 @@ func (s *Store) readLazy() error {
 		return fmt.Errorf("image store: %w", err)
 	}
 	for _, e := range ents {
-		c := &lazyChain{id: digest.NewDigestFromEncoded(digest.SHA256, e.Name())}
-		c.touch()
+		c := &lazyChain{id: digest.NewDigestFromEncoded(digest.SHA256, e.Name())} // nobody is about to open it
 		b, err := os.ReadFile(s.lazyPath(c.id, "source.json"))
 		if err == nil {
 			err = json.Unmarshal(b, &c.source)

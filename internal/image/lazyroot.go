@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/distribution/reference"
+	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -324,9 +325,7 @@ func (s *Store) complete1(ctx context.Context, img *Image) error {
 	defer cancel()
 	stop := context.AfterFunc(s.ctx, cancel)
 	defer stop()
-	c.mu.Lock()
-	from, auth := c.source.Repository, c.auth
-	c.mu.Unlock()
+	from, auth := s.lazySourceOf(img, c)
 	named, err := reference.ParseNormalizedNamed(from)
 	if err != nil {
 		return err
@@ -343,9 +342,33 @@ func (s *Store) complete1(ctx context.Context, img *Image) error {
 		return err
 	}
 	s.flushSoon()
-	s.gcSoon()
+	s.wg.Go(func() { // an operation keeps the store open
+		select {
+		case <-time.After(lazyGrace + time.Second):
+			s.gcSoon()
+		case <-s.ctx.Done():
+		}
+	})
 	s.log.Debug("lazy image completed", "image", img.Ref(), "took", time.Since(began))
 	return nil
+}
+
+// lazySourceOf is the repository that an image's layers are in, and the credentials that
+// are known for it. Another image may have made the chain's file, of the same layers
+// compressed in another way.
+func (s *Store) lazySourceOf(img *Image, c *lazyChain) (repository string, auth *registry.AuthConfig) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	same := len(c.source.Blobs) == len(img.LayerDescs)
+	for i := 0; same && i < len(img.LayerDescs); i++ {
+		same = c.source.Blobs[i].Digest == img.LayerDescs[i].Digest
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if rec := s.recs[img.Target.Digest]; !same && rec != nil && len(rec.Remotes) > 0 {
+		return rec.Remotes[len(rec.Remotes)-1], nil
+	}
+	return c.source.Repository, c.auth
 }
 
 // CompleteTarget is Complete by what a name stands for, for the default platform. Targets
@@ -384,13 +407,26 @@ func (s *Store) completeBlob(r *Repositories, repo string, d digest.Digest) erro
 	return nil
 }
 
+// superseded tells whether all that a lazy image stands for is here otherwise.
+func (s *Store) superseded(c *lazyChain) bool {
+	if !s.hasLayer(c.id) {
+		return false
+	}
+	for _, b := range c.source.Blobs {
+		if !s.hasBlob(b.Digest, b.Size) {
+			return false
+		}
+	}
+	return true
+}
+
 // collectLazy removes lazy images' files that no image needs, or not any more: its
 // layers are here. Who has one open goes on reading. The gate must be held alone.
 func (s *Store) collectLazy(chains map[digest.Digest]bool, trash func(path string)) {
 	s.lazy.mu.Lock()
 	var gone []*lazyChain
 	for id, c := range s.lazy.chains {
-		if !chains[id] || s.hasLayer(id) && time.Since(c.lastUse()) > lazyGrace {
+		if !chains[id] || s.superseded(c) && time.Since(c.lastUse()) > lazyGrace {
 			gone = append(gone, c)
 		}
 	}

@@ -387,6 +387,23 @@ func TestLazyRefusals(t *testing.T) {
 	}
 	d.says(t, "hello", "docker run --rm "+reg.ref())
 
+	// A build on one.
+	d.Must(t, "rmi", reg.ref())
+	d.Must(t, "pull", "-q", reg.ref())
+	if !d.isLazy(t, reg.ref()) {
+		t.Error("not lazy by the setting, the second time")
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM "+reg.ref()+"\nRUN echo built >/built\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := d.Sh(t, "tenon build -q -t built:1 "+dir); r.Code != 0 {
+		t.Fatalf("build on a lazy image: %s%s\n%s", r.Out, r.Err, d.Tail())
+	}
+	d.says(t, "built", "tenon run --rm built:1 cat /built")
+	d.says(t, "of app", "tenon run --rm built:1 cat /own")
+	d.Must(t, "rmi", "built:1")
+
 	// A daemon that dies while the tables of contents come leaves nothing.
 	d.Must(t, "rmi", reg.ref())
 	reached := reg.hang()
