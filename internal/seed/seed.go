@@ -97,22 +97,29 @@ func (d *Data) network() []byte {
 	return append(b, '\n')
 }
 
-// vendor is what Tenon itself asks for: the environment, for who logs in.
+// vendor is what Tenon itself asks for: the environment, for who logs in. It is a
+// script, which the first boot runs whatever user-data says; of two lists of files
+// to write cloud-init would take the user's alone.
 func (d *Data) vendor() []byte {
 	if len(d.Env) == 0 {
 		return []byte("#cloud-config\n{}\n")
 	}
 	var b strings.Builder
+	b.WriteString("#!/bin/sh\ncat >>/etc/environment <<'END'\n")
 	for _, e := range d.Env {
 		name, value, _ := strings.Cut(e, "=")
-		fmt.Fprintf(&b, "%s=%s\n", name, environment(value))
+		fmt.Fprintf(&b, "%s=%s\n", plain.Replace(name), environment(value))
 	}
-	return []byte("#cloud-config\nwrite_files:\n - path: /etc/environment\n   append: true\n   content: " + quote(b.String()) + "\n")
+	b.WriteString("END\n")
+	return []byte(b.String())
 }
+
+// plain makes a text one line.
+var plain = strings.NewReplacer("\n", " ", "\r", " ")
 
 // environment writes a value as pam_env reads it: whole lines, quotes around blanks.
 func environment(v string) string {
-	v = strings.NewReplacer("\n", " ", "\r", " ").Replace(v)
+	v = plain.Replace(v)
 	if strings.ContainsAny(v, " \t#'\"\\") {
 		return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(v) + `"`
 	}

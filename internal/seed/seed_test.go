@@ -45,7 +45,7 @@ func TestDisk(t *testing.T) {
 	if got := read("meta-data"); got != "instance-id: \"abc\"\nlocal-hostname: \"we\\\"b\"\n" {
 		t.Errorf("meta-data: %q", got)
 	}
-	if got := read("vendor-data"); !strings.Contains(got, `"A=1\nB=\"two words\"\n"`) {
+	if got := read("vendor-data"); got != "#!/bin/sh\ncat >>/etc/environment <<'END'\nA=1\nB=\"two words\"\nEND\n" {
 		t.Errorf("vendor-data: %q", got)
 	}
 	var n struct {
