@@ -17,7 +17,6 @@ import (
 	"tenon.dev/tenon/client"
 	"tenon.dev/tenon/client/imageapi"
 	"tenon.dev/tenon/internal/cli/buildopts"
-	"tenon.dev/tenon/internal/image/lineage"
 )
 
 func (a *app) rebuildCmd() *cobra.Command {
@@ -132,7 +131,7 @@ func (h rebuilding) place(s *imageapi.Step) error {
 		return nil
 	}
 	if h.revision && s.Do == imageapi.StepBuild && d.Revision != "" {
-		at, ok := lineage.AtRevision(d.Context, d.Revision)
+		at, ok := buildopts.AtRevision(d.Context, d.Revision)
 		if !ok {
 			return fmt.Errorf("its context %s can't be had at another commit", d.Context)
 		}
