@@ -194,18 +194,19 @@ func (d *Daemon) shimPid(t testing.TB) string {
 func TestExitsWhileTheDaemonIsAway(t *testing.T) {
 	d := NewDaemon(t)
 	d.Busybox(t)
-	script := "while ! test -f /x/go; do sleep 0.05; done; echo last words; exit 42"
+	word := fmt.Sprintf("go%d", os.Getpid()) // another run of this test has its own
+	script := "while ! test -f /x/" + word + "; do sleep 0.05; done; echo last words; exit 42"
 	dir := t.TempDir()
 	for _, args := range [][]string{{"--name", "plain"}, {"--name", "gone", "--rm"}, {"--name", "again", "--restart", "on-failure:1"}} {
 		d.Must(t, append(append([]string{"run", "-d", "-v", dir + ":/x"}, args...), "busybox", "sh", "-c", script)...)
 	}
 	d.Kill(t)
-	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, word), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	// Nobody but the shim sees them end.
 	eventually(t, "their end", func() string {
-		return strings.TrimSpace(d.Sh(t, "ps ax -o args | grep '[t]est -f /x/go'").Out)
+		return strings.TrimSpace(d.Sh(t, "ps ax -o args | grep '[t]est -f /x/"+word+"'").Out)
 	})
 	d.Start(t)
 	eventually(t, "exit code", func() string {

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -56,19 +57,20 @@ func TestMillionLogLines(t *testing.T) {
 func TestThousandPublishedPorts(t *testing.T) {
 	d := NewDaemon(t)
 	d.Busybox(t)
-	d.Must(t, "run", "-d", "--name", "many", "-p", "127.0.0.1:20000-20999:1000-1999", "busybox", "sh", "-c",
+	first := 10000 + os.Getpid()%20*1000 // another run of this test has its own; nobody is given these unasked
+	d.Must(t, "run", "-d", "--name", "many", "-p", fmt.Sprintf("127.0.0.1:%d-%d:1000-1999", first, first+999), "busybox", "sh", "-c",
 		"echo ok >/index.html; httpd -p 1000 -h /; httpd -f -p 1999 -h /")
-	for _, port := range []string{"20000", "20999"} {
-		r := d.Sh(t, "curl -sS --retry 20 --retry-delay 1 --retry-connrefused http://127.0.0.1:"+port+"/")
+	for _, port := range []int{first, first + 999} {
+		r := d.Sh(t, fmt.Sprintf("curl -sS --retry 20 --retry-delay 1 --retry-connrefused http://127.0.0.1:%d/", port))
 		if strings.TrimSpace(r.Out) != "ok" {
-			t.Errorf("port %s: %q %s", port, r.Out, r.Err)
+			t.Errorf("port %d: %q %s", port, r.Out, r.Err)
 		}
 	}
 	if n := len(strings.Split(d.Must(t, "port", "many"), "\n")); n != 1000 {
 		t.Errorf("docker port lists %d", n)
 	}
 	d.Must(t, "rm", "-f", "many")
-	d.Must(t, "run", "--rm", "-p", "127.0.0.1:20500:80", "busybox", "true")
+	d.Must(t, "run", "--rm", "-p", fmt.Sprintf("127.0.0.1:%d:80", first+500), "busybox", "true")
 }
 
 // Fifty containers, eight at a time, all run, and the engine's helpers don't
