@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"tenon.dev/tenon/internal/image/crypt"
+	"tenon.dev/tenon/internal/image/diskimage"
 )
 
 // EncryptOptions say how an image is encrypted when it is pushed.
@@ -93,6 +94,9 @@ func (e *encrypting) manifest(ctx context.Context, d ocispec.Descriptor) (ocispe
 	var m ocispec.Manifest
 	if err := json.Unmarshal(b, &m); err != nil {
 		return d, err
+	}
+	if m.Config.MediaType == diskimage.ConfigMediaType {
+		return d, fmt.Errorf("disk images can't be encrypted: %w", errdefs.ErrNotImplemented)
 	}
 	chosen, err := chosenLayers(e.o.Layers, len(m.Layers))
 	if err != nil {

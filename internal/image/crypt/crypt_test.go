@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
@@ -271,6 +272,24 @@ func TestHostileKeys(t *testing.T) {
 	d.Annotations[annotationJWE] = "AAAA," + d.Annotations[annotationJWE]
 	if _, err := opened(t, keys, blob, d); err != nil {
 		t.Errorf("a readable packet beside others: %v", err)
+	}
+}
+
+// Older programs write the encrypted content in parts.
+func TestContentInParts(t *testing.T) {
+	k := testKeys()
+	blob, d := sealed(t, []byte("plain"), nil, [][]byte{k.cert.Raw})
+	packet := must[[]byte](t)(base64.StdEncoding.DecodeString(d.Annotations[annotationPKCS7]))
+	e := must[*enveloped](t)(parseCMS(packet))
+	all := e.Content.Content.Bytes
+	parts := append(must[[]byte](t)(asn1.Marshal(all[:10])), must[[]byte](t)(asn1.Marshal(all[10:]))...)
+	e.Content.Content = asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: parts}
+	inner := must[[]byte](t)(asn1.Marshal(*e))
+	packet = must[[]byte](t)(asn1.Marshal(contentInfo{Type: oidEnveloped, Content: asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: inner}}))
+	d.Annotations[annotationPKCS7] = base64.StdEncoding.EncodeToString(packet)
+	keys := must[*Keys](t)(ParseKeys([][]byte{private8(t, k.rsa)}))
+	if got, err := opened(t, keys, blob, d); err != nil || string(got) != "plain" {
+		t.Errorf("%q %v", got, err)
 	}
 }
 
