@@ -115,7 +115,11 @@ func (s *Store) lazyClient(ctx context.Context, gone *lazy.Client) (*lazy.Client
 	s.lazy.mu.Lock()
 	s.lazy.client = client
 	s.lazy.mu.Unlock()
-	if err := s.detachDead(client.PID()); err != nil {
+	alive := client.PID()
+	if started {
+		alive = 0 // whatever is mounted is another's, even one's of the same number
+	}
+	if err := s.detachDead(alive); err != nil {
 		s.log.Warn("mounts of lazy images not removed", "err", err)
 	}
 	return client, nil

@@ -266,6 +266,7 @@ func (d *Daemon) lazyProgram(t *testing.T) int {
 
 // TestLazyImages: what is not read does not come; what needs all has it fetched.
 func TestLazyImages(t *testing.T) {
+	t.Parallel()
 	reg := newLazyRegistry(t, 48<<20)
 	d := startLazy(t, "")
 	ref := reg.ref()
@@ -354,6 +355,7 @@ func TestLazyImages(t *testing.T) {
 
 // TestLazyRefusals: an image that is not made for it is refused, or pulled whole.
 func TestLazyRefusals(t *testing.T) {
+	t.Parallel()
 	reg := newLazyRegistry(t, 4<<20)
 	d := startLazy(t, "lazy = 'auto'\n")
 	plain := maps.Clone(reg.blobs)
@@ -436,6 +438,7 @@ func TestLazyRefusals(t *testing.T) {
 
 // TestLazyCompletes: in the background, and then the registry is not needed any more.
 func TestLazyCompletes(t *testing.T) {
+	t.Parallel()
 	reg := newLazyRegistry(t, 4<<20)
 	config := filepath.Join(t.TempDir(), "tenond.toml")
 	if err := os.WriteFile(config, []byte("[images]\nlazy-complete = '100ms'\n"), 0o600); err != nil {
