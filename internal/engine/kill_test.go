@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -183,14 +184,24 @@ func TestRootDaemonKilledInStopAndRemove(t *testing.T) {
 
 func TestRootExitsWhileTheDaemonIsAway(t *testing.T) {
 	b := newBench(t)
-	b.detached("ended", nil, "sh", "-c", "sleep 0.3; echo last words; exit 9")
-	b.detached("again", func(_ *container.Config, h *container.HostConfig) { h.RestartPolicy.Name = "always" }, "sh", "-c", "sleep 0.3; exit 1")
-	b.detached("gone", func(_ *container.Config, h *container.HostConfig) { h.AutoRemove = true }, "sleep", "0.3")
+	dir := t.TempDir()
+	shared := func(h *container.HostConfig) { h.Binds = []string{dir + ":/x"} }
+	const told = "until test -e /x/go; do usleep 10000; done; "
+	b.detached("ended", func(_ *container.Config, h *container.HostConfig) { shared(h) }, "sh", "-c", told+"echo last words; exit 9")
+	b.detached("again", func(_ *container.Config, h *container.HostConfig) { shared(h); h.RestartPolicy.Name = "always" }, "sh", "-c", told+"exit 1")
+	b.detached("gone", func(_ *container.Config, h *container.HostConfig) { shared(h); h.AutoRemove = true }, "sh", "-c", told)
 	b.detached("live", nil, "sleep", "1000")
 	pid := b.inspect("live").State.Pid
+	pids := []int{b.inspect("ended").State.Pid, b.inspect("again").State.Pid, b.inspect("gone").State.Pid}
 	b.close()
-	time.Sleep(600 * time.Millisecond) // they end now, with nobody there
+	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pids { // they end now, with nobody there
+		awaitEnd(t, p)
+	}
 	b.open()
+	b.wait("ended", container.WaitConditionNotRunning)
 	if s := b.inspect("ended").State; s.Status != "exited" || s.ExitCode != 9 {
 		t.Errorf("ended: %+v", s)
 	}

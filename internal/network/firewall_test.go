@@ -64,7 +64,7 @@ func TestRootFlush(t *testing.T) {
 	wantAnswer(t, out, "tcp", host.String()+":8080", "web")
 	intact := func() {
 		t.Helper()
-		for deadline := time.Now().Add(10 * time.Second); !n.table.Intact(); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(soon); !n.table.Intact(); time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatal("not repaired")
 			}

@@ -140,7 +140,7 @@ func TestRootKill(t *testing.T) {
 	}
 	// Interfaces, namespaces and the table agree with it, once the background is done.
 	var ports, spaces int
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(soon); ; time.Sleep(10 * time.Millisecond) {
 		links, err := c.rtnl.Links()
 		if err != nil {
 			t.Fatal(err)

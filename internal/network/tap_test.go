@@ -114,7 +114,7 @@ func TestRootTap(t *testing.T) {
 	if err := n.Disconnect(t.Context(), vm.ContainerID); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(soon); ; time.Sleep(5 * time.Millisecond) {
 		if _, err := net.InterfaceByName(ep.HostInterface); err != nil {
 			break
 		}
