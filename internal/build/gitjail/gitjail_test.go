@@ -174,6 +174,26 @@ func TestEnds(t *testing.T) {
 	}
 }
 
+// It stops before the disk is full.
+func TestFullDisk(t *testing.T) {
+	j := newJail(t)
+	if err := syscall.Mount("tmpfs", j.work, "tmpfs", 0, "size=300m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(j.work, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if out, err := j.run("init", "-q"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	began := time.Now()
+	if out, err := j.shell("head -c 100000000 /dev/zero >f; sleep 50"); err == nil || !strings.Contains(out, "the disk is full") || time.Since(began) > 40*time.Second {
+		t.Errorf("%v after %s: %s", err, time.Since(began), out)
+	}
+}
+
 // The client's agent is reached, by nobody as well, and no other socket.
 func TestAgent(t *testing.T) {
 	j := newJail(t)
