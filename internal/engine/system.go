@@ -2,11 +2,12 @@ package engine
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
@@ -164,6 +165,11 @@ func (e *Engine) prepareSystem(ctx context.Context, c *ctr, rn *run, u *undo) (_
 		return nil, nil, err
 	}
 	q.Plumbing = network.PlumbVM
+	for i, ep := range q.Endpoints {
+		if len(ep.MAC) == 0 {
+			q.Endpoints[i].MAC = systemMAC(r.ID, ep.Network)
+		}
+	}
 	p := &prepared{held: func() {}}
 	u.add("network", func(ctx context.Context) error {
 		c.setNetwork(nil)
@@ -297,16 +303,29 @@ func systemNIC(r *container.Record, p network.Plug, dns network.Resolver) sandbo
 	return n
 }
 
-// seedNIC is what the seed says of it.
+// seedNIC is what the seed says of it. The systems that read it do so at their first
+// boot: what may be another the next time, the address, comes by DHCP.
 func seedNIC(p network.Plug, dns network.Resolver) seed.NIC {
-	n := seed.NIC{MAC: p.MAC.String(), MTU: p.MTU, DNS: dns.Nameservers, Search: dns.Search}
-	for _, a := range append([]netip.Prefix{p.IPv4, p.IPv6}, p.LinkLocal...) {
+	n := seed.NIC{MAC: p.MAC.String(), MTU: p.MTU, DHCP: p.IPv4.IsValid()}
+	for _, a := range append([]netip.Prefix{p.IPv6}, p.LinkLocal...) {
 		if a.IsValid() {
 			n.Addresses = append(n.Addresses, a)
 		}
 	}
-	n.Gateways = slices.DeleteFunc([]netip.Addr{p.Default4, p.Default6}, func(a netip.Addr) bool { return !a.IsValid() })
+	if p.Default6.IsValid() {
+		n.Gateways = append(n.Gateways, p.Default6)
+	}
+	if !n.DHCP {
+		n.DNS, n.Search = dns.Nameservers, dns.Search
+	}
 	return n
+}
+
+// systemMAC is the hardware address of a system's interface on a network, the same at
+// each start, by which it knows it again.
+func systemMAC(id, network string) net.HardwareAddr {
+	h := sha256.Sum256([]byte(id + " " + network))
+	return append(net.HardwareAddr{0x02}, h[:5]...)
 }
 
 // systemTask is what tenon-vmm is asked for.

@@ -15,6 +15,7 @@ import (
 // NIC is a network interface of the machine.
 type NIC struct {
 	MAC       string
+	DHCP      bool // IPv4's address, router and name servers come by it
 	Addresses []netip.Prefix
 	Gateways  []netip.Addr
 	DNS       []netip.Addr
@@ -74,7 +75,7 @@ func (d *Data) network() []byte {
 	}
 	all := map[string]ethernet{}
 	for i, n := range d.NICs {
-		e := ethernet{Match: match{n.MAC}, MTU: n.MTU, DHCP4: len(n.Addresses) == 0}
+		e := ethernet{Match: match{n.MAC}, MTU: n.MTU, DHCP4: n.DHCP}
 		for _, a := range n.Addresses {
 			e.Addresses = append(e.Addresses, a.String())
 		}

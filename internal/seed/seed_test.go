@@ -15,7 +15,7 @@ import (
 // TestDisk has blkid look at a disk, and reads what is on it.
 func TestDisk(t *testing.T) {
 	d := Data{Instance: "abc", Hostname: `we"b`, User: strings.Repeat("#cloud-config\n", 500), Env: []string{"A=1", "B=two words"}, NICs: []NIC{{
-		MAC: "02:42:ac:11:00:02", Addresses: []netip.Prefix{netip.MustParsePrefix("172.17.0.2/16")}, Gateways: []netip.Addr{netip.MustParseAddr("172.17.0.1")},
+		MAC: "02:42:ac:11:00:02", DHCP: true, Addresses: []netip.Prefix{netip.MustParsePrefix("fd00::2/64")}, Gateways: []netip.Addr{netip.MustParseAddr("fd00::1")},
 		DNS: []netip.Addr{netip.MustParseAddr("172.17.0.1")}, MTU: 1500,
 	}}}
 	b := d.Disk()
@@ -50,9 +50,12 @@ func TestDisk(t *testing.T) {
 	}
 	var n struct {
 		Version   int
-		Ethernets map[string]struct{ Addresses []string }
+		Ethernets map[string]struct {
+			DHCP4     bool
+			Addresses []string
+		}
 	}
-	if err := json.Unmarshal([]byte(read("network-config")), &n); err != nil || n.Version != 2 || n.Ethernets["eth0"].Addresses[0] != "172.17.0.2/16" {
+	if err := json.Unmarshal([]byte(read("network-config")), &n); err != nil || n.Version != 2 || n.Ethernets["eth0"].Addresses[0] != "fd00::2/64" || !n.Ethernets["eth0"].DHCP4 {
 		t.Errorf("network-config: %v, %+v", err, n)
 	}
 }
