@@ -54,6 +54,11 @@ func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ct
 	if err := e.cfg.Images.Authorize(ctx, img); err != nil {
 		return nil, res, err
 	}
+	if img.Encrypted() { // its layers are unpacked while there is a key
+		if _, err := e.cfg.Images.Layers(ctx, img); err != nil {
+			return nil, res, err
+		}
+	}
 	r, warnings, err := e.newRecord(ctx, o, img)
 	if err != nil {
 		return nil, res, err

@@ -121,6 +121,10 @@ func TestEncryptedImages(t *testing.T) {
 	if out := d.Must(t, "ps", "-aq"); out != "" {
 		t.Errorf("containers are here after refusals: %s", out)
 	}
+	// A container that was made with the key starts without, and again.
+	if got := sh(d, "docker image rm "+ref+" >/dev/null; tenon create --name kept"+with+ref+" cat /secret >/dev/null; docker start -a kept; docker start -a kept; docker rm kept >/dev/null"); got != "hidden\nhidden" {
+		t.Errorf("a container that was created with the key: %q", got)
+	}
 	// What is pushed of it is as it came.
 	sh(d, "docker tag "+ref+" "+reg.addr+"/e/copy:1 && docker push "+reg.addr+"/e/copy:1")
 	if got := sealedLayers(t, reg.addr, "e/copy"); !slices.Equal(got, []bool{true, true}) {
