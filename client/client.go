@@ -387,14 +387,23 @@ func (c *Client) exchange(cn *conn, r Request, upgrade, keys string) (*http.Resp
 		req.Close = true
 	}
 	var werr error
+	broken := make(chan error, 1)
 	if _, streamed := r.Body.(io.Reader); r.sent {
 		// Only the answer is missing.
 	} else if streamed {
 		// The server may answer while it still reads (progress of a load),
 		// or refuse before it has read everything: both ways at once. The
 		// goroutine ends with the body or, at the latest, with its next
-		// write after the connection is closed.
-		go writeRequest(cn, req)
+		// write after the connection is closed. A body that can't be read
+		// must not look like one that ends: the connection goes with it.
+		src := &source{ReadCloser: req.Body}
+		req.Body = src
+		go func() {
+			if err := writeRequest(cn, req); err != nil && src.err != nil {
+				broken <- src.err
+				_ = cn.Close() // the reader of the answer meets its end
+			}
+		}()
 	} else {
 		werr = writeRequest(cn, req)
 	}
@@ -403,6 +412,11 @@ func (c *Client) exchange(cn *conn, r Request, upgrade, keys string) (*http.Resp
 		resp, err = http.ReadResponse(cn.br, req)
 	}
 	if err != nil {
+		select {
+		case err := <-broken:
+			return nil, err
+		default:
+		}
 		if werr != nil && !errors.Is(werr, syscall.EPIPE) {
 			err = werr
 		}
@@ -415,6 +429,20 @@ func (c *Client) exchange(cn *conn, r Request, upgrade, keys string) (*http.Resp
 		return nil, readError(resp)
 	}
 	return resp, nil
+}
+
+// source remembers why a body could not be read to its end.
+type source struct {
+	io.ReadCloser
+	err error
+}
+
+func (s *source) Read(p []byte) (int, error) {
+	n, err := s.ReadCloser.Read(p)
+	if err != nil && err != io.EOF {
+		s.err = err
+	}
+	return n, err
 }
 
 // writeRequest sends req in as few writes as possible.

@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/iotest"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -175,5 +177,29 @@ func TestTCPAndTLS(t *testing.T) {
 		if (err == nil) != x.ok || x.ok && out.TLS != x.tls {
 			t.Errorf("%s: got %+v, %v", x.url, out, err)
 		}
+	}
+}
+
+// A body that can't be read to its end ends the request, and is not taken for a whole one.
+func TestBrokenBody(t *testing.T) {
+	whole := make(chan error, 1)
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		_, err := io.Copy(io.Discard, r.Body)
+		whole <- err
+	})
+	broken := errors.New("broken")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	_, err := c.Do(ctx, Request{Method: "POST", Path: "/x", Body: io.MultiReader(strings.NewReader("begin"), iotest.ErrReader(broken))})
+	if !errors.Is(err, broken) {
+		t.Errorf("%v", err)
+	}
+	select {
+	case err := <-whole:
+		if err == nil {
+			t.Error("the server took a part for the whole")
+		}
+	case <-ctx.Done():
+		t.Error("the server still reads")
 	}
 }
