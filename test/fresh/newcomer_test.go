@@ -19,7 +19,7 @@ import (
 
 // session is what TestNewcomer does, in namespaces of its own (mounts, processes,
 // network), where the state's directories are empty and the engine's name is another.
-// Without a network there is no guest kernel to be had: `make run` says so and goes on.
+// Without a network and /boot there is no guest kernel to be had: `make run` says so and goes on.
 const session = `set -eu
 dir=$1 name=$2
 mount --make-rprivate /
@@ -34,7 +34,9 @@ mkdir "$dir/lib/dpkg"
 mount --bind /var/lib/dpkg "$dir/lib/dpkg"
 mount --rbind "$dir/lib" /var/lib
 mount --bind "$dir/log" /var/log
+! [ -d /boot ] || mount -t tmpfs tmpfs /boot
 mount -t tmpfs tmpfs /run
+rm -rf /run/mount # of mount(8)
 ip link set lo up
 cd "$dir/tenon"
 unset DOCKER_HOST TENON_HOST
@@ -182,8 +184,8 @@ func TestNewcomer(t *testing.T) {
 	if err := pty.Setsize(f, &pty.Winsize{Rows: 20, Cols: 60}); err != nil {
 		t.Fatal(err)
 	}
-	tt.send("until stty size | grep '20 60'; do usleep 10000; done; sleep 1000\n")
-	tt.expect(`\n20 60\r\n`, time.Minute)
+	tt.send("until stty size | grep '20 60'; do usleep 10000; done; sh -c 'echo as\"\"leep; exec sleep 1000'\n")
+	tt.expect(`\n20 60\r\nasleep\r\n`, time.Minute)
 	tt.send("\x03") // ends the sleep, neither the shell nor make
 	tt.expect(`/ # `, time.Minute)
 	tt.send("exit 3\n")                    // of the last command's, as a user's shell often ends
