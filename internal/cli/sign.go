@@ -39,10 +39,11 @@ func (a *app) signCmd() *cobra.Command {
 			"that IMAGE names, and the name of its repository; of an image for several platforms the\n" +
 			"index and the manifest of this platform. The key stays with this program.\n\n" +
 			"KEYFILE is a private key in PEM form without a passphrase: ECDSA (P-256, P-384), Ed25519\n" +
-			"or RSA.",
-		Example: "openssl genpkey -algorithm ed25519 -out release.key\nopenssl pkey -in release.key -pubout -out release.pem\n" +
-			"tenon push registry.lan/prod/app:1\ntenon image sign release.key registry.lan/prod/app:1",
-		Args: exactArgs(2),
+			"or RSA. To make a pair:\n" +
+			"  openssl genpkey -algorithm ed25519 -out release.key\n" +
+			"  openssl pkey -in release.key -pubout -out release.pem",
+		Example: "tenon push registry.lan/prod/app:1\ntenon image sign release.key registry.lan/prod/app:1",
+		Args:    exactArgs(2),
 		RunE: a.do(func(ctx context.Context, c *client.Client, args []string) error {
 			b, err := readKeyFile(args[0])
 			if err != nil {
