@@ -162,6 +162,8 @@ func TestNewcomer(t *testing.T) {
 		if cmd.ProcessState == nil {
 			_ = cmd.Process.Signal(syscall.SIGKILL) // and with it all of its namespace
 			_ = cmd.Wait()
+			// Only control groups outlive the namespaces.
+			_ = exec.Command("sh", "-c", "find /sys/fs/cgroup -depth -maxdepth 4 -type d -path '*/"+name+"*' -exec rmdir {} +").Run()
 		}
 		f.Close()
 		<-done
