@@ -263,6 +263,11 @@ func (e *Engine) Update(ctx context.Context, ref string, u mobycontainer.UpdateC
 	if r.Facts.Removing || r.Facts.Dead {
 		return nil, conflict("Cannot update container %s: container is marked for removal and cannot be \"update\"", c.id)
 	}
+	if isSystem(r) {
+		if err := checkSystemUpdate(&u.Resources); err != nil {
+			return nil, err
+		}
+	}
 	h, err := mergeUpdate(r.HostConfig, u)
 	if err == nil {
 		err = e.checkCPUs(&h.Resources, e.factsOf(r.Isolation))

@@ -52,6 +52,9 @@ func (e *Engine) stop(ctx context.Context, c *ctr, o StopOptions) error {
 	if err != nil {
 		return err
 	}
+	if o.Signal != "" && isSystem(r) && !knownToSystem(sig) { // it is not to lose power for that
+		return invalid("signal %d means nothing to a machine with its own operating system; TERM presses its power button", sig)
+	}
 	rn, err := c.current(ctx)
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	mobycontainer "github.com/moby/moby/api/types/container"
@@ -66,6 +67,51 @@ func checkSystem(cfg *mobycontainer.Config, h *mobycontainer.HostConfig) error {
 	if h == nil {
 		h = &mobycontainer.HostConfig{}
 	}
+	if what := unfitForSystem(cfg, h); what != "" {
+		return systemRefuses(what)
+	}
+	if err := checkSystemMemory(h.Memory); err != nil {
+		return err
+	}
+	if n := len(h.Annotations[UserDataAnnotation]); n > maxUserData {
+		return invalid("user-data of %d bytes: at most %d; nothing was started", n, maxUserData)
+	}
+	if sig, err := spec.Signal(cfg.StopSignal); err == nil && !knownToSystem(sig) {
+		return systemRefuses("--stop-signal " + cfg.StopSignal)
+	}
+	return nil
+}
+
+// checkSystemUpdate refuses limits that a system can't have. Nothing is changed.
+func checkSystemUpdate(u *mobycontainer.Resources) error {
+	if what := unfitForSystem(&mobycontainer.Config{}, &mobycontainer.HostConfig{Resources: *u}); what != "" {
+		return errdefs.ErrNotImplemented.WithMessage(what + " can't be had of a machine with its own operating system; nothing was changed")
+	}
+	return checkSystemMemory(u.Memory)
+}
+
+// checkSystemMemory refuses less memory than a system boots with; 0 is the default.
+func checkSystemMemory(bytes int64) error {
+	if bytes != 0 && bytes < minSystemMemory {
+		return invalid("--memory of %d bytes: a machine with its own operating system has at least %d MiB; nothing was started or changed", bytes, int64(minSystemMemory)>>20)
+	}
+	return nil
+}
+
+// knownToSystem says whether a signal means something to a system: its power button,
+// or its end.
+func knownToSystem(sig syscall.Signal) bool {
+	const rtminHalt, rtminPoweroff = 37, 38 // what stops systemd in a container
+	switch sig {
+	case syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGPWR, rtminHalt, rtminPoweroff, syscall.SIGKILL:
+		return true
+	}
+	return false
+}
+
+// unfitForSystem names the first that was asked for and a system can't have; empty:
+// there is nothing.
+func unfitForSystem(cfg *mobycontainer.Config, h *mobycontainer.HostConfig) string {
 	on := func(n int) bool { return n > 0 }
 	yes := func(b *bool) bool { return b != nil && *b }
 	res := &h.Resources
@@ -105,19 +151,14 @@ func checkSystem(cfg *mobycontainer.Config, h *mobycontainer.HostConfig) error {
 		{res.CpusetCpus != "" || res.CpusetMems != "", "--cpuset-cpus and --cpuset-mems"},
 		{res.BlkioWeight != 0 || on(len(res.BlkioWeightDevice)) || throttled(res), "limits of block devices"},
 		{res.MemoryReservation != 0, "--memory-reservation"},
+		{res.CPUShares != 0, "--cpu-shares"},
 		{res.CPURealtimePeriod != 0 || res.CPURealtimeRuntime != 0, "--cpu-rt-period and --cpu-rt-runtime"},
 	} {
 		if x.asked {
-			return systemRefuses(x.what)
+			return x.what
 		}
 	}
-	switch {
-	case h.Memory != 0 && h.Memory < minSystemMemory:
-		return invalid("--memory of %d bytes: a machine with its own operating system has at least %d MiB; nothing was started", h.Memory, int64(minSystemMemory)>>20)
-	case len(h.Annotations[UserDataAnnotation]) > maxUserData:
-		return invalid("user-data of %d bytes: at most %d; nothing was started", len(h.Annotations[UserDataAnnotation]), maxUserData)
-	}
-	return nil
+	return ""
 }
 
 // completeSystem finishes the record of one: what spec.Validate and the checks of a
@@ -270,8 +311,9 @@ func (e *Engine) systemRequest(ctx context.Context, r *container.Record, ns *net
 	if memory == 0 {
 		memory = systemMemory
 	}
+	cpus := min(cpusFor(&r.HostConfig.Resources), e.factsOf(r.Isolation).CPUs) // a quota can be of any number
 	return sandbox.MachineRequest{
-		ID: machineID(r.ID), Hostname: r.Config.Hostname, Memory: (memory + mebibyte - 1) &^ (mebibyte - 1), CPUs: max(1, cpusFor(&r.HostConfig.Resources)), System: s,
+		ID: machineID(r.ID), Hostname: r.Config.Hostname, Memory: (memory + mebibyte - 1) &^ (mebibyte - 1), CPUs: max(1, cpus), System: s,
 	}, release, nil
 }
 
