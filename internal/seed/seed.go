@@ -118,11 +118,13 @@ func (d *Data) vendor() []byte {
 // plain makes a text one line.
 var plain = strings.NewReplacer("\n", " ", "\r", " ")
 
-// environment writes a value as pam_env reads it: whole lines, quotes around blanks.
+// environment writes a value as pam_env reads it: whole lines, of which it takes quotes
+// at both ends away and nothing else, so that there is nothing to escape. A value with a
+// '#' ends there: what follows is a comment even within quotes.
 func environment(v string) string {
 	v = plain.Replace(v)
-	if strings.ContainsAny(v, " \t#'\"\\") {
-		return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(v) + `"`
+	if strings.ContainsAny(v, " \t'\"\\") {
+		return `"` + v + `"`
 	}
 	return v
 }

@@ -14,7 +14,7 @@ import (
 
 // TestDisk has blkid look at a disk, and reads what is on it.
 func TestDisk(t *testing.T) {
-	d := Data{Instance: "abc", Hostname: `we"b`, User: strings.Repeat("#cloud-config\n", 500), Env: []string{"A=1", "B=two words"}, NICs: []NIC{{
+	d := Data{Instance: "abc", Hostname: `we"b`, User: strings.Repeat("#cloud-config\n", 500), Env: []string{"A=1", "B=two words", `C=say "x" \`, "D=a\nEND", "END"}, NICs: []NIC{{
 		MAC: "02:42:ac:11:00:02", DHCP: true, Addresses: []netip.Prefix{netip.MustParsePrefix("fd00::2/64")}, Gateways: []netip.Addr{netip.MustParseAddr("fd00::1")},
 		DNS: []netip.Addr{netip.MustParseAddr("172.17.0.1")}, MTU: 1500,
 	}}}
@@ -45,7 +45,7 @@ func TestDisk(t *testing.T) {
 	if got := read("meta-data"); got != "instance-id: \"abc\"\nlocal-hostname: \"we\\\"b\"\n" {
 		t.Errorf("meta-data: %q", got)
 	}
-	if got := read("vendor-data"); got != "#!/bin/sh\ncat >>/etc/environment <<'END'\nA=1\nB=\"two words\"\nEND\n" {
+	if got := read("vendor-data"); got != "#!/bin/sh\ncat >>/etc/environment <<'END'\nA=1\nB=\"two words\"\nC=\"say \"x\" \\\"\nD=\"a END\"\nEND=\nEND\n" {
 		t.Errorf("vendor-data: %q", got)
 	}
 	var n struct {
