@@ -47,11 +47,9 @@ func parse(args, env []string, cwd, temp, notes string) (*call, error) {
 			return nil, fmt.Errorf("%s is no absolute path", d)
 		}
 	}
-	for _, a := range rest {
-		p := strings.TrimPrefix(a, fileScheme)
-		if filepath.IsAbs(p) && filepath.Clean(p) == p && within(p, temp) {
-			c.from = append(c.from, p) // a bundle that BuildKit has made
-		}
+	p := strings.TrimPrefix(repository(rest), fileScheme)
+	if filepath.IsAbs(p) && filepath.Clean(p) == p && p != temp && within(p, temp) {
+		c.from = append(c.from, p) // a bundle that BuildKit has made
 	}
 	if err := c.remember(rest, notes); err != nil {
 		return nil, err
@@ -68,6 +66,20 @@ func parse(args, env []string, cwd, temp, notes string) (*call, error) {
 		}
 	}
 	return c, nil
+}
+
+// repository is the argument that names what is read, "" if none does. Those behind it
+// are names of commits, which are whatever a build says.
+func repository(rest []string) string {
+	if len(rest) == 0 || rest[0] != "fetch" && rest[0] != "ls-remote" {
+		return ""
+	}
+	for _, a := range rest[1:] {
+		if !strings.HasPrefix(a, "-") {
+			return a
+		}
+	}
+	return ""
 }
 
 // remember notes which repository on this host a new one fetches from: that is said

@@ -245,6 +245,14 @@ func TestCalls(t *testing.T) {
 	if c := parsed("--git-dir", bare, "fetch", "file:///etc", "/etc", "/t/../etc"); len(c.from) != 0 {
 		t.Errorf("files of the host: %v", c.from)
 	}
+	for _, ref := range []string{"/t", "/t/other", "file:///t/other"} { // a build says what the commit is called
+		for _, args := range [][]string{{"ls-remote", "--", "https://example.invalid/x", ref, ref + "^{}"}, {"fetch", "--depth=1", "--no-tags", "origin", "--force", "--", ref + ":tags/" + ref},
+			{"fetch", "--tags", "origin", ref}, {"cat-file", "-e", "--", ref}, {"checkout", ref, "--", "."}, {"fetch", "/t"}} {
+			if c := parsed(append([]string{"--git-dir", bare}, args...)...); len(c.from) != 0 {
+				t.Errorf("%v: %v", args, c.from)
+			}
+		}
+	}
 	parsed("--work-tree", co, "--git-dir", co+"/.git", "remote", "add", "origin", "file://"+bare)
 	if c := parsed("--work-tree", co, "--git-dir", co+"/.git", "fetch", "origin"); strings.Join(c.from, " ") != bare || strings.Join(c.owned(), " ") != co {
 		t.Errorf("a copy of a repository: %+v", c)
