@@ -20,6 +20,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/lazy"
@@ -29,10 +30,11 @@ import (
 // A lazy image is here without its layers: manifest and config are blobs as ever, and
 // in place of blobs and directories of its layers there is
 //
-//	<root>/lazy/<chain ID>/erofs        its files (package lazy); holes where nothing came yet
-//	<root>/lazy/<chain ID>/map          where the contents are, and which are here
-//	<root>/lazy/<chain ID>/source.json  lazySource
+//	<root>/lazy/<ID>/erofs        its files (package lazy); holes where nothing came yet
+//	<root>/lazy/<ID>/map          where the contents are, and which are here
+//	<root>/lazy/<ID>/source.json  lazySource
 //
+// with the ID of lazyID,
 // which comes as a whole, by a rename, before the image's record. The program that
 // fetches, tenon-lazy, runs as long as there is such an image; it is started when the
 // first one is used. Containers get the file as their root's lower layer or disk (Root,
@@ -101,21 +103,38 @@ func (s *Store) shownLabels(ctx context.Context, img *Image) map[string]string {
 
 // lazySource is where a lazy image's contents come from.
 type lazySource struct {
-	Repository string      `json:"repository"` // canonical
-	Blobs      []lazy.Blob `json:"blobs"`      // lowest layer first
-	Total      int64       `json:"total"`      // bytes of files
+	Chain      digest.Digest `json:"chain"`      // ID of the layers' chain
+	Repository string        `json:"repository"` // canonical
+	Blobs      []lazy.Blob   `json:"blobs"`      // lowest layer first
+	Total      int64         `json:"total"`      // bytes of files
+}
+
+// lazyID names the files of a lazy image: by its chain, and by the layers' blobs and
+// tables of contents. The chain would not do: that the contents are the chain's is
+// found out only when all of them are here, so an image could name the chain of another
+// one, which would then be shown the files of the first.
+func lazyID(chain digest.Digest, layers []ocispec.Descriptor) digest.Digest {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q\n", chain)
+	for _, d := range layers {
+		fmt.Fprintf(h, "%q %d %q\n", d.Digest, d.Size, lazy.Table(d))
+	}
+	return digest.NewDigest(digest.SHA256, h)
 }
 
 // lazyChain is what is known of a lazy image's files.
 type lazyChain struct {
-	id     digest.Digest
+	id     digest.Digest // of lazyID
 	source lazySource
 	auth   *registry.AuthConfig // of the last pull; not on the disk
 	asked  bool                 // the completion has been asked for
 	mu     sync.Mutex           // held while it is served
-	pid    int                  // of the program that it was added to
+	pid    int                  // of the program that it was added to; 0: not known, renew: not yet
 	used   atomic.Int64         // when it was last, in nanoseconds since 1970
 }
+
+// renew, for a lazyChain's pid, has the program told anew how the contents are reached.
+const renew = -1
 
 func (c *lazyChain) touch()             { c.used.Store(time.Now().UnixNano()) }
 func (c *lazyChain) lastUse() time.Time { return time.Unix(0, c.used.Load()) }
@@ -130,8 +149,8 @@ type lazyImages struct {
 
 func (s *Store) lazyDir() string { return filepath.Join(s.cfg.Root, "lazy") }
 
-func (s *Store) lazyPath(chain digest.Digest, name string) string {
-	return filepath.Join(s.lazyDir(), chain.Encoded(), name)
+func (s *Store) lazyPath(id digest.Digest, name string) string {
+	return filepath.Join(s.lazyDir(), id.Encoded(), name)
 }
 
 // readLazy finds the lazy images that an earlier process left.
@@ -150,7 +169,10 @@ func (s *Store) readLazy() error {
 		if err == nil {
 			err = json.Unmarshal(b, &c.source)
 		}
-		if err != nil || c.id.Validate() != nil {
+		if err == nil {
+			err = errors.Join(c.id.Validate(), c.source.Chain.Validate())
+		}
+		if err != nil {
 			s.log.Warn("lazy image unreadable: it is pulled anew when it is needed", "path", e.Name(), "err", err)
 			s.discard(filepath.Join(s.lazyDir(), e.Name()))
 			continue
@@ -160,15 +182,23 @@ func (s *Store) readLazy() error {
 	return nil
 }
 
-// lazyOf is the lazy image that ends in the chain, nil if there is none or if its layers
-// are all here.
-func (s *Store) lazyOf(img *Image) *lazyChain {
-	if img.ChainID == "" {
+// lazyFor is the lazy image of these layers, nil if there is none.
+func (s *Store) lazyFor(chain digest.Digest, layers []ocispec.Descriptor) *lazyChain {
+	s.lazy.mu.Lock()
+	n := len(s.lazy.chains)
+	s.lazy.mu.Unlock()
+	if n == 0 || chain == "" {
 		return nil
 	}
+	id := lazyID(chain, layers)
 	s.lazy.mu.Lock()
-	c := s.lazy.chains[img.ChainID]
-	s.lazy.mu.Unlock()
+	defer s.lazy.mu.Unlock()
+	return s.lazy.chains[id]
+}
+
+// lazyOf is the lazy image's, nil if it is none or if its layers are all here.
+func (s *Store) lazyOf(img *Image) *lazyChain {
+	c := s.lazyFor(img.ChainID, img.LayerDescs)
 	if c == nil || s.whole(img) {
 		return nil
 	}
@@ -210,10 +240,10 @@ func (s *Store) Lazy(ctx context.Context, img *Image) (LazyState, bool) {
 	return out, true
 }
 
-// lazySize is what the chain's lazy files take on the disk; 0 if there are none.
-func (s *Store) lazySize(chain digest.Digest) (n int64) {
+// lazySize is what the lazy files take on the disk; 0 if there are none.
+func (s *Store) lazySize(id digest.Digest) (n int64) {
 	for _, name := range []string{"", "erofs", "map", "source.json"} {
-		m, _ := ownBlocks(s.lazyPath(chain, name)) // they may have gone
+		m, _ := ownBlocks(s.lazyPath(id, name)) // they may have gone
 		n += m
 	}
 	return n
@@ -274,7 +304,8 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 	if s.cfg.Lazy.RunDir == "" {
 		return false, fmt.Errorf("lazy images are not served here: %w", errdefs.ErrFailedPrecondition)
 	}
-	unlock, err := s.locks.lock(ctx, "lazy "+img.ChainID.String())
+	id := lazyID(img.ChainID, img.LayerDescs)
+	unlock, err := s.locks.lock(ctx, "lazy "+id.String())
 	if err != nil {
 		return false, err
 	}
@@ -283,21 +314,17 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 	if err != nil {
 		return false, err
 	}
-	src := lazySource{Repository: named.Name()}
+	src := lazySource{Chain: img.ChainID, Repository: named.Name()}
 	for _, d := range img.LayerDescs {
 		src.Blobs = append(src.Blobs, lazy.Blob{Digest: d.Digest, Size: d.Size})
 	}
-	s.lazy.mu.Lock()
-	c := s.lazy.chains[img.ChainID]
-	s.lazy.mu.Unlock()
-	if c != nil { // it may be reached in another way now
-		if sameBlobs(c.source.Blobs, src.Blobs) {
-			c.mu.Lock()
-			c.source.Repository, c.auth, c.pid = src.Repository, auth, 0
-			c.mu.Unlock()
-			if err := writeSource(s.lazyPath(c.id, ""), c.source); err != nil {
-				return false, err
-			}
+	if c := s.lazyFor(img.ChainID, img.LayerDescs); c != nil { // it may be reached in another way now
+		c.mu.Lock()
+		c.source.Repository, c.auth, c.pid = src.Repository, auth, renew
+		src = c.source
+		c.mu.Unlock()
+		if err := writeSource(s.lazyPath(c.id, ""), src); err != nil {
+			return false, err
 		}
 		_, err := s.serveLazy(ctx, c)
 		p.progress.say(Progress{ID: shortDigest(img.ChainID), Status: "Already exists"})
@@ -309,7 +336,7 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 		return false, err
 	}
 	defer s.discard(tmp)
-	info, err := s.index(ctx, tmp, img, access)
+	info, err := s.index(ctx, tmp, id, img, access)
 	if err != nil {
 		return false, err
 	}
@@ -317,10 +344,10 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 	if err := writeSource(tmp, src); err != nil {
 		return false, err
 	}
-	if err := os.Rename(tmp, s.lazyPath(img.ChainID, "")); err != nil {
+	if err := os.Rename(tmp, s.lazyPath(id, "")); err != nil {
 		return false, err
 	}
-	c = &lazyChain{id: img.ChainID, source: src, auth: auth}
+	c := &lazyChain{id: id, source: src, auth: auth, pid: renew}
 	c.touch()
 	s.lazy.mu.Lock()
 	s.lazy.chains[c.id] = c
@@ -332,20 +359,8 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 	return true, nil
 }
 
-func sameBlobs(a, b []lazy.Blob) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
-}
-
 // index writes an image's files without their contents into a directory.
-func (s *Store) index(ctx context.Context, dir string, img *Image, access remote.Access) (lazy.Info, error) {
+func (s *Store) index(ctx context.Context, dir string, id digest.Digest, img *Image, access remote.Access) (lazy.Info, error) {
 	var none lazy.Info
 	var st unix.Statfs_t
 	if err := unix.Statfs(s.cfg.Root, &st); err != nil {
@@ -372,7 +387,7 @@ func (s *Store) index(ctx context.Context, dir string, img *Image, access remote
 		files[i] = f
 	}
 	o := lazy.Options{MaxSize: s.cfg.Limits.LayerBytes, MaxEntries: int(min(s.cfg.Limits.LayerEntries, 1<<30))}
-	sum := sha256.Sum256([]byte(img.ChainID))
+	sum := sha256.Sum256([]byte(id))
 	copy(o.UUID[:], sum[:])
 	info, err := lazy.Index(ctx, layers, files[0], files[1], o)
 	if err != nil {

@@ -329,7 +329,7 @@ func (s *Store) complete1(ctx context.Context, img *Image) error {
 	defer cancel()
 	stop := context.AfterFunc(s.ctx, cancel)
 	defer stop()
-	from, auth := s.lazySourceOf(img, c)
+	from, auth := c.from()
 	named, err := reference.ParseNormalizedNamed(from)
 	if err != nil {
 		return err
@@ -357,21 +357,11 @@ func (s *Store) complete1(ctx context.Context, img *Image) error {
 	return nil
 }
 
-// lazySourceOf is the repository that an image's layers are in, and the credentials that
-// are known for it. Another image may have made the chain's file, of the same layers
-// compressed in another way.
-func (s *Store) lazySourceOf(img *Image, c *lazyChain) (repository string, auth *registry.AuthConfig) {
+// from is the repository that the layers are in, and the credentials that are known
+// for it.
+func (c *lazyChain) from() (repository string, auth *registry.AuthConfig) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	same := len(c.source.Blobs) == len(img.LayerDescs)
-	for i := 0; same && i < len(img.LayerDescs); i++ {
-		same = c.source.Blobs[i].Digest == img.LayerDescs[i].Digest
-	}
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if rec := s.recs[img.Target.Digest]; !same && rec != nil && len(rec.Remotes) > 0 {
-		return rec.Remotes[len(rec.Remotes)-1], nil
-	}
 	return c.source.Repository, c.auth
 }
 
@@ -413,7 +403,7 @@ func (s *Store) completeBlob(r *Repositories, repo string, d digest.Digest) erro
 
 // superseded tells whether all that a lazy image stands for is here otherwise.
 func (s *Store) superseded(c *lazyChain) bool {
-	if !s.hasLayer(c.id) {
+	if !s.hasLayer(c.source.Chain) {
 		return false
 	}
 	for _, b := range c.source.Blobs {
@@ -426,11 +416,12 @@ func (s *Store) superseded(c *lazyChain) bool {
 
 // collectLazy removes lazy images' files that no image needs, or not any more: its
 // layers are here. Who has one open goes on reading. The gate must be held alone.
-func (s *Store) collectLazy(chains map[digest.Digest]bool, trash func(path string)) {
+// ids are those that images need.
+func (s *Store) collectLazy(ids map[digest.Digest]bool, trash func(path string)) {
 	s.lazy.mu.Lock()
 	var gone []*lazyChain
 	for id, c := range s.lazy.chains {
-		if !chains[id] || s.superseded(c) && time.Since(c.lastUse()) > lazyGrace {
+		if !ids[id] || s.superseded(c) && time.Since(c.lastUse()) > lazyGrace {
 			gone = append(gone, c)
 		}
 	}

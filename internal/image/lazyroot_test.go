@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/erofs"
@@ -55,5 +57,27 @@ func TestMountEROFS(t *testing.T) {
 		if _, err := os.Lstat(at); err == nil {
 			t.Errorf("%s: the directory stays", name)
 		}
+	}
+}
+
+// An image that names the chain of another one, but other blobs or tables of contents,
+// does not get its files, nor gives it its own.
+func TestLazyOfAnother(t *testing.T) {
+	s := openAt(t, t.TempDir())
+	chain := digest.FromString("diff")
+	of := func(blob, table string) []ocispec.Descriptor {
+		return []ocispec.Descriptor{{Digest: digest.FromString(blob), Size: 1,
+			Annotations: map[string]string{"containerd.io/snapshot/stargz/toc.digest": digest.FromString(table).String()}}}
+	}
+	id := lazyID(chain, of("blob", "table"))
+	s.lazy.mu.Lock()
+	s.lazy.chains[id] = &lazyChain{id: id}
+	s.lazy.mu.Unlock()
+	if c := s.lazyFor(chain, of("blob", "table")); c == nil || c.id != id {
+		t.Errorf("its own: %v", c)
+	}
+	if s.lazyFor(chain, of("other", "table")) != nil || s.lazyFor(chain, of("blob", "other")) != nil ||
+		s.lazyFor(digest.FromString("other"), of("blob", "table")) != nil {
+		t.Error("another image gets its files")
 	}
 }

@@ -241,6 +241,7 @@ func (s *Store) build(rec *record, platform *ocispec.Platform) (*Image, error) {
 	defer s.mu.Unlock()
 	if s.recs[rec.Target.Digest] == rec { // not changed meanwhile
 		s.images[key] = img
+		s.noteSealed(img)
 	}
 	return img, nil
 }
@@ -458,7 +459,6 @@ func (s *Store) readImage(target, desc ocispec.Descriptor) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.noteSealed(img)
 	img.ContentSize = desc.Size + doc.Config.Size
 	for _, l := range doc.Layers {
 		img.ContentSize += l.Size
@@ -538,7 +538,7 @@ func (s *Store) Layers(ctx context.Context, img *Image) ([]string, error) {
 }
 
 // reach lists what a target needs: blobs that are here with their sizes, and
-// the chain IDs of its layers.
+// the chain IDs of its layers, together with the IDs of lazy images' files.
 func (s *Store) reach(target ocispec.Descriptor) (blobs map[digest.Digest]int64, chains []digest.Digest, err error) {
 	blobs = map[digest.Digest]int64{}
 	var walk func(d ocispec.Descriptor, depth int) error
@@ -566,7 +566,13 @@ func (s *Store) reach(target ocispec.Descriptor) (blobs map[digest.Digest]int64,
 			blobs[doc.Config.Digest] = doc.Config.Size
 			var c dockerspec.DockerOCIImage
 			if b, err := s.readBlob(*doc.Config); err == nil && json.Unmarshal(b, &c) == nil {
-				chains = append(chains, stackIDs(c.RootFS.DiffIDs, doc.Layers)...)
+				ids := stackIDs(c.RootFS.DiffIDs, doc.Layers)
+				chains = append(chains, ids...)
+				if n := len(ids); n > 0 {
+					if l := s.lazyFor(ids[n-1], doc.Layers); l != nil {
+						chains = append(chains, l.id)
+					}
+				}
 			}
 		}
 		return nil

@@ -88,6 +88,10 @@ func Check(d ocispec.Descriptor) error {
 	return nil
 }
 
+// Table is the digest of the table of contents that a layer's manifest names; "" if it
+// names none.
+func Table(d ocispec.Descriptor) string { return d.Annotations[tableAnnotation] }
+
 // sha256Of is the sum in a digest.
 func sha256Of(s string) (sum [32]byte, err error) {
 	d, err := digest.Parse(s)
