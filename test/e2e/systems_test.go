@@ -67,11 +67,13 @@ func TestSystems(t *testing.T) {
 		"--memory", "200m", "--cpus", "1", "--storage-opt", "size=100m", "--annotation", "tenon.user-data=#cloud-config\nhello: world\n", "sys")
 	answers := func(path, want string) {
 		t.Helper()
-		port := strings.TrimSpace(d.Must(t, "port", "web", "80/tcp"))
-		r := d.Sh(t, "curl -sS --connect-timeout 1 -m 2 --retry 100 --retry-delay 1 --retry-max-time 60 --retry-all-errors http://"+port+path)
-		if r.Out != want {
-			t.Fatalf("it answers %q, want %q; %s\nconsole: %s", r.Out, want, r.Err, d.Must(t, "logs", "--tail", "20", "web"))
-		}
+		eventually(t, "what it answers at "+path, func() string { // its port may be another after a restart
+			r := d.Sh(t, "port=$(docker port web 80/tcp) && curl -sS --connect-timeout 1 -m 2 --retry 2 --retry-delay 1 --retry-all-errors http://$port"+path)
+			if r.Out != want {
+				return r.Out + r.Err + "\nconsole: " + d.Sh(t, "docker logs --tail 20 web").Out
+			}
+			return ""
+		})
 	}
 	answers("/", "webby boot 1\n")
 	answers("/user-data", "#cloud-config\nhello: world\n")
