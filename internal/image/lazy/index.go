@@ -43,9 +43,10 @@ type Options struct {
 	// MaxSize, in bytes, is what the file system may take with all contents; 0: what
 	// the format allows.
 	MaxSize int64
-	// MaxEntries, of all layers together; default 1 Mi.
+	// MaxEntries, of all layers together, directories included that the tables only
+	// imply; default 1 Mi.
 	MaxEntries int
-	// MaxTOC, in bytes, of one layer's table uncompressed; default 256 MiB.
+	// MaxTOC, in bytes, of all layers' tables together, uncompressed; default 256 MiB.
 	MaxTOC int64
 }
 
@@ -71,17 +72,17 @@ func Index(ctx context.Context, layers []Layer, dst, mapFile *os.File, o Options
 	if len(layers) > maxLayers {
 		return info, fmt.Errorf("lazy: %d layers, more than %d: %w", len(layers), maxLayers, errdefs.ErrResourceExhausted)
 	}
-	left := cmp.Or(o.MaxEntries, defaultEntries)
+	left, leftTOC := cmp.Or(o.MaxEntries, defaultEntries), cmp.Or(o.MaxTOC, defaultTOC)
 	merged := newDir()
 	for i, l := range layers {
 		if err := ctx.Err(); err != nil {
 			return info, context.Cause(ctx)
 		}
-		n, err := readLayer(i, l, cmp.Or(o.MaxTOC, defaultTOC), left, merged)
+		n, size, err := readLayer(i, l, leftTOC, left, merged)
 		if err != nil {
 			return info, fmt.Errorf("lazy: %w", err)
 		}
-		left -= n
+		left, leftTOC = left-n, leftTOC-size
 		info.Blobs += l.Desc.Size
 	}
 	root, files := grown(merged)
@@ -91,6 +92,10 @@ func Index(ctx context.Context, layers []Layer, dst, mapFile *os.File, o Options
 	}
 	var chunks []Chunk
 	for _, f := range files {
+		// A file below may have got other names in many layers, each with all its pieces.
+		if len(f.content.pieces) > maxChunks-len(chunks) {
+			return info, fmt.Errorf("lazy: more than %d pieces: %w", maxChunks, errdefs.ErrResourceExhausted)
+		}
 		for _, p := range f.content.pieces {
 			chunks = append(chunks, Chunk{At: f.node.At + p.at, Size: uint32(p.size), Layer: uint32(f.content.layer),
 				Offset: p.off, Len: uint32(p.end - p.off), Inner: uint32(p.inner), Sum: p.sum})
@@ -109,21 +114,22 @@ func Index(ctx context.Context, layers []Layer, dst, mapFile *os.File, o Options
 	return info, nil
 }
 
-// readLayer lays a layer over those merged before. It returns its table's entries.
-func readLayer(i int, l Layer, maxTable int64, limit int, merged *file) (int, error) {
+// readLayer lays a layer over those merged before. It returns how many entries its
+// table has, and bytes.
+func readLayer(i int, l Layer, maxTable int64, limit int, merged *file) (n int, size int64, err error) {
 	table, end, err := readTable(l, maxTable)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	n, err := mergeTable(i, table, end, limit, merged)
+	n, err = mergeTable(i, table, end, limit, merged)
 	if err != nil {
-		return n, fmt.Errorf("layer %s: %w", l.Desc.Digest, err)
+		return n, 0, fmt.Errorf("layer %s: %w", l.Desc.Digest, err)
 	}
-	return n, nil
+	return n, int64(len(table)), nil
 }
 
 func mergeTable(i int, table []byte, end int64, limit int, merged *file) (int, error) {
-	t := newLayerTree(i)
+	t := newLayerTree(i, limit)
 	n, err := parseTable(table, limit, t.add)
 	if err != nil {
 		return n, err
@@ -131,6 +137,7 @@ func mergeTable(i int, table []byte, end int64, limit int, merged *file) (int, e
 	if err := t.finish(merged); err != nil {
 		return n, err
 	}
+	n += t.implied
 	if err := ends(t.all, end); err != nil {
 		return n, err
 	}

@@ -1,10 +1,12 @@
 package lazy
 
 import (
+	"fmt"
 	"path"
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/erofs"
@@ -17,6 +19,9 @@ const (
 
 	// maxDepth bounds names, as the kernel bounds paths.
 	maxDepth = 2048
+	// maxRounds bounds for how many links one after the other a link may lead to one
+	// that comes behind it; writers of tars put what is linked to first.
+	maxRounds = 32
 )
 
 // file is a file of a layer's tree, or of the merged one.
@@ -45,11 +50,15 @@ type layerTree struct {
 	name  string   // of that entry
 	all   []*content
 	links []hardLink // to what is not in the layer, or not yet
+	// implied counts the directories that the table has no entry for, up to limit.
+	implied, limit int
 }
 
 type hardLink struct{ name, target string }
 
-func newLayerTree(index int) *layerTree { return &layerTree{index: index, root: newDir()} }
+func newLayerTree(index, limit int) *layerTree {
+	return &layerTree{index: index, root: newDir(), limit: limit}
+}
 
 // cleanName returns a name's components joined, without a leading slash; "" is the root.
 func cleanName(name string) (string, error) {
@@ -78,12 +87,13 @@ func (t *layerTree) dir(name string) (*file, error) {
 		}
 		n := at.names[part]
 		switch {
-		case n == nil:
+		case n == nil, n.whiteout:
+			if t.implied++; t.implied > t.limit {
+				return nil, fmt.Errorf("table of contents: more than %d directories without entries: %w", t.limit, errdefs.ErrResourceExhausted)
+			}
+			hides := n != nil
 			n = newDir()
-			at.names[part] = n
-		case n.whiteout:
-			n = newDir()
-			n.opaque = true
+			n.opaque = hides
 			at.names[part] = n
 		case n.node.Mode&unix.S_IFMT == unix.S_IFLNK:
 			return nil, why("its table of contents has files below the symbolic link %.200q", name)
@@ -282,7 +292,10 @@ func (t *layerTree) finish(below *file) error {
 	}
 	// Links to links come in any order: each round makes those whose target is there.
 	copied := map[string]*file{} // from the layers below
-	for rest := t.links; len(rest) > 0; {
+	for rest, round := t.links, 0; len(rest) > 0; round++ {
+		if round == maxRounds {
+			return bad("hard link %.200q to %.200q: more than %d that lead to later ones", rest[0].name, rest[0].target, maxRounds)
+		}
 		var later []hardLink
 		for _, l := range rest {
 			target, hidden := look(t.root, l.target)

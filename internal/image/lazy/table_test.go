@@ -82,6 +82,14 @@ func TestHostileTables(t *testing.T) {
 	}
 	entries := func(list ...string) string { return `{"version":1,"entries":[` + strings.Join(list, ",") + `]}` }
 	many := strings.TrimSuffix(strings.Repeat(`{"name":"d","type":"dir"},`, 5001), ",")
+	var deep, links []string
+	for i := range 3 { // 1900 directories each
+		deep = append(deep, fmt.Sprintf(`{"name":"%sf","type":"fifo"}`, strings.Repeat(string(rune('a'+i))+"/", 1900)))
+	}
+	for i := range 100 {
+		links = append(links, fmt.Sprintf(`{"name":"%d","type":"hardlink","linkName":"%d"}`, 99-i, 98-i))
+	}
+	links = append(links, `{"name":"-1","type":"fifo"}`)
 	for name, c := range map[string]struct {
 		table string
 		is    func(error) bool
@@ -95,6 +103,10 @@ func TestHostileTables(t *testing.T) {
 		"two lists":              {`{"entries":[],"entries":[]}`, errdefs.IsInvalidArgument},
 		"version":                {`{"version":2,"entries":[]}`, IsNotLazy},
 		"too many":               {entries(many), errdefs.IsResourceExhausted},
+		"too many implied":       {entries(deep...), errdefs.IsResourceExhausted},
+		"some implied":           {entries(deep[0], deep[1]), nil},
+		"links to later links":   {entries(links...), errdefs.IsInvalidArgument},
+		"some links to later":    {entries(links[80:]...), nil},
 		"beyond the blob":        {file(`,"offset":5000`), errdefs.IsInvalidArgument},
 		"before the blob":        {file(`,"offset":-1`), errdefs.IsInvalidArgument},
 		"negative inner":         {file(`,"innerOffset":-1`), IsNotLazy},
