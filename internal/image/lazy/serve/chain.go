@@ -37,6 +37,7 @@ type chain struct {
 
 	flushMu sync.Mutex // one flush at a time, and no close meanwhile
 	closed  bool
+	lost    bool // what is here can't be noted any more
 
 	mu      sync.Mutex
 	repo    *remote.Repository
@@ -98,7 +99,7 @@ func (c *chain) close() {
 func (c *chain) flush(log *slog.Logger) {
 	c.flushMu.Lock()
 	defer c.flushMu.Unlock()
-	if c.closed {
+	if c.closed || c.lost {
 		return
 	}
 	c.mu.Lock()
@@ -113,7 +114,16 @@ func (c *chain) flush(log *slog.Logger) {
 	if err == nil {
 		err = c.m.WriteBits(c.mapFile, snap)
 	}
-	if err != nil { // it will be fetched again
+	if err != nil {
+		// What was written may be lost, and the disk says so only once: it is fetched
+		// again, and not noted the next time.
+		if bits, rerr := lazy.ReadBits(c.mapFile, c.m); rerr == nil {
+			c.mu.Lock()
+			c.bits = bits
+			c.mu.Unlock()
+		} else {
+			c.lost = true
+		}
 		log.Warn("what has come of a lazy image was not noted", "chain", c.id, "err", err)
 	}
 }

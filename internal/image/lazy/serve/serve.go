@@ -10,8 +10,9 @@
 //	drop.go     giving up privileges
 //
 // Every read ends when nothing comes for lazy.StallTimeout, and in lazy.ReadTimeout at
-// the latest, with EIO at the worst: nothing here waits without a deadline. Where the kernel can (6.15), it ends the connection, so that all
-// readers get an error, if this program should not answer at all.
+// the latest, with EIO at the worst: nothing here waits without a deadline. Where the
+// kernel can (6.15), it ends the connection, so that all readers get an error, if this
+// program should not answer at all.
 //
 // Locks: Server.mu before chain.mu. Neither is held while something is fetched, read
 // or written.
@@ -143,16 +144,18 @@ func (s *Server) add(id digest.Digest, blobs []lazy.Blob, access remote.Access, 
 		return os.NewSyscallError("fstat", err)
 	}
 	s.mu.Lock()
-	old := s.find(id, &st)
-	s.mu.Unlock()
-	if old != nil {
-		if err := s.again(old, blobs, repo); err != nil {
+	if old := s.find(id, &st); old != nil {
+		had, err := s.againLocked(old, blobs, repo)
+		s.mu.Unlock()
+		if err != nil {
 			return err
 		}
+		had.Close()
 		file.Close()
 		mapFile.Close()
 		return nil
 	}
+	s.mu.Unlock()
 	c, err := newChain(s, id, blobs, repo, file, mapFile, &st)
 	if err != nil {
 		return err
@@ -168,7 +171,8 @@ func (s *Server) add(id digest.Digest, blobs []lazy.Blob, access remote.Access, 
 	return nil
 }
 
-// find returns the chain, if it has this file, and even if it is shown no more.
+// find returns the chain, if it has this file, and even if it is shown no more. Server.mu
+// is held, without a break until againLocked: the chain may be freed otherwise.
 func (s *Server) find(id digest.Digest, st *unix.Stat_t) *chain {
 	for _, c := range s.nodes {
 		if c.id == id && c.dev == uint64(st.Dev) && c.ino == st.Ino {
@@ -178,23 +182,22 @@ func (s *Server) find(id digest.Digest, st *unix.Stat_t) *chain {
 	return nil
 }
 
-// again shows a chain again, and gives it new access.
-func (s *Server) again(c *chain, blobs []lazy.Blob, repo *remote.Repository) error {
+// againLocked shows a chain again, and gives it new access. It returns what had that.
+func (s *Server) againLocked(c *chain, blobs []lazy.Blob, repo *remote.Repository) (old *remote.Repository, err error) {
 	if !slices.Equal(blobs, c.blobs) {
-		return fmt.Errorf("chain %s: it is served with other blobs: %w", c.id, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("chain %s: it is served with other blobs: %w", c.id, errdefs.ErrInvalidArgument)
 	}
 	c.mu.Lock()
-	old := c.repo
+	old = c.repo
 	c.repo, c.down = repo, time.Time{}
 	c.mu.Unlock()
-	old.Close()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if had := s.names[c.id.Encoded()]; had != nil && had != c {
-		s.hideLocked(had)
+	name := c.id.Encoded()
+	had := s.names[name]
+	s.names[name] = c
+	if had != nil && had != c {
+		s.dropLocked(had)
 	}
-	s.names[c.id.Encoded()], s.nodes[c.node] = c, c
-	return nil
+	return old, nil
 }
 
 // remove shows a chain no more.
