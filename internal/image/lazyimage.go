@@ -64,7 +64,7 @@ type LazyConfig struct {
 
 // LazyState says how much of a lazy image is here.
 type LazyState struct {
-	// Total and Here are bytes of files; Here is a guess if the program does not run.
+	// Total and Here are bytes of files; Here is a guess if the program does not answer.
 	// Fetched is what came from registries since it serves the image, compressed.
 	Total, Here, Fetched int64
 	// Disk is what its file takes on the disk, in bytes.
@@ -144,8 +144,16 @@ type lazyImages struct {
 	mu     sync.Mutex
 	chains map[digest.Digest]*lazyChain
 	client *lazy.Client
+	silent time.Time  // when it last did not answer what was asked for a list
 	start  sync.Mutex // one at a time starts the program
 }
+
+// A list of images asks for the state of each lazy one: a program that hangs must not
+// hold it up for each.
+const (
+	lazyAskTime    = 2 * time.Second
+	lazySilentTime = 10 * time.Second
+)
 
 func (s *Store) lazyDir() string { return filepath.Join(s.cfg.Root, "lazy") }
 
@@ -225,15 +233,27 @@ func (s *Store) Lazy(ctx context.Context, img *Image) (LazyState, bool) {
 		return LazyState{}, false
 	}
 	out := LazyState{Total: c.source.Total, Disk: s.lazySize(c.id)}
-	client := s.lazyRunning(ctx)
-	if client == nil {
-		n, _ := ownBlocks(s.lazyPath(c.id, "erofs"))
-		out.Here = min(n, out.Total)
+	n, _ := ownBlocks(s.lazyPath(c.id, "erofs")) // it may have gone
+	out.Here = min(n, out.Total)
+	s.lazy.mu.Lock()
+	silent := time.Since(s.lazy.silent) < lazySilentTime
+	s.lazy.mu.Unlock()
+	if silent {
 		return out, true
 	}
-	list, err := client.State(ctx, c.id)
+	ask, cancel := context.WithTimeout(ctx, lazyAskTime)
+	defer cancel()
+	var list []lazy.State
+	if client := s.lazyRunning(ask); client != nil {
+		list, _ = client.State(ask, c.id) // else the guess stays
+	}
+	if ask.Err() != nil && ctx.Err() == nil {
+		s.lazy.mu.Lock()
+		s.lazy.silent = time.Now()
+		s.lazy.mu.Unlock()
+	}
 	for _, st := range list {
-		if err == nil && st.ID == c.id {
+		if st.ID == c.id {
 			out.Total, out.Here, out.Fetched, out.Failed, out.Err, out.FailedAt = st.Total, st.Here, st.Fetched, st.Failed, st.Err, st.At
 		}
 	}
