@@ -42,7 +42,7 @@ func TestScreen(t *testing.T) {
 		lazy := s.attach(slow, true)
 		quiet, silent := viewerPair(t)
 		s.attach(quiet, false)
-		want := bytes.Repeat([]byte("0123456789abcdef"), viewerBuffer/16*2)
+		want := bytes.Repeat([]byte("0123456789abcdef"), viewerBuffer/16*3)
 		read := make(chan []byte, 1)
 		go func() {
 			b, err := io.ReadAll(client)

@@ -29,6 +29,9 @@ const fromDisk = "disk"
 // quotaPeriod is the period of a system's quota of processor time, in microseconds.
 const quotaPeriod = 100000
 
+// systemTime bounds the start of a QEMU that stands still.
+const systemTime = time.Minute
+
 // createSystem makes one. It stands still.
 func (m *Manager) createSystem(ctx context.Context, r *vmv1.CreateRequest) (_ *machine, err error) {
 	p, err := m.findPlatform(ctx)
@@ -122,7 +125,9 @@ func (m *Manager) createSystem(ctx context.Context, r *vmv1.CreateRequest) (_ *m
 	if err := os.Mkdir(v.dir(), 0o711); err != nil {
 		return nil, err
 	}
-	if v.proc, err = m.launcher.Start(ctx, c); err != nil {
+	sctx, cancel := context.WithTimeout(ctx, systemTime) // a disk that QEMU does not come to an end with
+	defer cancel()
+	if v.proc, err = m.launcher.Start(sctx, c); err != nil {
 		return nil, err
 	}
 	go v.system.follow()
