@@ -162,7 +162,7 @@ func (reg *lazyRegistry) ref() string { return reg.addr + "/team/app:1" }
 
 func (reg *lazyRegistry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	reg.mu.Lock()
-	down, spoilt := reg.down, reg.spoilt
+	down, spoilt, manifest := reg.down, reg.spoilt, reg.manifest
 	reg.mu.Unlock()
 	if down {
 		http.Error(w, "the registry is down", http.StatusServiceUnavailable)
@@ -171,7 +171,7 @@ func (reg *lazyRegistry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	kind, name, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/team/app/"), "/")
 	d := digest.Digest(name)
 	if kind == "manifests" && name == "1" {
-		d = reg.manifest
+		d = manifest
 	}
 	b := reg.blobs[d]
 	switch {
@@ -462,7 +462,7 @@ func TestLazyCompletes(t *testing.T) {
 func TestLazyOnMachines(t *testing.T) {
 	t.Parallel()
 	reg := newLazyRegistry(t, 48<<20)
-	d := newVMDaemon(t)
+	d := newVMDaemonAt(t, "", "[images]\nlazy-complete = '0'\n") // emulated machines take their time
 	ref := reg.ref()
 	d.says(t, "hello", "tenon run --rm -q --pull lazy --isolation vm "+ref)
 	if n := reg.read.Load(); n*5 > reg.all {
