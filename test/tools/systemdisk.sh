@@ -6,7 +6,7 @@
 #
 #	systemdisk.sh KERNEL-DIR OUT.raw
 #
-# KERNEL-DIR is an unpacked linux-image package. Needs syslinux, mtools, dosfstools,
+# KERNEL-DIR is an unpacked linux-image package. Needs syslinux, syslinux-common, mtools, dosfstools,
 # busybox-static and cpio.
 set -eu
 kernel=$1 out=$2
