@@ -120,6 +120,9 @@ func (s *Shim) forgetServed(path string, l net.Listener, sock *servedSocket) {
 	l.Close() // takes the socket's name away
 	s.served.mu.Lock()
 	delete(s.served.list, path)
+	if dir := filepath.Dir(path); dir+"/" != servedBelow {
+		_ = os.Remove(dir) // unless there are others in it
+	}
 	s.served.mu.Unlock()
 	sock.mu.Lock()
 	defer sock.mu.Unlock()
