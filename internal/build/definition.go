@@ -55,10 +55,14 @@ func definitionOf(opt map[string]string) (d imageapi.Definition, ok bool) {
 	d.Dockerfile, d.Target, d.Platform = opt["filename"], opt["target"], opt["platform"]
 	d.Network = opt["force-network-mode"]
 	d.Isolation, _ = cutIsolation(opt[cgroupAttr])
-	switch at := opt[contextName]; {
-	case at == "" && opt["input:"+contextName] != "":
-		d.Context = lineage.WithoutCredentials(opt["input:"+contextName])
-	case at == "" || strings.HasPrefix(at, "local:"):
+	switch at, input := opt[contextName], opt["input:"+contextName]; {
+	case at == "" && fetched(input):
+		d.Context = lineage.WithoutCredentials(input)
+	case at == "" && input != "" || strings.HasPrefix(at, "input:"):
+		return d, false
+	case fetched(at):
+		d.Context = lineage.WithoutCredentials(at)
+	default: // whatever it is called
 		d.Sent = true
 		if from, rev := lineage.WithoutCredentials(opt["vcs:source"]), opt["vcs:revision"]; from != "" {
 			d.Source = from
@@ -73,10 +77,6 @@ func definitionOf(opt map[string]string) (d imageapi.Definition, ok bool) {
 				d.Dockerfile = path.Join(rel, path.Base("/"+d.Dockerfile))
 			}
 		}
-	case strings.HasPrefix(at, "input:"):
-		return d, false
-	default:
-		d.Context = lineage.WithoutCredentials(at)
 	}
 	for _, k := range slices.Sorted(maps.Keys(opt)) {
 		v := opt[k]
@@ -95,7 +95,8 @@ func definitionOf(opt map[string]string) (d imageapi.Definition, ok bool) {
 			}
 			if strings.HasPrefix(v, "input:") && opt["input:"+k] != "" {
 				v = opt["input:"+k] // a repository
-			} else if strings.HasPrefix(v, "local:") || strings.HasPrefix(v, "input:") || strings.HasPrefix(v, "oci-layout:") {
+			}
+			if !fetched(v) && !strings.HasPrefix(v, "docker-image://") {
 				return d, false // only the client has it
 			}
 			d.Contexts = append(d.Contexts, rest+"="+lineage.WithoutCredentials(v))
@@ -121,6 +122,16 @@ func definitionOf(opt map[string]string) (d imageapi.Definition, ok bool) {
 		}
 	}
 	return d, true
+}
+
+// fetched tells whether a context is one that the daemon fetches: who builds it again
+// must not take a directory of her own for it.
+func fetched(context string) bool {
+	if strings.HasPrefix(context, "http://") || strings.HasPrefix(context, "https://") {
+		return true
+	}
+	_, ok, err := dfgitutil.ParseGitRef(context)
+	return ok && err == nil
 }
 
 // revision is the commit that a context was at when it was fetched.

@@ -33,6 +33,9 @@ func TestDefinitionOfABuild(t *testing.T) {
 		"with another directory":      {map[string]string{"context:other": "local:other"}, ""},
 		"on another build":            {map[string]string{"context": "input:x"}, ""},
 		"on another build's result":   {map[string]string{"context:base": "input:base"}, ""},
+		"a directory of its name":     {map[string]string{"context": "/root"}, `{"sent":true,"byDaemon":true}`},
+		"a directory as an input":     {map[string]string{"input:context": "/root"}, ""},
+		"a directory as another":      {map[string]string{"context:o": "input:o", "input:context:o": "/root"}, ""},
 		"a question":                  {map[string]string{"requestid": "frontend.lint"}, ""},
 		"a repository's other branch": {map[string]string{"context:o": "input:git_state_o", "input:context:o": "git://git.test/o#x"}, `{"sent":true,"byDaemon":true,"contexts":["o=git://git.test/o#x"]}`},
 	} {
