@@ -33,6 +33,7 @@ type Controller struct {
 	plain     atomic.Bool                    // its programs cannot be attached
 	doors     atomic.Pointer[shortcut.Doors] // nil: there are none, or none yet
 	doorsOnce sync.Once
+	switching sync.Mutex // held while others' rules are looked at and the doors switched
 	late      latecomers
 	keys      keyLock
 	index     *indexes

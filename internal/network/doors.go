@@ -115,6 +115,8 @@ func (c *Controller) switchDoors() {
 	if c.doors.Load() == nil {
 		return
 	}
+	c.switching.Lock()
+	defer c.switching.Unlock()
 	why, err := c.table.OthersOutput()
 	if err != nil {
 		c.log.Warn("rules of others cannot be listed", "err", err)

@@ -76,6 +76,9 @@ func doorProgram(s sockets, d *Doors, cookie uint64) []byte {
 	p.jump(jne, 0, 2, 0, "out")
 
 	p.op(ldW, 7, 6, s.ip, 0)
+	p.jump(jneI, 7, 0, 0, "named")
+	p.op(setI, 7, 0, 0, loopback()) // which the kernel takes no address for
+	p.label("named")
 	p.op(ldW, 8, 6, addrPort, 0)
 	p.op(stW, 10, 7, dest, 0)
 	p.op(stW, 10, 7, key, 0)

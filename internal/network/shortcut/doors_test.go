@@ -137,6 +137,9 @@ func TestRootDoors(t *testing.T) {
 			}
 			defer c.Close()
 			from := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+			if a.Addr().Unmap() == netip.IPv4Unspecified() {
+				a = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), a.Port())
+			}
 			sa, err := unix.Getpeername(fd)
 			if peer := nameOf(t, sa, err); peer != a {
 				t.Errorf("%s: the peer is %s", addr, peer)
@@ -167,6 +170,7 @@ func TestRootDoors(t *testing.T) {
 		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 			check(true, family, "127.0.0.1:8080", l, nil)
 			check(true, family, "127.8.8.8:8080", l, nil)
+			check(true, family, "0.0.0.0:8080", l, nil)
 			check(true, family, "10.1.0.1:8080", l, nil)
 			check(true, family, "10.1.0.9:8081", l2, nil)
 			check(true, family, "10.1.0.2:80", l, nil)      // no door
