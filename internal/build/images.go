@@ -27,6 +27,7 @@ func (n names) Get(ctx context.Context, name string) (images.Image, error) {
 		if err := n.images.Authorize(ctx, img); err != nil {
 			return images.Image{}, err
 		}
+		n.images.Seal(img)
 	}
 	return images.Image{Name: name, Target: target}, nil
 }

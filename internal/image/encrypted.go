@@ -54,6 +54,11 @@ func (i *Image) Encrypted() bool { return crypt.AnyEncrypted(i.LayerDescs) }
 // unpacked already wants the key that it was decrypted with: a manifest that is made to
 // look like another's needs more than a key of its own maker.
 func (s *Store) Authorize(ctx context.Context, img *Image) error {
+	return s.authorize(ctx, img, false)
+}
+
+// authorize is Authorize; with unpacked all layers have to be.
+func (s *Store) authorize(ctx context.Context, img *Image, unpacked bool) error {
 	for i, d := range img.LayerDescs {
 		if !crypt.Encrypted(d.MediaType) {
 			continue
@@ -70,6 +75,9 @@ func (s *Store) Authorize(ctx context.Context, img *Image) error {
 		s.mu.RLock()
 		l := s.layers[img.ChainIDs[i]]
 		s.mu.RUnlock()
+		if l == nil && unpacked {
+			return fmt.Errorf("image %s: layer %d of %d was removed meanwhile: %w", img.Ref(), i+1, len(img.LayerDescs), errdefs.ErrUnavailable)
+		}
 		if l != nil && l.Proof != proof {
 			return fmt.Errorf("image %s: layer %d of %d: the key is not the one that it was decrypted with: %w", img.Ref(), i+1, len(img.LayerDescs), errdefs.ErrPermissionDenied)
 		}
@@ -153,18 +161,48 @@ func keptLayer(d ocispec.Descriptor) ocispec.Descriptor {
 	return out
 }
 
-// noteSealed remembers the image's encrypted layers.
+// LayersFor is Layers for somebody who is asked for the keys (Authorize): before, and once
+// the layers are there, which may have been unpacked meanwhile with another key.
+func (s *Store) LayersFor(ctx context.Context, img *Image) ([]string, error) {
+	if err := s.Authorize(ctx, img); err != nil {
+		return nil, err
+	}
+	dirs, err := s.Layers(ctx, img)
+	if err == nil && img.Encrypted() {
+		err = s.authorize(ctx, img, true)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return dirs, nil
+}
+
+// noteSealed remembers the encrypted layers of an image that is here, those that no other
+// one's are known of.
 func (s *Store) noteSealed(img *Image) {
 	for _, d := range img.LayerDescs {
 		if crypt.Encrypted(d.MediaType) {
+			s.sealed.LoadOrStore(d.Digest, keptLayer(d))
+		}
+	}
+}
+
+// Seal has SealedLayer tell of the layers what this image says of them, for which there is
+// a key (Authorize). Any image may claim to have the same ones, for other recipients, or
+// encrypted where they are not.
+func (s *Store) Seal(img *Image) {
+	for _, d := range img.LayerDescs {
+		if crypt.Encrypted(d.MediaType) {
 			s.sealed.Store(d.Digest, keptLayer(d))
+		} else {
+			s.sealed.Delete(d.Digest)
 		}
 	}
 }
 
 // SealedLayer is the descriptor, with the wrapped keys, of an encrypted layer of an image
 // that is here and has been looked at (Resolve). Images that share a layer may have it for
-// different recipients: it is the last one's.
+// different recipients: it is the last one's that Seal was told of, else the first one's.
 func (s *Store) SealedLayer(d digest.Digest) (ocispec.Descriptor, bool) {
 	v, ok := s.sealed.Load(d)
 	if !ok {

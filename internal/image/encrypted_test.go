@@ -136,6 +136,44 @@ func TestEncrypted(t *testing.T) {
 	} else if err := b.Authorize(thief, fake); !errdefs.IsPermissionDenied(err) {
 		t.Errorf("a forged wrapped key: %v", err)
 	}
+	// The same, asked for while the layer is not unpacked yet; the owner is the first.
+	fake := lie(l)
+	b.mu.Lock()
+	rec := b.layers[img.ChainID]
+	delete(b.layers, img.ChainID)
+	delete(b.lowers, img.ChainID)
+	b.mu.Unlock()
+	unlock, err := b.locks.lock(bg, "image "+img.ChainID.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		_, err := b.LayersFor(thief, fake)
+		got <- err
+	}()
+	_ = b.Authorize(thief, fake) // for as long as it takes
+	b.mu.Lock()
+	b.layers[img.ChainID] = rec
+	b.mu.Unlock()
+	unlock()
+	if err := <-got; !errdefs.IsPermissionDenied(err) {
+		t.Errorf("a forged wrapped key, earlier than the layer: %v", err)
+	}
+	if dirs, err := b.LayersFor(owner, img); err != nil || len(dirs) != 1 {
+		t.Errorf("the owner's layers: %v %v", dirs, err)
+	}
+	// What is known of the layer for builds is not what others claim.
+	b.noteSealed(fake)
+	b.Seal(img)
+	b.noteSealed(fake)
+	if d, ok := b.SealedLayer(l.Digest); !ok || !maps.Equal(d.Annotations, img.LayerDescs[0].Annotations) {
+		t.Errorf("for builds: %+v", d)
+	}
+	b.Seal(plain)
+	if _, ok := b.SealedLayer(plain.LayerDescs[0].Digest); ok {
+		t.Error("a layer in the clear is known as encrypted")
+	}
 	// In the clear, or encrypted otherwise, it is another layer, which is verified.
 	if fake := lie(ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: l.Digest, Size: l.Size}); b.hasLayer(fake.ChainID) {
 		t.Error("a manifest that calls the layer plain has what was decrypted")

@@ -86,20 +86,15 @@ func (s *Store) rebase(ctx context.Context, o RebaseOptions) (*Rebased, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, i := range []*Image{img, from, to} {
-		if err := s.Authorize(ctx, i); err != nil {
-			return nil, err
-		}
-	}
-	lower, err := s.Layers(ctx, from)
+	lower, err := s.LayersFor(ctx, from)
 	if err != nil {
 		return nil, err
 	}
-	upper, err := s.Layers(ctx, to)
+	upper, err := s.LayersFor(ctx, to)
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.Layers(ctx, img)
+	all, err := s.LayersFor(ctx, img)
 	if err != nil {
 		return nil, err
 	}

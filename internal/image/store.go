@@ -55,8 +55,8 @@ type Store struct {
 
 	stall time.Duration // stallTimeout, but for tests
 	used  sync.Map      // image ID to time.Time
-	// sealed are the encrypted layers of the images that were looked at: descriptors, by
-	// digest.
+	// sealed are the encrypted layers of the images here that were looked at: descriptors,
+	// by digest.
 	sealed sync.Map
 	sizes  sync.Map // what layers take on the disk, by directory: int64
 
