@@ -25,6 +25,9 @@ import (
 // Conflict (the machine does not run).
 func (e *Engine) StepIsolation(ctx context.Context, asked string) (string, error) {
 	iso, _, err := e.isolation(ctx, mobycontainer.Isolation(asked))
+	if err == nil && iso == sandbox.OwnSystem {
+		return "", invalid("a build's steps can't run with --isolation machine, which boots disk images: use process, vm or machine=NAME")
+	}
 	if err != nil || machine.Named(iso) == "" {
 		return iso, err
 	}
