@@ -113,17 +113,16 @@ func (c *chain) flush(log *slog.Logger) {
 	err := unix.Fdatasync(int(c.file.Fd()))
 	if err == nil {
 		err = c.m.WriteBits(c.mapFile, snap)
-	}
-	if err != nil {
+	} else if bits, rerr := lazy.ReadBits(c.mapFile, c.m); rerr == nil {
 		// What was written may be lost, and the disk says so only once: it is fetched
 		// again, and not noted the next time.
-		if bits, rerr := lazy.ReadBits(c.mapFile, c.m); rerr == nil {
-			c.mu.Lock()
-			c.bits = bits
-			c.mu.Unlock()
-		} else {
-			c.lost = true
-		}
+		c.mu.Lock()
+		c.bits = bits
+		c.mu.Unlock()
+	} else {
+		c.lost = true
+	}
+	if err != nil {
 		log.Warn("what has come of a lazy image was not noted", "chain", c.id, "err", err)
 	}
 }
