@@ -194,6 +194,10 @@ func noProcesses(what string) error {
 // system that still boots does not hear the first time.
 const pressAgain = 5 * time.Second
 
+// pressTime is how long it is pressed for one that asks: a system that does not want to
+// hear of it is not turned off by it some other day.
+const pressTime = 10 * time.Minute
+
 // powerTime bounds a command to QEMU.
 const powerTime = 10 * time.Second
 
@@ -208,13 +212,18 @@ func (t *systemTask) powerButton(ctx context.Context) error {
 	t.mu.Unlock()
 	if again {
 		go func() {
-			tick := time.NewTicker(pressAgain)
+			tick, over := time.NewTicker(pressAgain), time.After(pressTime)
 			defer tick.Stop()
 			for {
 				select {
 				case <-t.done:
 					return
 				case <-t.ctx.Done():
+					return
+				case <-over:
+					t.mu.Lock()
+					t.ending = false
+					t.mu.Unlock()
 					return
 				case <-tick.C:
 					ctx, cancel := context.WithTimeout(t.ctx, powerTime)
