@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 
+	mobynet "github.com/moby/moby/api/types/network"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -22,7 +23,7 @@ import (
 func (c *Controller) doorsOf(r *contRecord) []shortcut.Door {
 	var doors []shortcut.Door
 	for _, p := range tablePorts(r) {
-		if p.Proto == unix.IPPROTO_TCP && c.hasDoors(r, p.To.Addr()) {
+		if p.Proto == unix.IPPROTO_TCP && c.hasDoors(r, p.HostIP, p.To.Addr()) {
 			doors = append(doors, shortcut.Door{On: netip.AddrPortFrom(p.HostIP, p.HostPort), To: p.To})
 		}
 	}
@@ -84,10 +85,16 @@ func (c *Controller) openDoors() {
 	}
 }
 
-// hasDoors says whether the network that the record's address belongs to has shortcuts.
-func (c *Controller) hasDoors(r *contRecord, to netip.Addr) bool {
+// hasDoors says whether the network that the record's address belongs to has shortcuts,
+// and the port is not one of a bridge's own address.
+func (c *Controller) hasDoors(r *contRecord, on, to netip.Addr) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for _, n := range c.nets {
+		if slices.ContainsFunc(n.rec.IPAM.Config, func(cfg mobynet.IPAMConfig) bool { return cfg.Gateway == on }) {
+			return false
+		}
+	}
 	for _, e := range r.Endpoints {
 		if e.IPv4.Addr() == to {
 			n := c.nets[e.NetworkID]

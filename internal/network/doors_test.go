@@ -102,7 +102,9 @@ func TestRootDoors(t *testing.T) {
 	for _, addr := range []string{"127.0.0.1:18102", "10.197.0.1:18101"} {
 		wantNothing(t, "", "tcp4", addr)
 	}
-	for _, addr := range []string{"127.0.0.1:18103", gateway + ":18100"} { // a bridge's own address is left to the rules
+	d := n.connect("dd", Request{Endpoints: []EndpointRequest{{Network: "bridge"}}, Ports: []Binding{port(18104, gateway)}})
+	serveTCP(t, d.Path, ":80", "web")
+	for _, addr := range []string{"127.0.0.1:18103", gateway + ":18100", gateway + ":18104"} { // a bridge's own address is left to the rules
 		wantAnswer(t, "", "tcp4", addr, "web")
 		wantPeer(t, "by the rules", addr, addr)
 	}
