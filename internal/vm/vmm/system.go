@@ -21,7 +21,8 @@ import (
 
 // A system is a machine that boots an operating system from its own disk. Nobody in
 // it speaks with tenon-vmm: what answers on its socket, the Task API of one task, is
-// here (systemtask.go), and goes on when its QEMU has ended, until it is removed.
+// here (systemtask.go, systemservice.go), and goes on when its QEMU has ended, until it
+// is removed.
 
 // fromDisk is the origin of such machines.
 const fromDisk = "disk"
