@@ -24,7 +24,8 @@ const uid = 65534
 const (
 	maxTime   = time.Hour
 	maxFile   = 64 << 30 // bytes of a file that it writes
-	maxData   = 4 << 30  // bytes of memory, the files that it maps apart
+	maxData   = 4 << 30  // bytes of memory of a process, the files that it maps apart
+	maxProcs  = 1 << 14  // processes and threads of nobody, on the whole host
 	maxFiles  = 1024     // open ones
 	maxOutput = 16 << 20 // bytes of each of its outputs: BuildKit keeps them
 	freeBytes = 256 << 20
@@ -177,7 +178,7 @@ func (c *call) start(root, program string, env []string, files []uintptr) (int, 
 	if err := c.makeRoot(root); err != nil {
 		return 0, err
 	}
-	for what, n := range map[int]uint64{unix.RLIMIT_FSIZE: maxFile, unix.RLIMIT_DATA: maxData, unix.RLIMIT_NOFILE: maxFiles, unix.RLIMIT_CORE: 0} {
+	for what, n := range map[int]uint64{unix.RLIMIT_FSIZE: maxFile, unix.RLIMIT_DATA: maxData, unix.RLIMIT_NOFILE: maxFiles, unix.RLIMIT_NPROC: maxProcs, unix.RLIMIT_CORE: 0} {
 		var now unix.Rlimit
 		if err := unix.Getrlimit(what, &now); err != nil {
 			return 0, os.NewSyscallError("getrlimit", err)
