@@ -114,11 +114,11 @@ func (h rebuilding) place(s *imageapi.Step) error {
 		}
 		own := *d
 		file := d.Dockerfile
-		if rel, err := filepath.Rel(d.Context, file); file != "" && filepath.IsAbs(file) {
-			if err != nil || !filepath.IsLocal(rel) {
-				return fmt.Errorf("its Dockerfile %s is not in its context: build it by tenon build", file)
-			}
+		if rel, err := filepath.Rel(d.Context, file); filepath.IsAbs(file) && err == nil {
 			file = rel
+		}
+		if file != "" && !filepath.IsLocal(file) {
+			return fmt.Errorf("its Dockerfile %s is not in its context: build it by tenon build", d.Dockerfile)
 		}
 		if file == "" {
 			file = "Dockerfile"

@@ -40,6 +40,7 @@ func TestRebuildElsewhere(t *testing.T) {
 		{sent, "", rebuilding{}, imageapi.StepRebase, "--context app:1=DIRECTORY builds it"},
 		{sent, "", rebuilding{contexts: []string{"app:1=" + dir}}, imageapi.StepBuild, "built from " + dir + ", variable TOKEN; not recorded"},
 		{sent, "sub/x.Dockerfile", rebuilding{contexts: []string{"app:1=" + dir}}, imageapi.StepBuild, "Dockerfile " + dir + "/sub/x.Dockerfile"},
+		{sent, "../../etc/passwd", rebuilding{contexts: []string{"app:1=" + dir}}, imageapi.StepNone, "not in its context"},
 		{sent, "none", rebuilding{contexts: []string{"app:1=" + dir}}, imageapi.StepNone, "has no none"},
 		{sent, "", rebuilding{contexts: []string{"other:1=" + dir}}, imageapi.StepRebase, "DIRECTORY"},
 		{imageapi.Definition{Context: "/away", Dockerfile: "/away/sub/x.Dockerfile", Host: "another.test"}, "", rebuilding{contexts: []string{"app:1=" + dir}}, imageapi.StepBuild, "built from " + dir},
