@@ -140,6 +140,9 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 	if err != nil {
 		return nil, nil, err
 	}
+	if system {
+		h.ShmSize = 0 // clients that make containers anew from what inspect shows are not refused
+	}
 	cfg := mergeImage(o.Request.Config, &img.Config.Config)
 	if name, err := os.Hostname(); err == nil && cfg.Hostname == name && h.UTSMode.IsHost() {
 		cfg.Hostname = "" // as inspect shows it: clients make containers anew from that
