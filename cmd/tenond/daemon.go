@@ -421,7 +421,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		return errors.Join(err, d.close())
 	}
 	log.Info("ending; nothing is left running")
-	return errors.Join(err, d.close(), removeRunRoot(cfg.RunRoot))
+	return errors.Join(err, d.images.EndLazy(context.WithoutCancel(ctx)), d.close(), removeRunRoot(cfg.RunRoot))
 }
 
 // removeRunRoot removes the volatile state of an engine that was shut down,
