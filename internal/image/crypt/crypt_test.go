@@ -255,6 +255,7 @@ func TestHostileKeys(t *testing.T) {
 	big := must[[]byte](t)(json.Marshal(many))
 	for name, v := range map[string]string{
 		"many recipients": base64.StdEncoding.EncodeToString(big),
+		"many, and fewer": base64.StdEncoding.EncodeToString(append(big[:len(big)-1:len(big)-1], `,"Recipients":[]}`...)),
 		"many packets":    strings.Repeat("AAAA,", maxPackets+1) + "AAAA",
 		"huge":            strings.Repeat("A", maxWrapped+4),
 		"no base64":       "!",

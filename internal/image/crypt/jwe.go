@@ -15,7 +15,7 @@ var (
 	encryptions   = []jose.ContentEncryption{jose.A128CBC_HS256, jose.A192CBC_HS384, jose.A256CBC_HS512, jose.A128GCM, jose.A192GCM, jose.A256GCM}
 )
 
-// jweOutline is what is looked at before a packet is taken apart.
+// jweOutline is what a packet tells of its recipients.
 type jweOutline struct {
 	Header     *jweHeader `json:"header"`
 	Recipients []struct {
@@ -57,11 +57,17 @@ func jweRecipients(packet []byte) []string {
 
 // unwrapJWE tries the keys on a packet; tries counts the operations.
 func (k *Keys) unwrapJWE(packet []byte, tries *int) ([]byte, error) {
-	var o jweOutline
-	if err := json.Unmarshal(packet, &o); err != nil {
+	// By the very name: to encoding/json "Recipients" is one, too, to go-jose it is not.
+	var o map[string]json.RawMessage
+	var list []json.RawMessage
+	err := json.Unmarshal(packet, &o)
+	if err == nil && o["recipients"] != nil {
+		err = json.Unmarshal(o["recipients"], &list)
+	}
+	if err != nil {
 		return nil, invalid("a wrapped key (jwe) can't be read")
 	}
-	n := max(1, len(o.Recipients))
+	n := max(1, len(list))
 	if n > maxRecipients {
 		return nil, invalid("a wrapped key (jwe) has %d recipients, %d are the most", n, maxRecipients)
 	}

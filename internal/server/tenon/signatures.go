@@ -45,8 +45,11 @@ func (a *API) signatureRoutes() {
 		if err := wire.ReadJSON(w, r, &q); err != nil {
 			return err
 		}
+		if len(q.Keys) > maxKeyFiles {
+			return wire.Invalid("%d files of keys, %d are the most", len(q.Keys), maxKeyFiles)
+		}
 		var keys []signature.Key
-		for _, k := range q.Keys[:min(len(q.Keys), maxKeyFiles)] {
+		for _, k := range q.Keys {
 			parsed, err := signature.ParsePublicKeys(k.Name, k.PEM)
 			if err != nil {
 				return err
