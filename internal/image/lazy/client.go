@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -53,9 +54,11 @@ func (c *Client) Add(ctx context.Context, chain Chain, access remote.Access) (st
 	return c.Path(chain.ID), nil
 }
 
-// Path is where a chain's file is, if it is shown.
+// Path is where a chain's file is, if it is shown. Another program's, which is started
+// when this one is gone, is another one: who knows a disk by its path (a machine that
+// lasts) does not take a dead one for it.
 func (c *Client) Path(id digest.Digest) string {
-	return filepath.Join(c.c.mount(), id.Encoded())
+	return filepath.Join(c.c.mount(), id.Encoded()+"."+strconv.Itoa(c.PID()))
 }
 
 // Remove shows a chain's file no more. Whoever has it open goes on reading. The files

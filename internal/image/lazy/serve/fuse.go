@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -247,7 +248,7 @@ func (c *conn) attr(ch *chain) []byte {
 }
 
 func (c *conn) lookup(r *request) {
-	name := string(bytes.TrimRight(r.body, "\x00"))
+	name, _, _ := strings.Cut(string(bytes.TrimRight(r.body, "\x00")), ".") // see lazy.Client.Path
 	if r.node != rootNode {
 		c.reply(r, unix.ENOTDIR, nil)
 		return
