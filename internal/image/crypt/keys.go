@@ -14,6 +14,9 @@ import (
 
 const (
 	maxKeyBytes = 64 << 10
+	// maxPrivateBytes bounds a private key, which RSA's checks take time for: one of
+	// maxRSABits has 5 KiB, as a JSON web key 7.
+	maxPrivateBytes = 16 << 10
 	// maxKeys bounds the private keys that one request or the settings give.
 	maxKeys    = 64
 	maxRSABits = 8192
@@ -83,6 +86,9 @@ func (k *Keys) add(b []byte) error {
 	}
 	if len(k.keys) >= maxKeys {
 		return fmt.Errorf("more than %d keys", maxKeys)
+	}
+	if len(b) > maxPrivateBytes {
+		return fmt.Errorf("neither a certificate nor a private key of at most %d bytes", maxPrivateBytes)
 	}
 	key := parsePrivate(b)
 	if key == nil {
