@@ -2,6 +2,7 @@ package build
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
@@ -22,12 +23,9 @@ func (n names) Get(ctx context.Context, name string) (images.Image, error) {
 	if err := n.images.CompleteTarget(ctx, target.Digest); err != nil {
 		return images.Image{}, err
 	}
-	// Its encrypted layers are known from here on.
-	if img, err := n.images.Resolve(ctx, target.Digest.String(), nil); err == nil {
-		if err := n.images.Authorize(ctx, img); err != nil {
-			return images.Image{}, err
-		}
-		n.images.Seal(img)
+	// Its encrypted layers are known from here on. The platform is chosen later.
+	if err := n.images.AuthorizeAll(ctx, target); err != nil {
+		return images.Image{}, fmt.Errorf("%s: %w", name, err)
 	}
 	return images.Image{Name: name, Target: target}, nil
 }

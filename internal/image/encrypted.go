@@ -200,6 +200,29 @@ func (s *Store) Seal(img *Image) {
 	}
 }
 
+// AuthorizeAll is Authorize of all images that a target stands for and that are here, for
+// whoever takes a platform of it later. What it lets pass is known to SealedLayer (Seal).
+func (s *Store) AuthorizeAll(ctx context.Context, target ocispec.Descriptor) error {
+	all, err := s.candidates(target, 0)
+	if err != nil {
+		return nil // nobody can use it, and is told why
+	}
+	for _, c := range all {
+		if !c.available {
+			continue
+		}
+		img, err := s.readImage(target, c.desc)
+		if err != nil {
+			continue // as above
+		}
+		if err := s.Authorize(ctx, img); err != nil {
+			return err
+		}
+		s.Seal(img)
+	}
+	return nil
+}
+
 // SealedLayer is the descriptor, with the wrapped keys, of an encrypted layer of an image
 // that is here and has been looked at (Resolve). Images that share a layer may have it for
 // different recipients: it is the last one's that Seal was told of, else the first one's.

@@ -165,7 +165,12 @@ func TestEncrypted(t *testing.T) {
 	}
 	// What is known of the layer for builds is not what others claim.
 	b.noteSealed(fake)
-	b.Seal(img)
+	if err := b.AuthorizeAll(thief, img.Target); !errdefs.IsPermissionDenied(err) {
+		t.Errorf("all platforms without the key: %v", err)
+	}
+	if err := b.AuthorizeAll(owner, img.Target); err != nil {
+		t.Error(err)
+	}
 	b.noteSealed(fake)
 	if d, ok := b.SealedLayer(l.Digest); !ok || !maps.Equal(d.Annotations, img.LayerDescs[0].Annotations) {
 		t.Errorf("for builds: %+v", d)
