@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
@@ -93,7 +94,7 @@ func one(b []byte, into any) error {
 	if err := dec.Decode(into); err != nil {
 		return err
 	}
-	if dec.More() {
+	if _, err := dec.Token(); err != io.EOF {
 		return errors.New("more than one document")
 	}
 	return nil
