@@ -237,6 +237,18 @@ func (c *Controller) forget(n *netw) {
 	}
 }
 
+// orphaned says whether a bridge has this engine's mark for a network that it does not
+// know: its records were removed while the bridge stood.
+func (c *Controller) orphaned(l link.Info) bool {
+	id, _, ok := c.parseAlias(l.Alias)
+	if !ok {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.nets[id] == nil
+}
+
 // raise makes the network's bridge, or repairs it. Idempotent.
 func (c *Controller) raise(n *netw) error {
 	links, err := c.rtnl.Links()
@@ -245,9 +257,18 @@ func (c *Controller) raise(n *netw) error {
 	}
 	name, alias := n.rec.Bridge, c.bridgeAlias(n.rec.ID)
 	i := slices.IndexFunc(links, func(l link.Info) bool { return l.Name == name })
+	if i >= 0 && links[i].Kind == "bridge" && c.orphaned(links[i]) {
+		c.log.Warn("bridge of a network that has no record any more is made again", "bridge", name, "network", n.rec.Name)
+		var b link.Batch
+		b.DelLink(name)
+		if err := c.rtnl.Do(&b); err != nil {
+			return err
+		}
+		i = -1
+	}
 	given := n.rec.Options[optBridgeName] != "" && !c.isDefault(n)
 	if i >= 0 && (links[i].Kind != "bridge" || !given && links[i].Alias != alias && links[i].Alias != "") {
-		return fmt.Errorf("interface %s exists and is not a bridge of this engine: %w", name, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("interface %s exists and is not a bridge of this engine (`ip link delete %s` removes it): %w", name, name, errdefs.ErrFailedPrecondition)
 	}
 	if i < 0 {
 		mac := macFor(netip.AddrFrom4([4]byte([]byte(n.rec.ID)[:4])))

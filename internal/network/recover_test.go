@@ -3,6 +3,7 @@ package network
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -122,6 +123,33 @@ func TestRootRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantNothing(t, out, "tcp", host.String()+":8080")
+}
+
+// TestRootLostRecords: somebody removed all records while the bridges stood; those with
+// this engine's mark are its own to make again, others are not.
+func TestRootLostRecords(t *testing.T) {
+	n := openTest(t)
+	bridge := n.short + "0"
+	for _, dir := range []string{n.cfg.StateDir, filepath.Join(n.cfg.RunDir, "containers")} {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old, err := net.InterfaceByName(bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.reopen()
+	again, err := net.InterfaceByName(bridge)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.Index == old.Index {
+		t.Error("the bridge still has another network's mark")
+	}
+	ns := n.connect("aa", Request{})
+	serveTCP(t, ns.Path, ":80", "web")
+	wantAnswer(t, n.connect("bb", Request{}).Path, "tcp", addr4(ns, 0)+":80", "web")
 }
 
 // TestRootPortCost: a port costs the same beside 1,000 others: as many
