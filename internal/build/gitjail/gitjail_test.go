@@ -3,6 +3,7 @@ package gitjail
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -120,7 +121,12 @@ func TestOwners(t *testing.T) {
 	if out, err := j.shell("mkdir -p a/b && cp /bin/true a/suid && chmod 6755 a/suid && echo x >a/b/f && chmod 0 a/b/f && ln -s " + outside + " a/out && ln -s " + filepath.Dir(outside) + " a/dir"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	for _, name := range []string{".git/HEAD", "a", "a/b", "a/b/f", "a/suid", "a/out", "a/dir"} {
+	const levels = 1100 // more than it may have files open
+	if out, err := j.shell(fmt.Sprintf("n=0; while [ $n -lt %d ]; do mkdir d && cd d || exit 1; n=$((n+1)); done", levels)); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	deepest := strings.Repeat("d/", levels-1) + "d"
+	for _, name := range []string{deepest, ".git/HEAD", "a", "a/b", "a/b/f", "a/suid", "a/out", "a/dir"} {
 		info, err := os.Lstat(filepath.Join(j.work, name))
 		if err != nil {
 			t.Fatal(err)

@@ -187,36 +187,50 @@ func give(name string, owner int) error {
 		return err
 	}
 	defer root.Close()
-	return giveBelow(root, ".", owner)
+	return giveBelow(root, ".", owner, 0)
 }
 
-func giveBelow(root *os.Root, dir string, owner int) error {
+// maxDepth is how deep directories may lie: what a path can say, and more than git makes.
+const maxDepth = 4096
+
+func giveBelow(root *os.Root, dir string, owner, depth int) error {
+	if depth > maxDepth {
+		return fmt.Errorf("chown: directories lie more than %d deep", maxDepth)
+	}
+	below, err := giveIn(root, dir, owner)
+	for _, name := range below { // nothing is open: a level costs no descriptor
+		if err == nil {
+			err = giveBelow(root, filepath.Join(dir, name), owner, depth+1)
+		}
+	}
+	return err
+}
+
+// giveIn changes the owner of a directory and of all in it but its directories, which it
+// returns.
+func giveIn(root *os.Root, dir string, owner int) (below []string, err error) {
 	f, err := root.Open(dir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer f.Close()
 	if err := f.Chown(owner, owner); err != nil {
-		return err
+		return nil, err
 	}
 	for {
 		ents, readErr := f.ReadDir(1024)
 		for _, e := range ents {
-			name := filepath.Join(dir, e.Name())
 			if e.IsDir() {
-				err = giveBelow(root, name, owner)
-			} else {
-				err = unix.Fchownat(int(f.Fd()), e.Name(), owner, owner, unix.AT_SYMLINK_NOFOLLOW)
-			}
-			if err != nil {
-				return fmt.Errorf("chown %s: %w", name, err)
+				below = append(below, e.Name())
+			} else if err := unix.Fchownat(int(f.Fd()), e.Name(), owner, owner, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+				return nil, fmt.Errorf("chown %s: %w", filepath.Join(dir, e.Name()), err)
 			}
 		}
 		if errors.Is(readErr, io.EOF) {
-			return nil
+			return below, nil
 		}
 		if readErr != nil {
-			return readErr
+			return nil, readErr
 		}
 	}
 }
