@@ -45,8 +45,9 @@ type Definition struct {
 	Source string `json:"source,omitempty"`
 	// Revision is the commit that a Git context was at.
 	Revision string `json:"revision,omitempty"`
-	// ByDaemon says that the daemon has seen all this: its client recorded nothing. How
-	// secrets and agents were found is not known then.
+	// ByDaemon says that the daemon was asked for all this: its client recorded nothing.
+	// How secrets and agents were found is not known then, nor whether a client that runs
+	// the frontend itself has made the image of what it asked for.
 	ByDaemon bool `json:"byDaemon,omitempty"`
 	// Commit says that it was committed from a container, not built.
 	Commit bool `json:"commit,omitempty"`

@@ -1,6 +1,7 @@
 package build
 
 import (
+	"crypto/rand"
 	"encoding/csv"
 	"encoding/json"
 	"maps"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/moby/buildkit/frontend"
 	"github.com/moby/buildkit/frontend/dockerfile/dfgitutil"
@@ -20,7 +22,8 @@ import (
 // where its directory is. The engine records that, for clients that record nothing
 // themselves.
 
-// definitionKey is the name of a result's metadata with the definition.
+// definitionKey is the name of a result's metadata with the definition's number: clients
+// that run the frontend themselves give the result back, and say of it what they like.
 const definitionKey = "tenon.dev/definition"
 
 // flagAttrs are attributes of the frontend and the flags that they come from.
@@ -29,9 +32,48 @@ var flagAttrs = map[string]string{
 	"cpuperiod": "cpu-period", "cpuquota": "cpu-quota", "cpusetcpus": "cpuset-cpus", "cpusetmems": "cpuset-mems",
 }
 
-// noteDefinition adds to a result how it was asked for. Whatever a nested frontend has
-// said of that is not believed.
-func noteDefinition(res *frontend.Result, opt map[string]string) {
+// asked are the definitions of the last builds, by numbers that nobody can guess.
+type asked struct {
+	mu   sync.Mutex
+	defs map[string][]byte
+	last []string // oldest first
+}
+
+// Bounds of what is remembered: more than builds at one time, and bytes of each.
+const (
+	maxAsked      = 256
+	maxDefinition = 256 << 10
+)
+
+// keep remembers a definition, unless it is too large to be one.
+func (a *asked) keep(d imageapi.Definition) (number string, ok bool) {
+	b, err := json.Marshal(d)
+	if err != nil || len(b) > maxDefinition {
+		return "", false
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	number = rand.Text()
+	if a.defs == nil {
+		a.defs = map[string][]byte{}
+	}
+	if a.defs[number], a.last = b, append(a.last, number); len(a.last) > maxAsked {
+		delete(a.defs, a.last[0])
+		a.last = a.last[1:]
+	}
+	return number, true
+}
+
+func (a *asked) of(number string) (d imageapi.Definition, ok bool) {
+	a.mu.Lock()
+	b := a.defs[number]
+	a.mu.Unlock()
+	return d, len(b) > 0 && json.Unmarshal(b, &d) == nil
+}
+
+// note adds to a result how it was asked for. Whatever a nested frontend has said of that
+// is not believed.
+func (a *asked) note(res *frontend.Result, opt map[string]string) {
 	if res == nil {
 		return
 	}
@@ -40,8 +82,8 @@ func noteDefinition(res *frontend.Result, opt map[string]string) {
 	if !ok {
 		return
 	}
-	if b, err := json.Marshal(d); err == nil {
-		res.AddMeta(definitionKey, b)
+	if number, ok := a.keep(d); ok {
+		res.AddMeta(definitionKey, []byte(number))
 	}
 }
 
@@ -134,11 +176,11 @@ func fetched(context string) bool {
 	return ok && err == nil
 }
 
-// revision is the commit that a context was at when it was fetched.
-func (c *commits) revision(context string) string {
+// revision is the commit that a context was at when the build of a session fetched it.
+func (c *commits) revision(context, session string) string {
 	g, ok, err := dfgitutil.ParseGitRef(context)
 	if err != nil || !ok {
 		return ""
 	}
-	return c.of(g.Remote, g.Ref)
+	return c.of(g.Remote, g.Ref, session)
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/buildkit/frontend"
 	"github.com/moby/buildkit/solver/pb"
 
 	"tenon.dev/tenon/client/imageapi"
@@ -54,6 +55,41 @@ func TestDefinitionOfABuild(t *testing.T) {
 			b, _ := json.Marshal(got) // of strings
 			t.Errorf("%s: %s, want %s", name, b, c.want)
 		}
+	}
+}
+
+// What a client says of a result is not taken for what was asked of the daemon.
+func TestOnlyWhatWasAsked(t *testing.T) {
+	var told []imageapi.Definition
+	r := &running{define: func(_ context.Context, _ string, d imageapi.Definition) error {
+		told = append(told, d)
+		return nil
+	}}
+	res := &frontend.Result{}
+	res.AddMeta(definitionKey, []byte(`{"context":"https://git.test/evil"}`))
+	r.record(t.Context(), "id", string(res.Metadata[definitionKey]), "s")
+	r.asked.note(res, map[string]string{"requestid": "frontend.lint"})
+	r.record(t.Context(), "id", string(res.Metadata[definitionKey]), "s")
+	r.asked.note(res, map[string]string{"label:l": strings.Repeat("x", maxDefinition)})
+	r.record(t.Context(), "id", string(res.Metadata[definitionKey]), "s")
+	if len(told) != 0 {
+		t.Errorf("recorded: %+v", told)
+	}
+	r.asked.note(res, map[string]string{"context": "https://git.test/a.git#b"})
+	first := string(res.Metadata[definitionKey])
+	r.commits.note(commitKey("https://git.test/a.git", "b"), "1", []string{"s"})
+	r.commits.note(commitKey("https://git.test/a.git", "b"), "2", []string{"other"})
+	for _, session := range []string{"s", "other", "third"} {
+		r.record(t.Context(), "id", first, session)
+	}
+	if len(told) != 3 || told[0].Context != "https://git.test/a.git#b" || told[0].Revision != "1" || told[1].Revision != "2" || told[2].Revision != "2" {
+		t.Errorf("recorded: %+v", told)
+	}
+	for range maxAsked {
+		r.asked.note(res, nil)
+	}
+	if _, ok := r.asked.of(first); ok || len(r.asked.defs) != maxAsked {
+		t.Errorf("%d are remembered", len(r.asked.defs))
 	}
 }
 
@@ -111,5 +147,9 @@ func TestBlobsAreJudged(t *testing.T) {
 		if _, err = (gitSource{images: s}).Identifier("git", "git.test/x", map[string]string{pb.AttrGitBundle: "docker-image+blob://" + ref}, nil); err == nil {
 			t.Errorf("a bundle of %s is taken", ref)
 		}
+	}
+	_, err = (gitSource{images: s}).Identifier("git", "git.test/x", map[string]string{pb.AttrGitCheckoutBundle: "true"}, nil)
+	if !errdefs.IsNotImplemented(err) {
+		t.Errorf("a bundle is to be made: %v", err)
 	}
 }

@@ -23,8 +23,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
-	"tenon.dev/tenon/client/imageapi"
 )
 
 // exporterMoby is what buildx asks a dockerd for: an image in its store.
@@ -151,18 +149,19 @@ func (r *running) addImage(ctx context.Context, src *exporter.Source, sessionID 
 	if _, err := r.images.AddBuilt(ctx, builtImage(target, list, r.blobs.path, layers)); err != nil {
 		return err
 	}
-	r.record(ctx, target.Digest.String(), src.Metadata[definitionKey])
+	r.record(ctx, target.Digest.String(), string(src.Metadata[definitionKey]), sessionID)
 	return nil
 }
 
-// record tells the engine how an image was built. It is built, whether that is known or not.
-func (r *running) record(ctx context.Context, id string, def []byte) {
-	var d imageapi.Definition
-	if r.define == nil || len(def) == 0 || json.Unmarshal(def, &d) != nil {
+// record tells the engine how an image was built, by the number of what was asked for. It
+// is built, whether that is known or not.
+func (r *running) record(ctx context.Context, id, number, sessionID string) {
+	d, ok := r.asked.of(number)
+	if !ok || r.define == nil {
 		return
 	}
 	if d.Context != "" {
-		d.Revision = r.commits.revision(d.Context)
+		d.Revision = r.commits.revision(d.Context, sessionID)
 	}
 	if err := r.define(ctx, id, d); err != nil {
 		bklog.G(ctx).Warnf("how %s was built is not recorded: %v", id, err)

@@ -73,10 +73,12 @@ func cutIsolation(cgroupParent string) (isolation, parent string) {
 	return isolation, parent
 }
 
-// isolating is a frontend that knows the attribute. check says early what can't be had.
+// isolating is a frontend that knows the attribute, and remembers what is asked of it.
+// check says early what can't be had.
 type isolating struct {
 	frontend.Frontend
 	check func(ctx context.Context, isolation string) (string, error)
+	asked *asked
 }
 
 // Solve runs the frontend.
@@ -92,6 +94,6 @@ func (f isolating) Solve(ctx context.Context, llb frontend.FrontendLLBBridge, ex
 	}
 	res, err := f.Frontend.Solve(ctx, llb, exec, opt, inputs, sid, sm)
 	noteBases(res)
-	noteDefinition(res, opt)
+	f.asked.note(res, opt)
 	return res, err
 }

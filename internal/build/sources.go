@@ -3,6 +3,7 @@ package build
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -61,6 +62,10 @@ func (s gitSource) Identifier(scheme, ref string, attrs map[string]string, platf
 	if err := unjudged(s.images, attrs[pb.AttrGitBundle]); err != nil {
 		return nil, err
 	}
+	// BuildKit makes one beside a repository, from another that git does not see here.
+	if v := attrs[pb.AttrGitCheckoutBundle]; v == "true" {
+		return nil, fmt.Errorf("git %s: builds don't make bundles of repositories (%s): take its files, or make the bundle in a RUN step: %w", ref, pb.AttrGitCheckoutBundle, errdefs.ErrNotImplemented)
+	}
 	return s.Source.Identifier(scheme, ref, attrs, platform)
 }
 
@@ -84,9 +89,23 @@ type gitInstance struct {
 func (i *gitInstance) CacheKey(ctx context.Context, job solver.JobContext, index int) (string, string, solver.CacheOpts, bool, error) {
 	key, pin, opts, done, err := i.SourceInstance.CacheKey(ctx, job, index)
 	if err == nil {
-		i.commits.note(i.key, pin)
+		i.commits.note(i.key, pin, sessionsOf(job))
 	}
 	return key, pin, opts, done, err
+}
+
+// sessionsOf are the sessions of the builds that a step is of.
+func sessionsOf(job solver.JobContext) (out []string) {
+	if job == nil || job.Session() == nil {
+		return nil
+	}
+	for it := job.Session().SessionIterator(); ; {
+		id := it.NextSession()
+		if id == "" {
+			return out
+		}
+		out = append(out, id)
+	}
 }
 
 // commits are the last ones that names have led to.
@@ -95,30 +114,42 @@ type commits struct {
 	last []noted // newest last
 }
 
-type noted struct{ key, commit string }
+type noted struct {
+	key, commit string
+	sessions    []string // of the builds that fetched it
+}
 
 // maxCommits bounds what is remembered: more than builds at one time.
 const maxCommits = 256
 
 func commitKey(remote, ref string) string { return remote + "\n" + ref }
 
-func (c *commits) note(key, commit string) {
+func (c *commits) note(key, commit string, sessions []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.last = append(c.last, noted{key, commit})
+	c.last = append(c.last, noted{key, commit, sessions})
 	if len(c.last) > maxCommits {
 		c.last = append([]noted(nil), c.last[maxCommits/2:]...)
 	}
 }
 
-// of is the commit of a repository's name, "" if it is not known.
-func (c *commits) of(remote, ref string) string {
+// of is the commit of a repository's name for the build of a session, "" if it is not
+// known. A build that shares another's step is not among those that fetched it: for that
+// one it is the last.
+func (c *commits) of(remote, ref, session string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for i := len(c.last) - 1; i >= 0; i-- {
-		if c.last[i].key == commitKey(remote, ref) {
-			return c.last[i].commit
+	last := ""
+	for _, n := range slices.Backward(c.last) {
+		if n.key != commitKey(remote, ref) {
+			continue
+		}
+		if slices.Contains(n.sessions, session) {
+			return n.commit
+		}
+		if last == "" {
+			last = n.commit
 		}
 	}
-	return ""
+	return last
 }

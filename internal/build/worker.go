@@ -63,6 +63,7 @@ type running struct {
 	executor  *executor
 	worker    *tenonWorker
 	commits   commits
+	asked     asked
 	define    func(ctx context.Context, ref string, d imageapi.Definition) error // may be nil
 	closers   []func() error
 
@@ -239,8 +240,8 @@ func (b *Builder) open(ctx context.Context) (_ *running, err error) {
 		SessionManager:   r.sessions,
 		WorkerController: wc,
 		Frontends: map[string]frontend.Frontend{
-			"dockerfile.v0": isolating{builtin, isolation},
-			"gateway.v0":    isolating{ownSyntax{Frontend: gw, own: builtin, log: b.log}, isolation},
+			"dockerfile.v0": isolating{builtin, isolation, &r.asked},
+			"gateway.v0":    isolating{ownSyntax{Frontend: gw, own: builtin, log: b.log}, isolation, &r.asked},
 		},
 		CacheManager: solver.NewCacheManager(ctx, "local", cacheDB, worker.NewCacheResultStorage(wc)),
 		ResolveCacheExporterFuncs: map[string]remotecache.ResolveCacheExporterFunc{
