@@ -26,8 +26,8 @@ const (
 	mapVersion = 1
 	mapHead    = 4096
 	recordSize = 64
-	// maxChunks bounds what the program keeps in memory.
-	maxChunks = 4 << 20
+	// maxChunks bounds what the program keeps in memory of one image: 64 MiB.
+	maxChunks = 1 << 20
 )
 
 // Map says where an EROFS file's contents are.

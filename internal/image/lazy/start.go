@@ -181,7 +181,7 @@ func (c Config) mounted() (n int, err error) {
 // clear kills a program that is there, unless it ends in the grace time, and unmounts
 // what it served.
 func (c Config) clear(ctx context.Context, grace time.Duration) error {
-	if err := c.kill(grace); err != nil {
+	if err := c.kill(ctx, grace); err != nil {
 		return err
 	}
 	for range 16 {
@@ -208,8 +208,9 @@ func (c Config) clear(ctx context.Context, grace time.Duration) error {
 }
 
 // kill ends the program that the file names, and waits for its end: then the kernel
-// has ended its connection, so that all who wait for it have their errors.
-func (c Config) kill(grace time.Duration) error {
+// has ended its connection, so that all who wait for it have their errors. It is not
+// killed if the context ends before the grace time.
+func (c Config) kill(ctx context.Context, grace time.Duration) error {
 	b, err := os.ReadFile(c.pidFile())
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -233,28 +234,34 @@ func (c Config) kill(grace time.Duration) error {
 	if now, err := startOf(pid); err != nil || now != began {
 		return nil // another process has the number now
 	}
-	if grace > 0 && ended(fd, grace) == nil {
-		return nil
+	if grace > 0 {
+		err := ended(ctx, fd, grace)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
 		return os.NewSyscallError("pidfd_send_signal", err)
 	}
-	if err := ended(fd, startTime); err != nil {
+	if err := ended(ctx, fd, startTime); err != nil {
 		return fmt.Errorf("process %d: %w", pid, err)
 	}
 	return nil
 }
 
 // ended waits for a process's end.
-func ended(pidfd int, limit time.Duration) error {
+func ended(ctx context.Context, pidfd int, limit time.Duration) error {
 	until := time.Now().Add(limit)
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(max(0, time.Until(until).Milliseconds())))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(min(50, max(0, time.Until(until).Milliseconds()))))
 		if n > 0 {
 			return nil
 		}
 		if err != nil && err != unix.EINTR {
 			return os.NewSyscallError("poll", err)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		if time.Now().After(until) {
 			return fmt.Errorf("it does not end: %w", errdefs.ErrUnavailable)

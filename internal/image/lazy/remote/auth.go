@@ -152,7 +152,13 @@ func (a *authorizer) fetch(ctx context.Context, p map[string]string) (string, er
 		return "", err
 	}
 	req.Header.Set("User-Agent", a.agent)
-	resp, err := a.client.Do(req)
+	client := a.client
+	if req.Method == http.MethodPost { // a redirect would get the identity token
+		one := *client
+		one.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+		client = &one
+	}
+	resp, err := client.Do(req)
 	if err != nil {
 		return "", fmt.Errorf("token server %s: %w: %w", realm.Host, redacted(err), errdefs.ErrUnavailable)
 	}

@@ -30,7 +30,6 @@ const (
 
 // Repository reads blobs of one repository. It is safe for concurrent use.
 type Repository struct {
-	name  string
 	agent string
 	hosts []*host
 }
@@ -57,14 +56,15 @@ func New(a Access) (*Repository, error) {
 	if a.Repository == "" || len(a.Hosts) == 0 {
 		return nil, fmt.Errorf("registry: no repository, or no host: %w", errdefs.ErrInvalidArgument)
 	}
-	r := &Repository{name: a.Repository, agent: cmp.Or(a.UserAgent, "tenon")}
+	r := &Repository{agent: cmp.Or(a.UserAgent, "tenon")}
 	for _, h := range a.Hosts {
+		h.Repository = cmp.Or(h.Repository, a.Repository)
 		c, err := client(h)
 		if err != nil {
 			return nil, fmt.Errorf("registry %s: %w", h.Host, err)
 		}
 		o := &host{Host: h, client: c, moved: map[digest.Digest]*url.URL{}}
-		o.auth = authorizer{host: &o.Host, client: c, repository: a.Repository, agent: r.agent}
+		o.auth = authorizer{host: &o.Host, client: c, repository: h.Repository, agent: r.agent}
 		r.hosts = append(r.hosts, o)
 	}
 	return r, nil
@@ -163,7 +163,7 @@ func (h *host) get(ctx context.Context, r *Repository, blob digest.Digest, off, 
 	if h.plain.Load() {
 		scheme = "http"
 	}
-	u := &url.URL{Scheme: scheme, Host: h.Host.Host, Path: h.Path + "/" + r.name + "/blobs/" + blob.String()}
+	u := &url.URL{Scheme: scheme, Host: h.Host.Host, Path: h.Path + "/" + h.Repository + "/blobs/" + blob.String()}
 	resp, err := h.ask(ctx, r, u, off, size, true)
 	if err != nil && h.PlainHTTP && u.Scheme == "https" && notTLS(err, h.Host.Host) {
 		u.Scheme = "http"

@@ -27,6 +27,8 @@ type Host struct {
 	Host string `json:"host"`
 	// Path is that of the API, "/v2" mostly.
 	Path string `json:"path"`
+	// Repository is the path of the one that it is asked for; default the Access's.
+	Repository string `json:"repository,omitempty"`
 	// Insecure takes any certificate; PlainHTTP tries http where https is not spoken.
 	Insecure  bool `json:"insecure,omitempty"`
 	PlainHTTP bool `json:"plainHTTP,omitempty"`

@@ -79,6 +79,8 @@ type conn struct {
 	dev *os.File
 	wg  sync.WaitGroup
 	buf sync.Pool // of *[]byte for answers
+	// ended is closed when nothing is answered any more.
+	ended chan struct{}
 }
 
 // ServeFUSE answers the kernel's requests until the file system is unmounted, or
@@ -87,7 +89,16 @@ func (s *Server) ServeFUSE(fd int) error {
 	if err := unix.SetNonblock(fd, true); err != nil { // so that waiting takes no thread
 		return os.NewSyscallError("fcntl", err)
 	}
-	c := &conn{s: s, dev: os.NewFile(uintptr(fd), "/dev/fuse")}
+	c := &conn{s: s, dev: os.NewFile(uintptr(fd), "/dev/fuse"), ended: make(chan struct{})}
+	defer close(c.ended)
+	s.mu.Lock()
+	closed := s.closed
+	s.served = append(s.served, c)
+	s.mu.Unlock()
+	if closed {
+		c.dev.Close()
+		return nil
+	}
 	c.buf.New = func() any { b := make([]byte, outHeader+128<<10); return &b }
 	errs := make(chan error, readers)
 	for range readers {

@@ -64,10 +64,12 @@ type Server struct {
 	memory *semaphore.Weighted
 	dirty  chan struct{} // something has come
 
-	mu    sync.Mutex
-	next  uint64 // node
-	names map[string]*chain
-	nodes map[uint64]*chain
+	mu     sync.Mutex
+	next   uint64 // node
+	names  map[string]*chain
+	nodes  map[uint64]*chain
+	closed bool
+	served []*conn
 }
 
 // New makes a server of nothing yet.
@@ -82,9 +84,17 @@ func New(log *slog.Logger, o Options) *Server {
 	return s
 }
 
-// Close ends what is under way, and notes what has come.
+// Close ends what is under way, ServeFUSE too, and notes what has come.
 func (s *Server) Close() {
 	s.cancel()
+	s.mu.Lock()
+	s.closed = true
+	served := s.served
+	s.mu.Unlock()
+	for _, c := range served { // nothing begins any more, then
+		c.dev.Close()
+		<-c.ended
+	}
 	s.wg.Wait()
 	s.mu.Lock()
 	all := make([]*chain, 0, len(s.nodes))
@@ -219,7 +229,7 @@ func (s *Server) hideLocked(c *chain) {
 
 // dropLocked frees a chain that nobody can reach any more.
 func (s *Server) dropLocked(c *chain) {
-	if c.opens > 0 || c.lookups > 0 || s.names[c.id.Encoded()] == c || s.nodes[c.node] != c {
+	if c.opens > 0 || c.lookups > 0 || s.names[c.id.Encoded()] == c || s.nodes[c.node] != c || s.closed {
 		return
 	}
 	delete(s.nodes, c.node)
