@@ -167,6 +167,13 @@ func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error 
 		if r := c.record(); r.HostConfig.PidMode.IsHost() { // with which rights its processes run is not known any more
 			f.machine.Taint(e.reachOf(r))
 		}
+		if f.verdict == exited && isSystem(c.record()) {
+			if err := e.noteStart(c, f.task); err != nil {
+				return err
+			}
+			e.exited(f.client, c, c.runOrNew(), exitFacts{code: int(f.task.ExitStatus), at: time.Unix(0, f.task.ExitedAt), unknown: e.systemEnd(ctx, f)})
+			return nil
+		}
 		if err := e.act(ctx, f.client, c, f.verdict, f.task); err != nil || f.verdict == exited {
 			return err
 		}
@@ -197,4 +204,25 @@ func (e *Engine) actMachine(ctx context.Context, c *ctr, f *foundMachine) error 
 		return nil
 	}
 	return e.act(ctx, nil, c, f.verdict, nil)
+}
+
+// killedByUser is tenon-vmm's word for the end of a system that somebody asked for.
+const killedByUser = "it was killed"
+
+// systemEnd says why a system ended that nobody looked at, as the event of its end
+// does; empty: it turned itself off, or was killed by its user.
+func (e *Engine) systemEnd(ctx context.Context, f *foundMachine) string {
+	if f.task.ExitStatus == 0 {
+		return ""
+	}
+	if f.machine.End() == "" { // it ended since they were listed
+		if _, err := e.cfg.Machines.List(ctx); err != nil {
+			e.log.Warn("why a machine ended is not known", "machine", f.machine.ID(), "err", err)
+		}
+	}
+	why := f.machine.End()
+	if why == "" || why == killedByUser {
+		return ""
+	}
+	return "the machine ended: " + why
 }

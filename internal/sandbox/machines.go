@@ -129,7 +129,8 @@ type Machine interface {
 	AddTap(ctx context.Context, id string) (tap string, err error)
 	// Ended is closed when it runs no more.
 	Ended() <-chan struct{}
-	// End is why; empty while it runs.
+	// End is why; empty while it runs. That of a system is known, once they were listed,
+	// before Ended is closed, which its removal does.
 	End() string
 	// Handover is Prepare for what a host can't lend by path. If it fails on a
 	// machine that lasts, Release takes back what was done.

@@ -76,6 +76,15 @@ func (m *machine) end(reason string) {
 	})
 }
 
+// learn keeps why a system's QEMU has ended, whose task is still there to be asked.
+func (m *machine) learn(reason string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.reason == "" {
+		m.reason = reason
+	}
+}
+
 // ID is the machine's name.
 func (m *machine) ID() string { return m.about.Id }
 

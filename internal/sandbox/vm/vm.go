@@ -253,6 +253,8 @@ func (v *VMs) list(ctx context.Context, c *conn) (uint64, error) {
 		}
 		if d.Ended {
 			m.end(d.Reason)
+		} else {
+			m.learn(d.Reason)
 		}
 	}
 	return r.Sequence, nil
