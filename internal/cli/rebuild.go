@@ -145,6 +145,9 @@ func (h rebuilding) place(s *imageapi.Step) error {
 // settle decides what only this side knows: whether the context is here, and, for a
 // swap whose new base is here, whether it is safe.
 func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, how rebuilding) {
+	// What the user says now needs no seal, what the daemon says does: that is looked at
+	// before the two are one.
+	sealed := s.Definition != nil && buildopts.Sealed(configDir(a.config), c.Host(), s.Names, *s.Definition)
 	if err := how.place(s); err != nil {
 		s.Do, s.Why = imageapi.StepNone, err.Error()
 		return
@@ -165,7 +168,7 @@ func (a *app) settle(ctx context.Context, c *client.Client, s *imageapi.Step, ho
 		}
 		if gone == "" && !how.swap {
 			s.Why = takes(s.Definition) // in this side's words: it is what is sent
-			s.Unconfirmed = !buildopts.Sealed(configDir(a.config), c.Host(), s.Names, *s.Definition)
+			s.Unconfirmed = !sealed
 			if s.Unconfirmed {
 				s.Why += "; not recorded by you here: asks first"
 			}

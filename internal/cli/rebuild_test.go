@@ -8,6 +8,7 @@ import (
 
 	"tenon.dev/tenon/client"
 	"tenon.dev/tenon/client/imageapi"
+	"tenon.dev/tenon/internal/cli/buildopts"
 )
 
 // A directory that the user names takes the place of one that nobody knows, or that is
@@ -60,6 +61,30 @@ func TestRebuildElsewhere(t *testing.T) {
 		a.settle(t.Context(), daemon, &s, c.how)
 		if s.Do != c.do || !strings.Contains(s.Why, c.says) || s.Do == imageapi.StepBuild && !s.Unconfirmed {
 			t.Errorf("%+v, %+v: %s, %s; want %s, %s", c.def, c.how, s.Do, s.Why, c.do, c.says)
+		}
+	}
+	// Of the user's own definition nothing is asked, whatever she says now.
+	for _, c := range []struct {
+		def imageapi.Definition
+		how rebuilding
+	}{
+		{imageapi.Definition{Context: "/away", Dockerfile: "/away/Dockerfile", Host: "another.test"}, rebuilding{contexts: []string{"app:1=" + dir}}},
+		{imageapi.Definition{Context: git.Context}, rebuilding{revision: true}},
+	} {
+		seal, err := buildopts.Seal(configDir(a.config), daemon.Host(), []string{"app:1"}, c.def)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.def.Seal, c.def.Revision = seal, git.Revision
+		for _, changed := range []bool{false, true} {
+			if changed {
+				c.def.Secrets = []string{"id=x,src=/etc/shadow"}
+			}
+			s := imageapi.Step{Do: imageapi.StepBuild, Names: []string{"app:1"}, Definition: new(c.def)}
+			a.settle(t.Context(), daemon, &s, c.how)
+			if s.Do != imageapi.StepBuild || s.Unconfirmed != changed {
+				t.Errorf("%+v: %s, %s, unconfirmed %v", c.def, s.Do, s.Why, s.Unconfirmed)
+			}
 		}
 	}
 	for _, bad := range []string{"app:1", "=x", "app:1=", "nosuch=" + dir} {
