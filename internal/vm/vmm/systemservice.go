@@ -83,6 +83,8 @@ func (s systemService) Start(ctx context.Context, r *taskv3.StartRequest) (*task
 	}
 	t.started, t.status = time.Now(), taskv1.Status_STATUS_RUNNING
 	t.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
 	if err := t.v.proc.Cont(ctx); err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.Id, err)
 	}
@@ -132,9 +134,9 @@ func (t *systemTask) pause(ctx context.Context, id string, on bool) error {
 	if err := t.task(id, ""); err != nil {
 		return err
 	}
-	from, to, kind, do := taskv1.Status_STATUS_PAUSED, taskv1.Status_STATUS_RUNNING, taskv1.Event_RESUMED, t.v.proc.Cont
+	from, to, kind, do, limit := taskv1.Status_STATUS_PAUSED, taskv1.Status_STATUS_RUNNING, taskv1.Event_RESUMED, t.v.proc.Cont, commandTime
 	if on {
-		from, to, kind, do = to, from, taskv1.Event_PAUSED, t.v.proc.Stop
+		from, to, kind, do, limit = to, from, taskv1.Event_PAUSED, t.v.proc.Stop, flushTime
 	}
 	t.mu.Lock()
 	is := t.status
@@ -142,6 +144,8 @@ func (t *systemTask) pause(ctx context.Context, id string, on bool) error {
 	if is != from {
 		return fmt.Errorf("task %s: is not %s: %w", id, strings.ToLower(strings.TrimPrefix(from.String(), "STATUS_")), errdefs.ErrFailedPrecondition)
 	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	if err := do(ctx); err != nil {
 		return err
 	}
@@ -177,6 +181,8 @@ func (s systemService) Update(ctx context.Context, r *taskv3.UpdateTaskRequest) 
 		case *m.Limit < minMemory:
 			return nil, fmt.Errorf("%d bytes of memory: at least %d: %w", *m.Limit, minMemory, errdefs.ErrInvalidArgument)
 		}
+		ctx, cancel := context.WithTimeout(ctx, commandTime)
+		defer cancel()
 		if err := v.proc.Balloon(ctx, *m.Limit); err != nil {
 			return nil, err
 		}

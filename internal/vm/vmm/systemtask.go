@@ -190,6 +190,14 @@ const pressTime = 10 * time.Minute
 // powerTime bounds a command to QEMU.
 const powerTime = 10 * time.Second
 
+const (
+	// commandTime bounds one whose failure undoes something: the client's container is
+	// locked meanwhile, and QEMU answers nobody while a dead disk holds it.
+	commandTime = 30 * time.Second
+	// flushTime bounds one that first writes to the disks what waits for that.
+	flushTime = 2 * time.Minute
+)
+
 // powerButton presses it, now and again.
 func (t *systemTask) powerButton(ctx context.Context) error {
 	if err := t.v.proc.PowerButton(ctx); err != nil {
@@ -270,6 +278,27 @@ func (t *systemTask) await(ctx context.Context, id, exec string) (*taskv1.Proces
 	}
 }
 
+// enter writes what somebody types to the console, which takes nothing while the
+// guest does not read its serial line: then it waits as long as the one who types is
+// there. False if nothing more can be written.
+func (t *systemTask) enter(b []byte, c net.Conn, viewer *viewer) bool {
+	console := t.v.proc.Console
+	for {
+		_ = console.SetWriteDeadline(time.Now().Add(hangUpTurn)) // others who write mean the same
+		n, err := console.Write(b)
+		if b = b[n:]; len(b) == 0 {
+			return true
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return false
+		}
+		u, ok := c.(*net.UnixConn)
+		if isClosed(viewer.over) || isClosed(t.done) || ok && hungUp(u) {
+			return false
+		}
+	}
+}
+
 // stream serves a connection that is no call: the console's.
 func (t *systemTask) stream(_ context.Context, c channel.Conn, h *taskv1.StreamHeader) {
 	var err error
@@ -299,10 +328,8 @@ func (t *systemTask) stream(_ context.Context, c channel.Conn, h *taskv1.StreamH
 	b := make([]byte, 4096)
 	for {
 		n, err := c.Read(b)
-		if n > 0 && a.Stdin {
-			if _, werr := t.v.proc.Console.Write(b[:n]); werr != nil && !errors.Is(werr, os.ErrDeadlineExceeded) {
-				a.Stdin = false // it has ended: discard
-			}
+		if n > 0 && a.Stdin && !t.enter(b[:n], c, viewer) {
+			a.Stdin = false // it has ended: discard
 		}
 		if err != nil {
 			break
