@@ -141,7 +141,7 @@ func (e *Engine) newRecord(ctx context.Context, o CreateOptions, img *image.Imag
 		return nil, nil, err
 	}
 	if system {
-		h.ShmSize = 0 // clients that make containers anew from what inspect shows are not refused
+		h.ShmSize, h.Runtime = 0, "tenon" // clients that make containers anew from what inspect shows are not refused
 	}
 	cfg := mergeImage(o.Request.Config, &img.Config.Config)
 	if name, err := os.Hostname(); err == nil && cfg.Hostname == name && h.UTSMode.IsHost() {

@@ -142,6 +142,8 @@ func unfitForSystem(cfg *mobycontainer.Config, h *mobycontainer.HostConfig) stri
 		{on(len(h.Sysctls)), "--sysctl"},
 		{on(len(h.Links)), "--link"},
 		{on(len(h.ExtraHosts)), "--add-host"},
+		{on(len(h.DNSOptions)), "--dns-option"},
+		{cfg.Domainname != "", "--domainname"},
 		{h.ShmSize > 0, "--shm-size"},
 		{on(len(res.Ulimits)), "--ulimit"},
 		{h.CgroupParent != "", "--cgroup-parent"},
@@ -151,6 +153,9 @@ func unfitForSystem(cfg *mobycontainer.Config, h *mobycontainer.HostConfig) stri
 		{res.CpusetCpus != "" || res.CpusetMems != "", "--cpuset-cpus and --cpuset-mems"},
 		{res.BlkioWeight != 0 || on(len(res.BlkioWeightDevice)) || throttled(res), "limits of block devices"},
 		{res.MemoryReservation != 0, "--memory-reservation"},
+		// The host swaps what it likes: no limit, and the defaults of clients, ask for nothing.
+		{res.MemorySwap > 0 && res.MemorySwap != res.Memory && res.MemorySwap != 2*res.Memory, "--memory-swap"},
+		{res.MemorySwappiness != nil && *res.MemorySwappiness != -1, "--memory-swappiness"},
 		{res.CPUShares != 0, "--cpu-shares"},
 		{res.CPURealtimePeriod != 0 || res.CPURealtimeRuntime != 0, "--cpu-rt-period and --cpu-rt-runtime"},
 	} {
@@ -181,6 +186,9 @@ func (e *Engine) completeSystem(r *container.Record, img *image.Image) error {
 		return err
 	}
 	if size := img.Disk.Disk.VirtualSize; limit != 0 && limit < size {
+		if limit == e.cfg.DiskLimit { // which nobody else asked for, as far as one can see
+			return invalid("the disk of %s has %d bytes, and the daemon's setting limits.disk gives a container that does not say %d: ask for as much (--storage-opt size=%d), or have the setting changed; nothing was started", r.Image.Ref, size, limit, size)
+		}
 		return invalid("--storage-opt size of %d bytes: the disk of %s has %d, and can't be made smaller; nothing was started", limit, r.Image.Ref, size)
 	}
 	for name := range r.Networks {
@@ -278,7 +286,7 @@ func (e *Engine) systemRequest(ctx context.Context, r *container.Record, ns *net
 		return req, nil, err
 	}
 	s := &sandbox.System{Base: disk.Path, BaseFormat: disk.Format, Volatile: r.HostConfig.AutoRemove, UUID: systemUUID(r.ID), Quota: systemQuota(&r.HostConfig.Resources)}
-	if s.Disk, err = e.cfg.Roots.SystemDisk(r.ID, disk.VirtualSize, limit); err != nil {
+	if s.Disk, err = e.cfg.Roots.SystemDisk(r.ID, disk.VirtualSize, limit, s.Volatile); err != nil {
 		return req, nil, err
 	}
 	if disk.Config.Disk.Firmware == "uefi" {
@@ -286,7 +294,7 @@ func (e *Engine) systemRequest(ctx context.Context, r *container.Record, ns *net
 		if err != nil {
 			return req, nil, err
 		}
-		if s.Vars, err = e.cfg.Roots.SystemVars(r.ID, vars); err != nil {
+		if s.Vars, err = e.cfg.Roots.SystemVars(r.ID, vars, s.Volatile); err != nil {
 			return req, nil, err
 		}
 		s.UEFI = true

@@ -22,6 +22,10 @@ func TestUnfitForSystem(t *testing.T) {
 		"shares":        {h: mobycontainer.HostConfig{Resources: mobycontainer.Resources{CPUShares: 512}}, bad: true},
 		"little memory": {h: mobycontainer.HostConfig{Resources: mobycontainer.Resources{Memory: minSystemMemory - 1}}, bad: true},
 		"negative":      {h: mobycontainer.HostConfig{Resources: mobycontainer.Resources{Memory: -1}}, bad: true},
+		"swap":          {h: mobycontainer.HostConfig{Resources: mobycontainer.Resources{Memory: minSystemMemory, MemorySwap: 3 * minSystemMemory}}, bad: true},
+		"default swap":  {h: mobycontainer.HostConfig{Resources: mobycontainer.Resources{Memory: minSystemMemory, MemorySwap: 2 * minSystemMemory}}},
+		"DNS options":   {h: mobycontainer.HostConfig{DNSOptions: []string{"ndots:2"}}, bad: true},
+		"a domain":      {cfg: mobycontainer.Config{Domainname: "example"}, bad: true},
 		"user-data":     {h: mobycontainer.HostConfig{Annotations: map[string]string{UserDataAnnotation: string(make([]byte, maxUserData+1))}}, bad: true},
 	} {
 		if err := checkSystem(&x.cfg, &x.h); (err != nil) != x.bad {

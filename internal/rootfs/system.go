@@ -30,8 +30,9 @@ const (
 
 // SystemDisk makes, or finds again, the writable disk of a machine whose image's disk
 // has size bytes: it gets the limit's size, if that is not 0. InvalidArgument if that is less
-// than the image's disk has.
-func (s *Store) SystemDisk(id string, size, limit int64) (path string, err error) {
+// than the image's disk has. One that is volatile needs not be whole after a crash
+// of the host.
+func (s *Store) SystemDisk(id string, size, limit int64, volatile bool) (path string, err error) {
 	dir, err := s.dir(id)
 	if err != nil {
 		return "", err
@@ -46,7 +47,7 @@ func (s *Store) SystemDisk(id string, size, limit int64) (path string, err error
 	case limit > MaxDisk || size > MaxDisk:
 		return "", fmt.Errorf("a disk of %d bytes: at most %d GiB: %w", max(limit, size), int64(MaxDisk)>>30, errdefs.ErrInvalidArgument)
 	}
-	err = s.place(dir, vmDiskFile, func(f *os.File) error { return emptyQCOW2(f, max(size, limit)&^511) })
+	err = s.place(dir, vmDiskFile, volatile, func(f *os.File) error { return emptyQCOW2(f, max(size, limit)&^511) })
 	if err != nil {
 		return "", fmt.Errorf("container %s: writable disk: %w", id, err)
 	}
@@ -54,8 +55,8 @@ func (s *Store) SystemDisk(id string, size, limit int64) (path string, err error
 }
 
 // SystemVars makes, or finds again, the file of UEFI's variables of a machine, which
-// begin as those at from.
-func (s *Store) SystemVars(id, from string) (path string, err error) {
+// begin as those at from; volatile is as for SystemDisk.
+func (s *Store) SystemVars(id, from string, volatile bool) (path string, err error) {
 	dir, err := s.dir(id)
 	if err != nil {
 		return "", err
@@ -64,7 +65,7 @@ func (s *Store) SystemVars(id, from string) (path string, err error) {
 	if _, err := os.Lstat(path); err == nil {
 		return path, nil
 	}
-	err = s.place(dir, varsFile, func(f *os.File) error {
+	err = s.place(dir, varsFile, volatile, func(f *os.File) error {
 		in, err := os.Open(from)
 		if err != nil {
 			return err
@@ -79,8 +80,9 @@ func (s *Store) SystemVars(id, from string) (path string, err error) {
 	return path, nil
 }
 
-// place makes a file whole beside its name, and renames it.
-func (s *Store) place(dir, name string, fill func(*os.File) error) (err error) {
+// place makes a file whole beside its name, and renames it once it is on the disk: its
+// name stands for all of it at the next start. Volatile ones do not wait for that.
+func (s *Store) place(dir, name string, volatile bool, fill func(*os.File) error) (err error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return err
 	}
@@ -97,7 +99,10 @@ func (s *Store) place(dir, name string, fill func(*os.File) error) (err error) {
 			_ = os.Remove(tmp) // the first error says more
 		}
 	}()
-	return fill(f)
+	if err := fill(f); err != nil || volatile {
+		return err
+	}
+	return f.Sync()
 }
 
 // emptyQCOW2 writes a disk of size bytes that has no data: the header, the table and

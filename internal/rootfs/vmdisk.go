@@ -163,7 +163,10 @@ func (s *Store) makeUpper(ctx context.Context, dir string, lower []string, opts 
 	}
 	// Without it the file system's own blocks count as the container's.
 	_ = unix.Fsetxattr(int(f.Fd()), baseAttr, []byte(strconv.FormatInt(st.Blocks*512, 10)), 0)
-	return nil
+	if opts.Volatile {
+		return nil
+	}
+	return f.Sync() // its name stands for all of it at the next start
 }
 
 // template opens a new, empty disk of this kind, and makes it if it is the first.
