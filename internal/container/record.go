@@ -46,7 +46,8 @@ type Record struct {
 	UserNSOf string        `json:"usernsOf,omitempty"`
 	// Networks are the endpoints asked for, by network name.
 	Networks map[string]*network.EndpointSettings `json:"networks,omitempty"`
-	// Isolation is the kernel that it runs on: "process" (the host's) or "vm".
+	// Isolation is the kernel that it runs on: "process" (the host's), "vm",
+	// "machine" (a disk image's own) or "machine=NAME".
 	Isolation string `json:"isolation"`
 
 	Facts Facts `json:"facts"`

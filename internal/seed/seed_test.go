@@ -2,6 +2,7 @@ package seed
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestDisk has blkid look at a disk, and reads what is on it.
@@ -29,7 +31,9 @@ func TestDisk(t *testing.T) {
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("blkid", "-p", "-o", "value", "-s", "LABEL", "-s", "TYPE", path).CombinedOutput(); err != nil || string(out) != "cidata\niso9660\n" {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, "blkid", "-p", "-o", "value", "-s", "LABEL", "-s", "TYPE", path).CombinedOutput(); err != nil || string(out) != "cidata\niso9660\n" {
 		t.Errorf("blkid: %v: %q", err, out)
 	}
 	files := map[string]string{}
