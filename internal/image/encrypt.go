@@ -42,7 +42,8 @@ type encrypting struct {
 	s        *Store
 	o        *EncryptOptions
 	progress ProgressFunc
-	left     int // attestations
+	left     int          // attestations
+	tries    *crypt.Tries // of the manifest
 }
 
 func (e *encrypting) tree(ctx context.Context, d ocispec.Descriptor, depth int) (ocispec.Descriptor, error) {
@@ -102,6 +103,7 @@ func (e *encrypting) manifest(ctx context.Context, d ocispec.Descriptor) (ocispe
 	if err != nil {
 		return d, err
 	}
+	e.tries = e.s.newTries(ctx)
 	for i, l := range m.Layers {
 		l.URLs = nil
 		if !chosen[i] {
@@ -147,7 +149,7 @@ func chosenLayers(list []int, n int) ([]bool, error) {
 // layer encrypts a layer, or adds the recipients to one that is encrypted.
 func (e *encrypting) layer(ctx context.Context, d ocispec.Descriptor) (ocispec.Descriptor, error) {
 	if crypt.Encrypted(d.MediaType) {
-		k, err := e.s.layerKey(ctx, d)
+		k, err := e.s.layerKey(ctx, d, e.tries)
 		if err != nil {
 			return d, err
 		}

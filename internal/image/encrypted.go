@@ -59,6 +59,7 @@ func (s *Store) Authorize(ctx context.Context, img *Image) error {
 
 // authorize is Authorize; with unpacked all layers have to be.
 func (s *Store) authorize(ctx context.Context, img *Image, unpacked bool) error {
+	tries := s.newTries(ctx)
 	for i, d := range img.LayerDescs {
 		if !crypt.Encrypted(d.MediaType) {
 			continue
@@ -66,7 +67,7 @@ func (s *Store) authorize(ctx context.Context, img *Image, unpacked bool) error 
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		k, err := s.layerKey(ctx, d)
+		k, err := s.layerKey(ctx, d, tries)
 		if err != nil {
 			return fmt.Errorf("image %s: layer %d of %d: %w", img.Ref(), i+1, len(img.LayerDescs), err)
 		}
@@ -85,9 +86,18 @@ func (s *Store) authorize(ctx context.Context, img *Image, unpacked bool) error 
 	return nil
 }
 
+// newTries counts what is tried on one image. Requests that have their own keys alone, of
+// tenants, take turns: all together they keep one processor busy.
+func (s *Store) newTries(ctx context.Context) *crypt.Tries {
+	if r, _ := ctx.Value(keyring{}).(requestKeys); r.own {
+		return crypt.NewTries(s.ownKeys)
+	}
+	return crypt.NewTries(nil)
+}
+
 // layerKey unwraps the key of an encrypted layer. It is to be wiped.
-func (s *Store) layerKey(ctx context.Context, d ocispec.Descriptor) (*crypt.LayerKey, error) {
-	k, err := s.keys(ctx).Unwrap(d)
+func (s *Store) layerKey(ctx context.Context, d ocispec.Descriptor, tries *crypt.Tries) (*crypt.LayerKey, error) {
+	k, err := s.keys(ctx).Unwrap(ctx, d, tries)
 	if errors.Is(err, crypt.ErrNoKey) {
 		return nil, fmt.Errorf("%s is encrypted for %s. Give a private key of one of them, with --decryption-key of tenon pull, run or create, or decryption-keys of [images] in the daemon's settings: %w",
 			shortDigest(d.Digest), crypt.Recipients(d), err)
@@ -100,7 +110,7 @@ func (s *Store) unpackLayer(ctx context.Context, slots chan struct{}, d ocispec.
 	if !crypt.Encrypted(d.MediaType) {
 		return s.unpackStream(ctx, slots, r)
 	}
-	k, err := s.layerKey(ctx, d)
+	k, err := s.layerKey(ctx, d, s.newTries(ctx))
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +246,7 @@ func (s *Store) SealedLayer(d digest.Digest) (ocispec.Descriptor, bool) {
 
 // UnpackSealedOnto is UnpackOnto of an encrypted layer.
 func (s *Store) UnpackSealedOnto(ctx context.Context, desc ocispec.Descriptor, r io.Reader, dir string, below []string) (digest.Digest, int64, error) {
-	k, err := s.layerKey(ctx, desc)
+	k, err := s.layerKey(ctx, desc, s.newTries(ctx))
 	if err != nil {
 		return "", 0, err
 	}

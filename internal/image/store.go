@@ -57,8 +57,9 @@ type Store struct {
 	used  sync.Map      // image ID to time.Time
 	// sealed are the encrypted layers of the images here that were looked at: descriptors,
 	// by digest.
-	sealed sync.Map
-	sizes  sync.Map // what layers take on the disk, by directory: int64
+	sealed  sync.Map
+	ownKeys chan struct{} // held while a key is tried, see newTries
+	sizes   sync.Map      // what layers take on the disk, by directory: int64
 
 	usedChanged atomic.Bool // since it was written
 
@@ -129,7 +130,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		recs: map[digest.Digest]*record{}, names: map[string]digest.Digest{},
 		layers: map[digest.Digest]*layerRecord{}, images: map[imageKey]*Image{},
 		lowers: map[digest.Digest][]string{}, held: map[string]int{}, leaving: map[digest.Digest]chan struct{}{}, shelves: map[string]*shelf{},
-		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{},
+		clients: map[string]*http.Client{}, hot: map[hotKey]*Image{}, ownKeys: make(chan struct{}, 1),
 	}
 	for _, d := range []string{s.blobDir(digest.SHA256), s.ingestDir(), s.layerTmp(), s.trashDir(), s.erofsDir(), s.disksDir(), s.heldDir()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {

@@ -29,8 +29,10 @@ const (
 	maxPackets    = 64
 	maxPublic     = 4 << 10
 	maxRecipients = 256
-	// maxTries bounds the private-key operations for one layer.
-	maxTries = 1024
+	// maxTries bounds the private-key operations for one layer, maxImageTries those for
+	// one image.
+	maxTries      = 1024
+	maxImageTries = 4096
 )
 
 // Encrypted tells whether a descriptor's media type is that of an encrypted layer.

@@ -99,9 +99,9 @@ func cmsRecipients(packet []byte) []string {
 	return out
 }
 
-// unwrapCMS tries the keys on a packet, those of the certificates that it names; tries
-// counts the operations. Without certificates RSA keys are tried on all.
-func (k *Keys) unwrapCMS(packet []byte, tries *int) ([]byte, error) {
+// unwrapCMS tries the keys on a packet, those of the certificates that it names.
+// Without certificates RSA keys are tried on all.
+func (k *Keys) unwrapCMS(packet []byte, a *attempt) ([]byte, error) {
 	e, err := parseCMS(packet)
 	if err != nil {
 		return nil, invalid("%v", err)
@@ -127,13 +127,10 @@ func (k *Keys) unwrapCMS(packet []byte, tries *int) ([]byte, error) {
 		if !r.Algorithm.Algorithm.Equal(oidRSA) {
 			continue
 		}
-		for _, key := range k.keys {
-			priv, ok := key.raw.(*rsa.PrivateKey)
+		for _, i := range a.order(len(k.keys)) {
+			priv, ok := k.keys[i].raw.(*rsa.PrivateKey)
 			if !ok || len(r.Key) != priv.Size() || !k.mayBe(r.Issuer, priv) {
 				continue
-			}
-			if *tries++; *tries > maxTries {
-				return nil, errTries
 			}
 			// A wrong key leaves the random one, which then does not fit the content:
 			// whoever made the packet learns nothing of its padding.
@@ -141,12 +138,17 @@ func (k *Keys) unwrapCMS(packet []byte, tries *int) ([]byte, error) {
 			if _, err := rand.Read(cek); err != nil {
 				return nil, err
 			}
-			if err := rsa.DecryptPKCS1v15SessionKey(nil, priv, r.Key, cek); err != nil {
+			var not error
+			if err := a.do(1, func() { not = rsa.DecryptPKCS1v15SessionKey(nil, priv, r.Key, cek) }); err != nil {
+				return nil, err
+			}
+			if not != nil {
 				continue
 			}
 			b, err := openGCM(cek, p.Nonce, sealed)
 			clear(cek)
 			if err == nil {
+				a.all.last.Store(int64(i))
 				return b, nil
 			}
 		}

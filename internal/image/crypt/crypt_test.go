@@ -1,6 +1,7 @@
 package crypt
 
 import (
+	"context"
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -89,7 +90,7 @@ func sealed(t *testing.T, plain []byte, jwe, pkcs7 [][]byte) ([]byte, ocispec.De
 
 func opened(t *testing.T, keys *Keys, blob []byte, d ocispec.Descriptor) ([]byte, error) {
 	t.Helper()
-	k, err := keys.Unwrap(d)
+	k, err := keys.Unwrap(context.Background(), d, NewTries(nil))
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +153,7 @@ func TestInterchangeWithOcicrypt(t *testing.T) {
 				t.Errorf("what was encrypted by ocicrypt, decrypted here: %v", err)
 			}
 			// A further recipient.
-			lk := must[*LayerKey](t)(keys.Unwrap(td))
+			lk := must[*LayerKey](t)(keys.Unwrap(context.Background(), td, NewTries(nil)))
 			more := must[map[string]string](t)(lk.Annotations(must[*To](t)(ParseRecipients([][]byte{publicPEM(t, &k.other.PublicKey)}, nil)), td.Annotations))
 			for _, dcKey := range [][]byte{c.key, private8(t, k.other)} {
 				dc.Parameters["privkeys"] = [][]byte{dcKey}
@@ -174,7 +175,7 @@ func TestWrongKeysAndChangedLayers(t *testing.T) {
 	blob, d := sealed(t, plain, [][]byte{publicPEM(t, &k.rsa.PublicKey)}, [][]byte{k.cert.Raw})
 	keys := must[*Keys](t)(ParseKeys([][]byte{private8(t, k.rsa)}))
 	for name, wrong := range map[string]*Keys{"none": nil, "another RSA key": must[*Keys](t)(ParseKeys([][]byte{private8(t, k.other)})), "an EC key": must[*Keys](t)(ParseKeys([][]byte{private8(t, k.ec)}))} {
-		if _, err := wrong.Unwrap(d); !errors.Is(err, ErrNoKey) || !errdefs.IsPermissionDenied(err) {
+		if _, err := wrong.Unwrap(context.Background(), d, NewTries(nil)); !errors.Is(err, ErrNoKey) || !errdefs.IsPermissionDenied(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -199,8 +200,8 @@ func TestWrongKeysAndChangedLayers(t *testing.T) {
 	if _, err := opened(t, keys, blob, d2); !errdefs.IsDataLoss(err) {
 		t.Errorf("another layer's key: %v", err)
 	}
-	a, b := must[*LayerKey](t)(keys.Unwrap(d)), must[*LayerKey](t)(keys.Unwrap(d2))
-	if again := must[*LayerKey](t)(keys.Unwrap(d)); a.Proof() != again.Proof() || a.Proof() == b.Proof() {
+	a, b := must[*LayerKey](t)(keys.Unwrap(context.Background(), d, NewTries(nil))), must[*LayerKey](t)(keys.Unwrap(context.Background(), d2, NewTries(nil)))
+	if again := must[*LayerKey](t)(keys.Unwrap(context.Background(), d, NewTries(nil))); a.Proof() != again.Proof() || a.Proof() == b.Proof() {
 		t.Error("proofs do not tell keys apart")
 	}
 	a.Wipe()
@@ -236,7 +237,7 @@ func TestHostileKeys(t *testing.T) {
 		for scheme, wrap := range map[string]func([]byte) ([]byte, error){annotationJWE: to.wrapJWE, annotationPKCS7: to.wrapCMS} {
 			d := ocispec.Descriptor{Annotations: map[string]string{
 				scheme: base64.StdEncoding.EncodeToString(must[[]byte](t)(wrap(secret))), annotationPublic: pub(c.pub)}}
-			if _, err := keys.Unwrap(d); err == nil || errors.Is(err, ErrNoKey) {
+			if _, err := keys.Unwrap(context.Background(), d, NewTries(nil)); err == nil || errors.Is(err, ErrNoKey) {
 				t.Errorf("%s by %s: %v", name, scheme, err)
 			}
 		}
@@ -262,7 +263,7 @@ func TestHostileKeys(t *testing.T) {
 		"no JSON":         "AAAA",
 	} {
 		d := ocispec.Descriptor{Annotations: map[string]string{annotationJWE: v, annotationPublic: pub(good)}}
-		if _, err := keys.Unwrap(d); !errdefs.IsInvalidArgument(err) {
+		if _, err := keys.Unwrap(context.Background(), d, NewTries(nil)); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 		Recipients(d)
@@ -325,6 +326,31 @@ func TestKeysThatAreNone(t *testing.T) {
 	}
 }
 
+// An image for whose layers all keys would have to be tried again and again.
+func TestTriesOfAnImage(t *testing.T) {
+	k := testKeys()
+	keys := must[*Keys](t)(ParseKeys([][]byte{private8(t, k.ec), private8(t, k.rsa)}))
+	gate := make(chan struct{}, 1)
+	_, d := sealed(t, []byte("x"), [][]byte{publicPEM(t, &k.rsa.PublicKey)}, nil)
+	tries := NewTries(gate)
+	for range 3 {
+		must[*LayerKey](t)(keys.Unwrap(context.Background(), d, tries))
+	}
+	if n := tries.n.Load(); n != 4 { // the second time the one that fitted comes first
+		t.Errorf("%d tries", n)
+	}
+	tries.n.Store(maxImageTries)
+	if _, err := keys.Unwrap(context.Background(), d, tries); !errdefs.IsResourceExhausted(err) {
+		t.Errorf("too many tries: %v", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	gate <- struct{}{}
+	if _, err := keys.Unwrap(ctx, d, NewTries(gate)); !errors.Is(err, context.Canceled) {
+		t.Errorf("ended while it waits: %v", err)
+	}
+}
+
 func FuzzUnwrap(f *testing.F) {
 	k := testKeys()
 	der, err := x509.MarshalPKCS8PrivateKey(k.rsa)
@@ -355,7 +381,7 @@ func FuzzUnwrap(f *testing.F) {
 			maps.DeleteFunc(m, func(n, _ string) bool { return n != annotationPublic && !contains(names, n) })
 			d := ocispec.Descriptor{Annotations: m}
 			Recipients(d)
-			k, err := keys.Unwrap(d)
+			k, err := keys.Unwrap(context.Background(), d, NewTries(nil))
 			if err != nil {
 				continue
 			}

@@ -55,8 +55,8 @@ func jweRecipients(packet []byte) []string {
 	return out
 }
 
-// unwrapJWE tries the keys on a packet; tries counts the operations.
-func (k *Keys) unwrapJWE(packet []byte, tries *int) ([]byte, error) {
+// unwrapJWE tries the keys on a packet.
+func (k *Keys) unwrapJWE(packet []byte, a *attempt) ([]byte, error) {
 	// By the very name: to encoding/json "Recipients" is one, too, to go-jose it is not.
 	var o map[string]json.RawMessage
 	var list []json.RawMessage
@@ -75,11 +75,14 @@ func (k *Keys) unwrapJWE(packet []byte, tries *int) ([]byte, error) {
 	if err != nil {
 		return nil, invalid("a wrapped key (jwe) can't be read")
 	}
-	for _, key := range k.keys {
-		if *tries += n; *tries > maxTries {
-			return nil, errTries
+	for _, i := range a.order(len(k.keys)) {
+		var b []byte
+		var not error
+		if err := a.do(n, func() { _, _, b, not = e.DecryptMulti(k.keys[i].any) }); err != nil {
+			return nil, err
 		}
-		if _, _, b, err := e.DecryptMulti(key.any); err == nil {
+		if not == nil {
+			a.all.last.Store(int64(i))
 			return b, nil
 		}
 	}

@@ -1,10 +1,12 @@
 package crypt
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
@@ -139,17 +141,18 @@ func checkRSA(k *rsa.PublicKey) error {
 	return nil
 }
 
-// Unwrap finds the layer's key, with one of the private keys. ErrNoKey if none is among
-// its recipients; other errors if the descriptor is not one of an encrypted layer.
-func (k *Keys) Unwrap(desc ocispec.Descriptor) (*LayerKey, error) {
+// Unwrap finds the layer's key, with one of the private keys; tries are those of its
+// image. ErrNoKey if none is among its recipients, an errdefs.ErrResourceExhausted if too
+// many are to be tried; other errors if the descriptor is not one of an encrypted layer.
+func (k *Keys) Unwrap(ctx context.Context, desc ocispec.Descriptor, tries *Tries) (*LayerKey, error) {
 	if k.Empty() {
 		return nil, ErrNoKey
 	}
-	tries := 0
+	a := &attempt{ctx: ctx, all: tries}
 	var bad error
 	for _, scheme := range []struct {
 		name   string
-		unwrap func([]byte, *int) ([]byte, error)
+		unwrap func([]byte, *attempt) ([]byte, error)
 	}{{annotationJWE, k.unwrapJWE}, {annotationPKCS7, k.unwrapCMS}} {
 		all, err := packets(desc, scheme.name)
 		if err != nil {
@@ -157,9 +160,15 @@ func (k *Keys) Unwrap(desc ocispec.Descriptor) (*LayerKey, error) {
 			continue
 		}
 		for _, p := range all {
-			b, err := scheme.unwrap(p, &tries)
+			b, err := scheme.unwrap(p, a)
 			if b != nil {
 				return newLayerKey(desc, b)
+			}
+			if stop := context.Cause(ctx); stop != nil {
+				return nil, stop
+			}
+			if errors.Is(err, errTries) {
+				return nil, fmt.Errorf("layer %s: %w", desc.Digest, err)
 			}
 			if err != nil {
 				bad = err // perhaps another one is ours
