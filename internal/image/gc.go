@@ -68,6 +68,7 @@ func (s *Store) collector() {
 		s.gcWanted.Store(false)
 		n, err := s.collect()
 		s.gate.Unlock()
+		s.settleLazy()
 		if over {
 			s.shrinkCache(s.ctx, true)
 		}

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -104,9 +105,10 @@ func (s *Store) shownLabels(ctx context.Context, img *Image) map[string]string {
 // lazySource is where a lazy image's contents come from.
 type lazySource struct {
 	Chain      digest.Digest `json:"chain"`      // ID of the layers' chain
-	Repository string        `json:"repository"` // canonical
-	Blobs      []lazy.Blob   `json:"blobs"`      // lowest layer first
-	Total      int64         `json:"total"`      // bytes of files
+	Repository string        `json:"repository"` // canonical: the first one's
+	Others     []string      `json:"others,omitempty"`
+	Blobs      []lazy.Blob   `json:"blobs"` // lowest layer first
+	Total      int64         `json:"total"` // bytes of files
 }
 
 // lazyID names the files of a lazy image: by its chain, and by the layers' blobs and
@@ -124,13 +126,49 @@ func lazyID(chain digest.Digest, layers []ocispec.Descriptor) digest.Digest {
 
 // lazyChain is what is known of a lazy image's files.
 type lazyChain struct {
-	id     digest.Digest // of lazyID
+	id    digest.Digest // of lazyID
+	asked bool          // the completion has been asked for
+	used  atomic.Int64  // when it was last, in nanoseconds since 1970
+
+	// Written while it is being served (Store.serving), too.
+	mu     sync.Mutex
 	source lazySource
-	auth   *registry.AuthConfig // of the last pull; not on the disk
-	asked  bool                 // the completion has been asked for
-	mu     sync.Mutex           // held while it is served
-	pid    int                  // of the program that it was added to; 0: not known, renew: not yet
-	used   atomic.Int64         // when it was last, in nanoseconds since 1970
+	auths  map[string]*registry.AuthConfig // of the last pulls, by repository; not on the disk
+	pid    int                             // of the program that it was added to; 0: not known, renew: not yet
+}
+
+// lazySources is how many repositories a lazy image is read from.
+const lazySources = 4
+
+// repositories are asked in this order.
+func (l *lazySource) repositories() []string {
+	return append([]string{l.Repository}, l.Others...)
+}
+
+// pulled notes that an image was pulled from a repository, whoever did: those that are
+// known stay before it, since what is read is the business of theirs.
+func (c *lazyChain) pulled(repository string, auth *registry.AuthConfig) lazySource {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !slices.Contains(c.source.repositories(), repository) {
+		if len(c.source.Others) == lazySources-1 {
+			delete(c.auths, c.source.Others[0])
+			c.source.Others = slices.Clone(c.source.Others[1:])
+		}
+		c.source.Others = append(slices.Clip(c.source.Others), repository)
+	}
+	c.setAuthLocked(repository, auth)
+	c.pid = renew
+	return c.source
+}
+
+func (c *lazyChain) setAuthLocked(repository string, auth *registry.AuthConfig) {
+	if c.auths == nil {
+		c.auths = map[string]*registry.AuthConfig{}
+	}
+	if delete(c.auths, repository); auth != nil {
+		c.auths[repository] = auth
+	}
 }
 
 // renew, for a lazyChain's pid, has the program told anew how the contents are reached.
@@ -144,8 +182,7 @@ type lazyImages struct {
 	mu     sync.Mutex
 	chains map[digest.Digest]*lazyChain
 	client *lazy.Client
-	silent time.Time  // when it last did not answer what was asked for a list
-	start  sync.Mutex // one at a time starts the program
+	silent time.Time // when it last did not answer what was asked for a list
 }
 
 // A list of images asks for the state of each lazy one: a program that hangs must not
@@ -339,14 +376,15 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 		src.Blobs = append(src.Blobs, lazy.Blob{Digest: d.Digest, Size: d.Size})
 	}
 	if c := s.lazyFor(img.ChainID, img.LayerDescs); c != nil { // it may be reached in another way now
-		c.mu.Lock()
-		c.source.Repository, c.auth, c.pid = src.Repository, auth, renew
-		src = c.source
-		c.mu.Unlock()
-		if err := writeSource(s.lazyPath(c.id, ""), src); err != nil {
+		unlock, err := s.serving(ctx, c)
+		if err != nil {
 			return false, err
 		}
-		_, err := s.serveLazy(ctx, c)
+		defer unlock()
+		if err := writeSource(s.lazyPath(c.id, ""), c.pulled(src.Repository, auth)); err != nil {
+			return false, err
+		}
+		_, _, err = s.serveLocked(ctx, c)
 		p.progress.say(Progress{ID: shortDigest(img.ChainID), Status: "Already exists"})
 		return false, err
 	}
@@ -367,7 +405,8 @@ func (p *puller) lazily(ctx context.Context, named reference.Named, img *Image, 
 	if err := os.Rename(tmp, s.lazyPath(id, "")); err != nil {
 		return false, err
 	}
-	c := &lazyChain{id: id, source: src, auth: auth, pid: renew}
+	c := &lazyChain{id: id, source: src, pid: renew}
+	c.setAuthLocked(src.Repository, auth) // nobody else knows it yet
 	c.touch()
 	s.lazy.mu.Lock()
 	s.lazy.chains[c.id] = c

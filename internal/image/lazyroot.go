@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/lazy"
+	"tenon.dev/tenon/internal/image/lazy/remote"
 	"tenon.dev/tenon/internal/loop"
 )
 
@@ -94,11 +96,17 @@ func (s *Store) EndLazy(ctx context.Context) error {
 	return err
 }
 
+// lazyStart is the lock of starts and ends of the program.
+const lazyStart = "lazy start"
+
 // lazyClient connects to the program, which is started if it does not run; gone is the
 // client that did not answer.
 func (s *Store) lazyClient(ctx context.Context, gone *lazy.Client) (*lazy.Client, error) {
-	s.lazy.start.Lock()
-	defer s.lazy.start.Unlock()
+	unlock, err := s.locks.lock(ctx, lazyStart)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	s.lazy.mu.Lock()
 	client := s.lazy.client
 	s.lazy.mu.Unlock()
@@ -127,10 +135,18 @@ func (s *Store) lazyClient(ctx context.Context, gone *lazy.Client) (*lazy.Client
 
 // serveLazy has the program show a chain's file, and returns its path.
 func (s *Store) serveLazy(ctx context.Context, c *lazyChain) (string, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	unlock, err := s.serving(ctx, c)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
 	path, _, err := s.serveLocked(ctx, c)
 	return path, err
+}
+
+// serving is the lock of what is said to the program about a chain, and of its mount.
+func (s *Store) serving(ctx context.Context, c *lazyChain) (unlock func(), err error) {
+	return s.locks.lock(ctx, "serve "+c.id.String())
 }
 
 func (s *Store) serveLocked(ctx context.Context, c *lazyChain) (string, *lazy.Client, error) {
@@ -152,31 +168,73 @@ func (s *Store) serveLocked(ctx context.Context, c *lazyChain) (string, *lazy.Cl
 // show adds a chain to the program, unless it has it: it may know a credential that this
 // process does not.
 func (s *Store) show(ctx context.Context, client *lazy.Client, c *lazyChain) (string, error) {
-	if c.pid == client.PID() || c.pid == 0 && c.auth == nil {
+	added := func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.pid = client.PID()
+	}
+	c.mu.Lock()
+	source, auths, pid := c.source, maps.Clone(c.auths), c.pid
+	c.mu.Unlock()
+	if pid == client.PID() || pid == 0 && len(auths) == 0 {
 		switch list, err := client.State(ctx, c.id); {
 		case err == nil && len(list) == 1:
-			c.pid = client.PID()
+			added()
 			return client.Path(c.id), nil
 		case err != nil && !errdefs.IsNotFound(err):
 			return "", err
 		}
 	}
-	access, err := s.access(c.source.Repository, c.auth)
+	var access remote.Access
+	for i, from := range source.repositories() {
+		a, err := s.access(from, auths[from])
+		if err != nil {
+			return "", err
+		}
+		if i == 0 {
+			access = a
+			continue
+		}
+		for _, h := range a.Hosts {
+			h.Repository = a.Repository
+			access.Hosts = append(access.Hosts, h)
+		}
+	}
+	path, err := client.Add(ctx, lazy.Chain{ID: c.id, File: s.lazyPath(c.id, "erofs"), Map: s.lazyPath(c.id, "map"), Blobs: source.Blobs}, access)
 	if err != nil {
 		return "", err
 	}
-	path, err := client.Add(ctx, lazy.Chain{ID: c.id, File: s.lazyPath(c.id, "erofs"), Map: s.lazyPath(c.id, "map"), Blobs: c.source.Blobs}, access)
-	if err != nil {
-		return "", err
-	}
-	c.pid = client.PID()
+	added()
 	return path, nil
 }
 
 // mountLazy mounts a chain's file, if it is not yet, for all containers of the image.
+// If the context ends before that is done, it is done for the next one.
 func (s *Store) mountLazy(ctx context.Context, c *lazyChain) (string, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	unlock, err := s.serving(ctx, c)
+	if err != nil {
+		return "", err
+	}
+	var at string
+	done := make(chan error, 1)
+	go func() { // it ends in lazy.ReadTimeout, or when the program does
+		defer unlock()
+		var err error
+		at, err = s.mountLocked(ctx, c)
+		if err == nil && ctx.Err() != nil && !s.hasLazy(c.id) { // it was collected meanwhile
+			err = unmountLazy(at)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return at, err
+	case <-ctx.Done():
+		return "", context.Cause(ctx)
+	}
+}
+
+func (s *Store) mountLocked(ctx context.Context, c *lazyChain) (string, error) {
 	path, client, err := s.serveLocked(ctx, c)
 	if err != nil {
 		return "", err
@@ -329,18 +387,23 @@ func (s *Store) complete1(ctx context.Context, img *Image) error {
 	defer cancel()
 	stop := context.AfterFunc(s.ctx, cancel)
 	defer stop()
-	from, auth := c.from()
-	named, err := reference.ParseNormalizedNamed(from)
-	if err != nil {
-		return err
-	}
 	began := time.Now()
-	fetcher, err := s.resolver(auth, nil).Fetcher(ctx, from+"@"+img.Manifest.Digest.String())
-	if err == nil {
-		_, err = s.newPuller(fetcher, serial(nil)).layers(ctx, img)
+	c.mu.Lock()
+	from, auths := c.source.repositories(), maps.Clone(c.auths)
+	c.mu.Unlock()
+	var errs []error
+	for _, repository := range from {
+		err := s.layersFrom(ctx, img, repository, auths[repository])
+		if err == nil {
+			errs = nil
+			break
+		}
+		if errs = append(errs, err); ctx.Err() != nil {
+			break
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("image %s is lazy, and its layers are needed now: %w", img.Ref(), registryError("pull", reference.FamiliarName(named), err))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("image %s is lazy, and its layers are needed now: %w", img.Ref(), err)
 	}
 	if err := s.update(func(b *batch) error { b.saveLayers(img.ChainIDs); return nil }); err != nil {
 		return err
@@ -357,12 +420,20 @@ func (s *Store) complete1(ctx context.Context, img *Image) error {
 	return nil
 }
 
-// from is the repository that the layers are in, and the credentials that are known
-// for it.
-func (c *lazyChain) from() (repository string, auth *registry.AuthConfig) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.source.Repository, c.auth
+// layersFrom pulls an image's layers from a repository.
+func (s *Store) layersFrom(ctx context.Context, img *Image, repository string, auth *registry.AuthConfig) error {
+	named, err := reference.ParseNormalizedNamed(repository)
+	if err != nil {
+		return err
+	}
+	fetcher, err := s.resolver(auth, nil).Fetcher(ctx, repository+"@"+img.Manifest.Digest.String())
+	if err == nil {
+		_, err = s.newPuller(fetcher, serial(nil)).layers(ctx, img)
+	}
+	if err != nil {
+		return registryError("pull", reference.FamiliarName(named), err)
+	}
+	return nil
 }
 
 // CompleteTarget is Complete by what a name stands for, for the default platform. Targets
@@ -415,46 +486,109 @@ func (s *Store) superseded(c *lazyChain) bool {
 }
 
 // collectLazy removes lazy images' files that no image needs, or not any more: its
-// layers are here. Who has one open goes on reading. The gate must be held alone.
-// ids are those that images need.
+// layers are here. Who has one open goes on reading. The gate must be held alone; the
+// program hears of it by settleLazy. ids are those that images need.
 func (s *Store) collectLazy(ids map[digest.Digest]bool, trash func(path string)) {
 	s.lazy.mu.Lock()
 	var gone []*lazyChain
 	for id, c := range s.lazy.chains {
 		if !ids[id] || s.superseded(c) && time.Since(c.lastUse()) > lazyGrace {
 			gone = append(gone, c)
+			delete(s.lazy.chains, id)
 		}
 	}
-	left := len(s.lazy.chains) - len(gone)
 	s.lazy.mu.Unlock()
-	if len(gone) == 0 {
-		return
-	}
-	ctx, cancel := context.WithTimeout(s.ctx, 15*time.Second)
-	defer cancel()
-	client := s.lazyRunning(ctx)
 	for _, c := range gone {
-		if client != nil {
-			if err := unmountLazy(filepath.Join(s.cfg.Lazy.MountDir, strconv.Itoa(client.PID()), c.id.Encoded())); err != nil {
-				s.log.Warn("lazy image not unmounted", "err", err)
-			}
-			if err := client.Remove(ctx, c.id); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
-				s.log.Warn("lazy image not removed", "chain", c.id.String(), "err", err)
-				continue
-			}
-		}
-		s.lazy.mu.Lock()
-		delete(s.lazy.chains, c.id)
-		s.lazy.mu.Unlock()
+		s.unmountCollected(c.id)
 		trash(s.lazyPath(c.id, ""))
 	}
-	if left == 0 && client != nil {
-		if err := client.Quit(ctx, false); err == nil {
-			s.lazy.mu.Lock()
-			s.lazy.client = nil
-			s.lazy.mu.Unlock()
-		} else if !errdefs.IsFailedPrecondition(err) {
-			s.log.Debug("tenon-lazy not ended", "err", err)
+}
+
+// unmountCollected unmounts a chain's file, whichever program shows it.
+func (s *Store) unmountCollected(id digest.Digest) {
+	ents, err := os.ReadDir(s.cfg.Lazy.MountDir)
+	if err != nil {
+		return // nothing was ever mounted
+	}
+	for _, e := range ents {
+		if err := unmountLazy(filepath.Join(s.cfg.Lazy.MountDir, e.Name(), id.Encoded())); err != nil {
+			s.log.Warn("lazy image not unmounted", "err", err)
 		}
 	}
+}
+
+func (s *Store) hasLazy(id digest.Digest) bool {
+	s.lazy.mu.Lock()
+	defer s.lazy.mu.Unlock()
+	return s.lazy.chains[id] != nil
+}
+
+// settleTime bounds settleLazy.
+const settleTime = 15 * time.Second
+
+// settleLazy has the program show no more what was collected, and ends it if that was
+// all and nobody reads any more. What fails is tried again after the next collection.
+// The gate must not be held: the program may hang.
+func (s *Store) settleLazy() {
+	if s.cfg.Lazy.RunDir == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, settleTime)
+	defer cancel()
+	client := s.lazyRunning(ctx)
+	if client == nil {
+		return
+	}
+	list, err := client.State(ctx, "")
+	if err != nil {
+		s.log.Debug("tenon-lazy does not say what it shows", "err", err)
+	}
+	for _, st := range list {
+		if s.hasLazy(st.ID) {
+			continue
+		}
+		if err := s.hideLazy(ctx, client, st.ID); err != nil && !errdefs.IsUnavailable(err) {
+			s.log.Warn("lazy image not removed", "chain", st.ID.String(), "err", err)
+		}
+	}
+	if err := s.quitLazy(ctx, client); err != nil && !errdefs.IsFailedPrecondition(err) {
+		s.log.Debug("tenon-lazy not ended", "err", err)
+	}
+}
+
+// hideLazy has the program show a chain no more, unless it is there again.
+func (s *Store) hideLazy(ctx context.Context, client *lazy.Client, id digest.Digest) error {
+	unlock, err := s.serving(ctx, &lazyChain{id: id})
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if s.hasLazy(id) {
+		return nil
+	}
+	s.unmountCollected(id) // it may have been about to be mounted
+	return client.Remove(ctx, id)
+}
+
+// quitLazy ends the program if there are no lazy images. Whoever is about to use one has
+// noted it before asking for the client, which waits for this.
+func (s *Store) quitLazy(ctx context.Context, client *lazy.Client) error {
+	unlock, err := s.locks.lock(ctx, lazyStart)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s.lazy.mu.Lock()
+	left, now := len(s.lazy.chains), s.lazy.client
+	s.lazy.mu.Unlock()
+	if left > 0 || now != client {
+		return nil
+	}
+	if err := client.Quit(ctx, false); err != nil {
+		return err
+	}
+	s.lazy.mu.Lock()
+	s.lazy.client = nil
+	s.lazy.mu.Unlock()
+	return nil
 }

@@ -3,9 +3,11 @@ package image
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -79,5 +81,33 @@ func TestLazyOfAnother(t *testing.T) {
 	if s.lazyFor(chain, of("other", "table")) != nil || s.lazyFor(chain, of("blob", "other")) != nil ||
 		s.lazyFor(digest.FromString("other"), of("blob", "table")) != nil {
 		t.Error("another image gets its files")
+	}
+}
+
+// Who pulls the same layers from another repository does not become the first one's
+// source, nor take its credentials away.
+func TestLazySources(t *testing.T) {
+	one, two := &registry.AuthConfig{Username: "one"}, &registry.AuthConfig{Username: "two"}
+	c := &lazyChain{source: lazySource{Repository: "one.test/a"}}
+	c.setAuthLocked("one.test/a", one)
+	src := c.pulled("two.test/b", two)
+	if got := src.repositories(); !slices.Equal(got, []string{"one.test/a", "two.test/b"}) {
+		t.Errorf("%q", got)
+	}
+	if c.auths["one.test/a"] != one || c.auths["two.test/b"] != two || c.pid != renew {
+		t.Errorf("%v", c.auths)
+	}
+	for _, name := range []string{"c", "d", "e", "e"} {
+		src = c.pulled(name, nil)
+	}
+	if got := src.repositories(); !slices.Equal(got, []string{"one.test/a", "c", "d", "e"}) {
+		t.Errorf("%q", got)
+	}
+	if len(c.auths) != 1 || c.auths["one.test/a"] != one {
+		t.Errorf("%v", c.auths)
+	}
+	c.pulled("one.test/a", two)
+	if c.auths["one.test/a"] != two {
+		t.Error("a new pull from the same repository does not renew its credentials")
 	}
 }
