@@ -134,7 +134,14 @@ func under(name, prefix string) bool {
 // don't mind case, nor the port that https has anyhow.
 func foldName(name string) string {
 	host, path, deeper := strings.Cut(name, "/")
-	host = strings.TrimSuffix(strings.ToLower(host), ":443")
+	host = strings.ToLower(host)
+	if at := strings.LastIndexByte(host, ':'); at >= 0 && strings.Trim(host[at+1:], "0123456789") == "" {
+		if port := strings.TrimLeft(host[at+1:], "0"); port == "443" {
+			host = host[:at]
+		} else {
+			host = host[:at+1] + port
+		}
+	}
 	if host == "index.docker.io" || host == "registry-1.docker.io" {
 		host = "docker.io"
 	}

@@ -102,6 +102,7 @@ func TestIdentity(t *testing.T) {
 	}{
 		{"reg.lan/a/b", "reg.lan/a/b:1", "", true},
 		{"REG.lan:443/a/b", "reg.lan/a/b:1", "", true},
+		{"reg.lan:00443/a/b", "reg.lan/a/b:1", "", true}, {"reg.lan:05000/a/b", "reg.lan:5000/a/b:1", "", true}, {"reg.lan:4430/a/b", "reg.lan/a/b:1", "", false},
 		{"reg.lan/a/b", "reg.lan/a/c:1", "", false},
 		{"reg.lan/a/b:1", "reg.lan/a/b:1", "", true},
 		{"reg.lan/a/b:1", "reg.lan/a/b:2", "", false},
@@ -132,7 +133,7 @@ func TestLongestPrefixDecides(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]Action{
-		"debian": Accept, "docker.io/a/b": Accept, "reg.lan/prod/app:1": Signed, "reg.lan/prod": Signed, "REG.lan/prod/app": Signed, "reg.lan:443/prod/app": Signed,
+		"debian": Accept, "docker.io/a/b": Accept, "reg.lan/prod/app:1": Signed, "reg.lan/prod": Signed, "REG.lan/prod/app": Signed, "reg.lan:443/prod/app": Signed, "reg.lan:0443/prod/app": Signed,
 		"reg.lan/prod/tools/x": Accept, "reg.lan/production": Reject, "ghcr.io/x": Reject, "reg.lan:5000/prod/app": Reject,
 	} {
 		if got := p.For(named(name)).Action; got != want {
