@@ -204,7 +204,7 @@ func readFile(path string, pass []byte) ([][]byte, error) {
 // us (parameters of curves lie beside keys).
 func plainBlock(b *pem.Block, pass []byte) ([]byte, error) {
 	switch b.Type {
-	case "CERTIFICATE", "TRUSTED CERTIFICATE":
+	case "CERTIFICATE":
 		return b.Bytes, nil
 	case "ENCRYPTED PRIVATE KEY":
 		return decryptPKCS8(b.Bytes, pass)
