@@ -92,6 +92,7 @@ func TestSystems(t *testing.T) {
 	if log := d.Must(t, "logs", "--tail", "5", "web"); !strings.Contains(log, "the power button was pressed") {
 		t.Errorf("console: %s", log)
 	}
+	d.systemUnseen(t)
 	d.Must(t, "rm", "web")
 	d.systemConsole(t)
 	if left, _ := filepath.Glob("/sys/class/net/" + d.Name + "-v*"); len(left) > 0 {
@@ -142,6 +143,29 @@ func (d *Daemon) systemDeaths(t *testing.T, answers func(path, want string)) {
 	if got := d.Must(t, "inspect", "-f", "{{.RestartCount}}", "web"); got != "1" {
 		t.Errorf("restarts: %s", got)
 	}
+}
+
+// systemUnseen kills a machine's QEMU while there is no daemon: the next one knows why it
+// ended.
+func (d *Daemon) systemUnseen(t *testing.T) {
+	d.Must(t, "update", "--restart", "no", "web")
+	d.Must(t, "start", "web")
+	pid, err := strconv.Atoi(d.Must(t, "inspect", "-f", "{{.State.Pid}}", "web"))
+	if err != nil || pid <= 1 {
+		t.Fatalf("pid: %v", err)
+	}
+	d.Kill(t)
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	d.Start(t)
+	eventually(t, "why it ended", func() string {
+		got := d.Must(t, "inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.State.Error}}", "web")
+		if !strings.HasPrefix(got, "exited 137 the machine ended: QEMU") || !strings.Contains(got, "SIGKILL") {
+			return got
+		}
+		return ""
+	})
 }
 
 // systemConsole types on the console of a machine, which turns itself off.
