@@ -197,7 +197,7 @@ func Default() *Config {
 		CDISpecDirs:      []string{"/etc/cdi", "/var/run/cdi"},
 		UserNS:           UserNS{Default: "host"},
 		Log:              Log{Driver: "local", MaxSize: "32m", MaxFiles: 5},
-		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g", MaxDiskSize: "1t"},
+		Limits:           Limits{PIDs: 4096, MemoryReserve: "256m", ShmSize: "64m", Disk: "0", StopTimeout: 10, MaxLayerSize: "64g", MaxDiskSize: "256g"},
 		Network: Network{
 			AddressPools:  []Pool{{Base: "172.20.0.0/14", Size: 24}, {Base: "192.168.96.0/20", Size: 24}},
 			AddressPools6: []Pool{{Base: "fd7e:7e40::/32", Size: 64}},
@@ -237,6 +237,9 @@ func Load(c *Config, path string, optional bool) error {
 
 // validName keeps bridges within the kernel's 15 bytes: prefix, '-', 6 digits.
 var validName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,7}$`)
+
+// maxDisk is what a machine's disk has at most, in bytes (rootfs.MaxDisk).
+const maxDisk = 1 << 40
 
 // Validate checks everything that can be checked without touching the host,
 // and fills in what follows from other settings.
@@ -330,6 +333,9 @@ func (c *Config) Validate() error {
 		if _, err := units.RAMInBytes(s.value); err != nil {
 			bad("%s %q is not a size (such as 64m)", s.key, s.value)
 		}
+	}
+	if n, err := units.RAMInBytes(c.Limits.MaxDiskSize); err == nil && (n < 0 || n > maxDisk) {
+		bad("limits.max-disk-size %q: a machine's disk has at most 1t", c.Limits.MaxDiskSize)
 	}
 	for _, s := range []struct{ key, value string }{{"registry.uploads", c.Registry.Uploads}, {"registry.keep-free", c.Registry.KeepFree}} {
 		if n, err := units.RAMInBytes(cmp.Or(s.value, "0")); err != nil || n < 0 {

@@ -64,6 +64,18 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+func TestMaxDiskSize(t *testing.T) {
+	for size, ok := range map[string]bool{"0": true, "1g": true, "1t": true, "1025g": false, "2t": false, "-1": false, "x": false} {
+		file := filepath.Join(t.TempDir(), "tenond.toml")
+		if err := os.WriteFile(file, []byte("[limits]\nmax-disk-size = '"+size+"'\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := FromArgs([]string{"--config", file}); (err == nil) != ok {
+			t.Errorf("%s: %v", size, err)
+		}
+	}
+}
+
 func TestFileErrorsSayWhere(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "c.toml")
 	for text, want := range map[string]string{

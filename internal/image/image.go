@@ -90,7 +90,7 @@ type Limits struct {
 	LayerBytes    int64 // of one uncompressed layer, holes counted as zeros; 64 GiB
 	LayerEntries  int64 // files in one layer; 4 Mi
 	BlobBytes     int64 // of one compressed blob; 64 GiB
-	DiskBytes     int64 // that a machine sees of a disk image; 1 TiB
+	DiskBytes     int64 // that a machine sees of a disk image; 256 GiB
 	ManifestBytes int64 // of an index, manifest or config; 8 MiB
 	FreeBytes     int64 // left free on the disk, or the operation ends with ENOSPC; 256 MiB, on a small disk a twentieth
 }

@@ -96,7 +96,7 @@ const (
 	defaultLayerBytes    = 64 << 30
 	defaultLayerEntries  = 4 << 20
 	defaultBlobBytes     = 64 << 30
-	defaultDiskBytes     = 1 << 40
+	defaultDiskBytes     = 256 << 30
 	defaultManifestBytes = 8 << 20
 	defaultFreeBytes     = 256 << 20
 )
