@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"tenon.dev/tenon/internal/image/crypt"
 )
@@ -105,7 +106,14 @@ func (s *Store) layerKey(ctx context.Context, d ocispec.Descriptor, tries *crypt
 	return k, err
 }
 
-// unpackLayer is unpackStream of a layer that may be encrypted. It reads r to its end.
+// stopped tells whether unpacking ended for what the rest of the layer says nothing about:
+// the operation has ended, or the layer is too large.
+func stopped(ctx context.Context, err error) bool {
+	return err != nil && (ctx.Err() != nil || errdefs.IsResourceExhausted(err) || errors.Is(err, unix.ENOSPC))
+}
+
+// unpackLayer is unpackStream of a layer that may be encrypted. It reads r to its end,
+// if it can.
 func (s *Store) unpackLayer(ctx context.Context, slots chan struct{}, d ocispec.Descriptor, r io.Reader) (*unpacked, error) {
 	if !crypt.Encrypted(d.MediaType) {
 		return s.unpackStream(ctx, slots, r)
@@ -120,6 +128,9 @@ func (s *Store) unpackLayer(ctx context.Context, slots chan struct{}, d ocispec.
 		return nil, err
 	}
 	u, err := s.unpackStream(ctx, slots, plain)
+	if stopped(ctx, err) {
+		return nil, err
+	}
 	// What is not what was encrypted is most likely not a layer either: that is told first.
 	got, verr := plain.Verify()
 	if verr != nil {
@@ -233,11 +244,53 @@ func (s *Store) AuthorizeAll(ctx context.Context, target ocispec.Descriptor) err
 	return nil
 }
 
+// readSealed notes the encrypted layers of all images that are here, as after a restart
+// builds have layers of images that nobody has looked at. What one has in the clear is left
+// out: the other one may claim anything.
+func (s *Store) readSealed() {
+	plain := map[digest.Digest]bool{}
+	var all []*Image
+	for _, target := range s.AllTargets() {
+		found, err := s.candidates(target, 0)
+		if err != nil {
+			continue // nobody can use it
+		}
+		for _, c := range found {
+			if !c.available {
+				continue
+			}
+			img, err := s.readImage(target, c.desc)
+			if err != nil {
+				continue // as above
+			}
+			for _, d := range img.LayerDescs {
+				if !crypt.Encrypted(d.MediaType) {
+					plain[d.Digest] = true
+				}
+			}
+			if img.Encrypted() {
+				all = append(all, img)
+			}
+		}
+	}
+	for _, img := range all {
+		for _, d := range img.LayerDescs {
+			if crypt.Encrypted(d.MediaType) && !plain[d.Digest] {
+				s.sealed.LoadOrStore(d.Digest, keptLayer(d))
+			}
+		}
+	}
+}
+
 // SealedLayer is the descriptor, with the wrapped keys, of an encrypted layer of an image
-// that is here and has been looked at (Resolve). Images that share a layer may have it for
+// that is here. Images that share a layer may have it for
 // different recipients: it is the last one's that Seal was told of, else the first one's.
 func (s *Store) SealedLayer(d digest.Digest) (ocispec.Descriptor, bool) {
 	v, ok := s.sealed.Load(d)
+	if !ok {
+		s.sealedRead.Do(s.readSealed)
+		v, ok = s.sealed.Load(d)
+	}
 	if !ok {
 		return ocispec.Descriptor{}, false
 	}
@@ -256,6 +309,9 @@ func (s *Store) UnpackSealedOnto(ctx context.Context, desc ocispec.Descriptor, r
 		return "", 0, err
 	}
 	d, n, err := s.UnpackOnto(ctx, plain, dir, below)
+	if stopped(ctx, err) {
+		return "", 0, err
+	}
 	if _, verr := plain.Verify(); verr != nil {
 		return "", 0, verr
 	}

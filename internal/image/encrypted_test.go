@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -178,6 +179,11 @@ func TestEncrypted(t *testing.T) {
 	b.Seal(plain)
 	if _, ok := b.SealedLayer(plain.LayerDescs[0].Digest); ok {
 		t.Error("a layer in the clear is known as encrypted")
+	}
+	b.sealed.Clear() // as after a restart
+	b.sealedRead = sync.Once{}
+	if d, ok := b.SealedLayer(l.Digest); !ok || !maps.Equal(d.Annotations, img.LayerDescs[0].Annotations) {
+		t.Errorf("for builds after a restart: %+v", d)
 	}
 	// In the clear, or encrypted otherwise, it is another layer, which is verified.
 	if fake := lie(ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: l.Digest, Size: l.Size}); b.hasLayer(fake.ChainID) {

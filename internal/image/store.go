@@ -57,9 +57,10 @@ type Store struct {
 	used  sync.Map      // image ID to time.Time
 	// sealed are the encrypted layers of the images here that were looked at: descriptors,
 	// by digest.
-	sealed  sync.Map
-	ownKeys chan struct{} // held while a key is tried, see newTries
-	sizes   sync.Map      // what layers take on the disk, by directory: int64
+	sealed     sync.Map
+	sealedRead sync.Once     // those of all images, see SealedLayer
+	ownKeys    chan struct{} // held while a key is tried, see newTries
+	sizes      sync.Map      // what layers take on the disk, by directory: int64
 
 	usedChanged atomic.Bool // since it was written
 
