@@ -23,6 +23,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"tenon.dev/tenon/internal/image/crypt"
 )
 
 // exporterMoby is what buildx asks a dockerd for: an image in its store.
@@ -136,6 +138,11 @@ func (r *running) addImage(ctx context.Context, src *exporter.Source, sessionID 
 			return err
 		}
 		remote := remotes[0]
+		for _, d := range remote.Descriptors {
+			if crypt.Encrypted(d.MediaType) && !crypt.HasKeys(d) {
+				return fmt.Errorf("layer %s of the result is encrypted, and no image here has its wrapped keys: pull the base again (tenon pull): %w", d.Digest, errdefs.ErrFailedPrecondition)
+			}
+		}
 		if u, ok := remote.Provider.(cache.Unlazier); ok { // what was not needed so far
 			if err := u.Unlazy(ctx); err != nil {
 				return err

@@ -133,6 +133,16 @@ func publicOptions(desc ocispec.Descriptor) (public, error) {
 	return p, nil
 }
 
+// HasKeys tells whether a descriptor has wrapped keys, of whatever scheme.
+func HasKeys(desc ocispec.Descriptor) bool {
+	for name := range desc.Annotations {
+		if strings.HasPrefix(name, annotationKeys) {
+			return true
+		}
+	}
+	return false
+}
+
 // Recipients says in words for whom a layer is encrypted, as far as its descriptor tells.
 func Recipients(desc ocispec.Descriptor) string {
 	var out []string
