@@ -183,6 +183,7 @@ type lazyImages struct {
 	chains map[digest.Digest]*lazyChain
 	client *lazy.Client
 	silent time.Time // when it last did not answer what was asked for a list
+	ending bool      // its end is tried again
 }
 
 // A list of images asks for the state of each lazy one: a program that hangs must not

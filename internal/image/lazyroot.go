@@ -523,8 +523,12 @@ func (s *Store) hasLazy(id digest.Digest) bool {
 	return s.lazy.chains[id] != nil
 }
 
-// settleTime bounds settleLazy.
-const settleTime = 15 * time.Second
+const (
+	// settleTime bounds settleLazy.
+	settleTime = 15 * time.Second
+	// maxEndDelay is how long an idle program stays behind its last reader.
+	maxEndDelay = time.Minute
+)
 
 // settleLazy has the program show no more what was collected, and ends it if that was
 // all and nobody reads any more. What fails is tried again after the next collection.
@@ -551,9 +555,49 @@ func (s *Store) settleLazy() {
 			s.log.Warn("lazy image not removed", "chain", st.ID.String(), "err", err)
 		}
 	}
-	if err := s.quitLazy(ctx, client); err != nil && !errdefs.IsFailedPrecondition(err) {
+	switch err := s.quitLazy(ctx, client); {
+	case errdefs.IsFailedPrecondition(err):
+		s.endLater()
+	case err != nil:
 		s.log.Debug("tenon-lazy not ended", "err", err)
 	}
+}
+
+// endLater ends the program once nobody reads any more, unless there are lazy images
+// again. It is called within what the store waits for.
+func (s *Store) endLater() {
+	s.lazy.mu.Lock()
+	defer s.lazy.mu.Unlock()
+	if s.lazy.ending {
+		return
+	}
+	s.lazy.ending = true
+	s.wg.Go(func() {
+		defer func() {
+			s.lazy.mu.Lock()
+			defer s.lazy.mu.Unlock()
+			s.lazy.ending = false
+		}()
+		for delay := 250 * time.Millisecond; ; delay = min(2*delay, maxEndDelay) {
+			select {
+			case <-s.ctx.Done():
+				return
+			case <-time.After(delay):
+			}
+			s.lazy.mu.Lock()
+			client := s.lazy.client
+			s.lazy.mu.Unlock()
+			if client == nil {
+				return
+			}
+			ctx, cancel := context.WithTimeout(s.ctx, settleTime)
+			err := s.quitLazy(ctx, client)
+			cancel()
+			if !errdefs.IsFailedPrecondition(err) {
+				return
+			}
+		}
+	})
 }
 
 // hideLazy has the program show a chain no more, unless it is there again.

@@ -349,6 +349,9 @@ func TestLazyImages(t *testing.T) {
 		if strings.Contains(string(b), d.RunRoot+"/lazy-roots") {
 			return "a mount"
 		}
+		if pid := d.lazyProgram(t); pid != 0 {
+			return fmt.Sprintf("tenon-lazy, process %d", pid)
+		}
 		return ""
 	})
 }

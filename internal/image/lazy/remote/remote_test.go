@@ -86,6 +86,10 @@ func TestRange(t *testing.T) {
 	if _, err := get(t, 3, 1, away); !errdefs.IsUnavailable(err) {
 		t.Errorf("nobody there: %v", err)
 	}
+	missing := h
+	missing.Repository = "no/such"
+	b, err = get(t, 4, 1, missing, h)
+	wants(t, b, err, "4")
 	elsewhere := h
 	elsewhere.Path = "/v3"
 	if _, err := get(t, 3, 1, elsewhere); !errdefs.IsNotFound(err) {
@@ -171,6 +175,19 @@ func TestToken(t *testing.T) {
 	h.Secret, h.Token = "", fmt.Sprintf("good%d", 100)
 	b, err = get(t, 4, 1, h)
 	wants(t, b, err, "4")
+	// Identity tokens do not follow a redirect.
+	var asked atomic.Int64
+	thief, _ := server(t, func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		fmt.Fprint(w, `{"token":"good100"}`)
+	})
+	moved, _ := server(t, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, thief.URL, http.StatusTemporaryRedirect)
+	})
+	poster := authorizer{host: &Host{Scheme: "http", Host: "reg", Secret: "secret"}, client: http.DefaultClient, repository: "some/repo"}
+	if _, err := poster.fetch(context.Background(), map[string]string{"realm": moved.URL}); !errdefs.IsPermissionDenied(err) || asked.Load() > 0 {
+		t.Errorf("redirected with an identity token: %v, %d requests", err, asked.Load())
+	}
 	// Credentials do not leave without encryption, where the registry has it.
 	a := authorizer{host: &Host{Scheme: "https", Host: "reg", Username: "me", Secret: "secret"}, client: http.DefaultClient, repository: "some/repo"}
 	if _, err := a.fetch(context.Background(), map[string]string{"realm": tokens.URL}); !errdefs.IsPermissionDenied(err) {
